@@ -1,0 +1,8 @@
+"""What both backends share: the sharding arithmetic, the NumPy oracle, the comparison and the command line.
+
+Nothing here imports torch or jax.
+"""
+
+from shared.partition import VocabPartition
+
+__all__ = ["VocabPartition"]

@@ -1,0 +1,118 @@
+"""Argument checks and their messages, so that both backends refuse the same input in the same words.
+
+Every message names the argument, the rule, what was given and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = [
+    "SEED_LIMIT",
+    "check_choice",
+    "check_normal",
+    "check_padding_idx",
+    "check_rank",
+    "check_seed",
+    "check_size",
+    "ids_type_error",
+    "invalid_id_error",
+    "table_dtype_error",
+]
+
+SEED_LIMIT = 2**63
+"""Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
+
+
+def as_int(name: str, value: Any) -> int:
+    """``value`` as a plain int; a bool, a float or anything else that is not an integer is a TypeError."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+
+
+def check_size(name: str, value: Any) -> int:
+    """A count of rows, columns or ranks: an integer of at least 1."""
+    size = as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
+
+
+def check_rank(rank: Any, world_size: int) -> int:
+    """A rank of a world of ``world_size``: an integer in ``[0, world_size)``, never counted from the end."""
+    number = as_int("rank", rank)
+    if not 0 <= number < world_size:
+        raise ValueError(
+            f"rank must be in [0, world_size) = [0, {world_size}), got {number}; pass the world_size it belongs to"
+        )
+    return number
+
+
+def check_seed(init_base_seed: Any, world_size: int) -> int:
+    """The seed of rank 0; rank r uses ``init_base_seed + r``, which must stay in ``[-2**63, 2**63)``."""
+    seed = as_int("init_base_seed", init_base_seed)
+    if not -SEED_LIMIT <= seed <= SEED_LIMIT - world_size:
+        raise ValueError(
+            f"init_base_seed must keep every rank's seed, init_base_seed + rank, in [-2**63, 2**63); "
+            f"got {seed} with world_size={world_size}"
+        )
+    return seed
+
+
+def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
+    """Mean and standard deviation of the initial normal distribution: finite, the second not negative."""
+    values = []
+    for name, value in (("init_mean", init_mean), ("init_std", init_std)):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
+        values.append(number)
+    if values[1] < 0:
+        raise ValueError(f"init_std must not be negative, got {values[1]}")
+    return values[0], values[1]
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_padding_idx(padding_idx: Any, vocab_size: int) -> int | None:
+    """A global id whose row gets no gradient, or None; negative numbers do not count from the end."""
+    if padding_idx is None:
+        return None
+    index = as_int("padding_idx", padding_idx)
+    if not 0 <= index < vocab_size:
+        raise ValueError(f"padding_idx must be an id of the whole vocabulary, in [0, {vocab_size}), got {index}")
+    return index
+
+
+def table_dtype_error(dtype: Any) -> TypeError:
+    """The error for a table that would not hold 16, 32 or 64-bit floats."""
+    return TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def ids_type_error(given: Any, expected: str) -> TypeError:
+    """The error for ids of a type or dtype that holds no integers; ``given`` is what to print of them."""
+    return TypeError(f"ids must be {expected} of an integer dtype, got {given}; convert them yourself if that is meant")
+
+
+def invalid_id_error(value: int, position: Sequence[int], vocab_size: int) -> IndexError:
+    """The error of ``invalid_ids="error"``: the first offending id in row-major order and its position."""
+    where = f"ids[{', '.join(map(str, position))}]" if position else "ids"
+    return IndexError(
+        f"{where} = {value} is outside the vocabulary [0, {vocab_size}); "
+        f'correct the ids, or pass invalid_ids="zero" to look such ids up as zero rows'
+    )
