@@ -91,9 +91,10 @@ def lookup_checked(
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
     ids = torch.ops.pve.check_ids(ids, partition.vocab_size) if invalid_ids == "error" else widen(ids)
-    owned = partition.owns(ids, rank)
-    counted = owned if padding_idx is None else owned & (ids != padding_idx)
-    return _Lookup.apply(weight, partition.local_ids(ids, rank), owned, counted, sparse)  # type: ignore[no-any-return]
+    local, owned = partition.local_ids(ids, rank), partition.owns(ids, rank)
+    no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
+    lookup = _TracedLookup if torch.compiler.is_compiling() else _Lookup
+    return lookup.apply(weight, local, owned, no_grad_row, sparse)  # type: ignore[no-any-return]
 
 
 _INTEGER_DTYPES = frozenset(
@@ -115,41 +116,58 @@ def _(ids: Tensor, vocab_size: int) -> Tensor:
     return torch.empty_like(ids, dtype=torch.int64)
 
 
-class _Lookup(torch.autograd.Function):
-    """Rows of the table to the positions that own one; linear in the table, its transpose is ``_RowSum``."""
+class _TracedLookup(torch.autograd.Function):
+    """Rows of the table to the positions that own one, in the part of autograd that torch.compile traces."""
 
     @staticmethod
-    def forward(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor, sparse: bool) -> Tensor:
+    def forward(weight: Tensor, local: Tensor, owned: Tensor, no_grad_row: int | None, sparse: bool) -> Tensor:
         return _lookup_rows(weight, local, owned)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, local, _owned, counted, ctx.sparse = inputs
-        ctx.save_for_backward(local, counted)
-        ctx.save_for_forward(local, counted)
+        weight, local, owned, ctx.no_grad_row, ctx.sparse = inputs
+        ctx.save_for_backward(local, owned)
         ctx.num_rows, ctx.device = weight.shape[0], weight.device
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        local, counted = ctx.saved_tensors
-        row_sum = _sum_rows if torch.compiler.is_compiling() else _RowSum.apply
-        return row_sum(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse), None, None, None, None
+        local, owned = ctx.saved_tensors
+        counted = _with_gradient(local, owned, ctx.no_grad_row)
+        grad = _sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        return grad, None, None, None, None
+
+
+class _Lookup(_TracedLookup):
+    """The same for eager mode, with second derivatives, forward mode and vmap; its transpose is ``_RowSum``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _TracedLookup.setup_context(ctx, inputs, output)
+        _weight, local, owned, _no_grad_row, _sparse = inputs
+        ctx.save_for_forward(local, owned)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        local, owned = ctx.saved_tensors
+        counted = _with_gradient(local, owned, ctx.no_grad_row)
+        grad = _RowSum.apply(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        return grad, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        local, counted = ctx.saved_tensors
-        return _lookup_rows(grad_inputs[0], local, counted)
+        local, owned = ctx.saved_tensors
+        return _lookup_rows(grad_inputs[0], local, _with_gradient(local, owned, ctx.no_grad_row))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        *indices, sparse = rest
-        batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(indices, in_dims[1:], strict=False)]
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        weight, local, owned, no_grad_row, sparse = inputs
+        local, owned = (
+            _batch_first(t, dim, info.batch_size) for t, dim in zip((local, owned), in_dims[1:3], strict=True)
+        )
         if in_dims[0] is None:
-            return _Lookup.apply(weight, *batched, sparse), 0
-        tables = weight.movedim(in_dims[0], 0)
-        return torch.stack([_Lookup.apply(*each, sparse) for each in zip(tables, *batched, strict=True)]), 0
+            return _Lookup.apply(weight, local, owned, no_grad_row, sparse), 0
+        each = zip(weight.movedim(in_dims[0], 0), local, owned, strict=True)
+        return torch.stack([_Lookup.apply(*tensors, no_grad_row, sparse) for tensors in each]), 0
 
 
 class _RowSum(torch.autograd.Function):
@@ -171,7 +189,7 @@ class _RowSum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         local, counted = ctx.saved_tensors
         grad = grad_outputs[0].to_dense() if grad_outputs[0].is_sparse else grad_outputs[0]
-        return _Lookup.apply(grad, local, counted, counted, False), None, None, None, None, None
+        return _Lookup.apply(grad, local, counted, None, False), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
@@ -184,6 +202,10 @@ class _RowSum(torch.autograd.Function):
         batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False)]
         each = zip(*batched, strict=True)
         return torch.stack([_RowSum.apply(*tensors, num_rows, device, sparse) for tensors in each]), 0
+
+
+def _with_gradient(local: Tensor, owned: Tensor, no_grad_row: int | None) -> Tensor:
+    return owned if no_grad_row is None else owned & (local != no_grad_row)
 
 
 def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -204,17 +226,18 @@ def _owned_rows_only(weight_device: torch.device, *tensors: Tensor) -> bool:
 
 def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:  # noqa: N803
     local_T, owned_T = local.reshape(-1), owned.reshape(-1)  # noqa: N806
-    if _owned_rows_only(weight_NE.device, weight_NE, local):
-        positions = owned_T.nonzero().squeeze(1)
-        rows = weight_NE.index_select(0, local_T[positions].to(weight_NE.device)).to(local.device)
-        if positions.numel() == local_T.numel():
-            output_TE = rows  # noqa: N806
-        else:
-            output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)  # noqa: N806
-    else:
+    if not _owned_rows_only(weight_NE.device, weight_NE, local):
         safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)  # noqa: N806
         rows = weight_NE.index_select(0, safe_T).to(local.device)
         output_TE = rows.masked_fill(~owned_T.unsqueeze(1), 0)  # noqa: N806
+    elif weight_NE.device == local.device and 2 * int(owned_T.count_nonzero()) > owned_T.numel():
+        # Mostly owned, as on rank 0 with real text: one gather of everything, then wipe the few foreign rows.
+        output_TE = weight_NE.index_select(0, local_T.masked_fill(~owned_T, 0))  # noqa: N806
+        output_TE.index_fill_(0, (~owned_T).nonzero().squeeze(1), 0)
+    else:
+        positions = owned_T.nonzero().squeeze(1)
+        rows = weight_NE.index_select(0, local_T[positions].to(weight_NE.device)).to(local.device)
+        output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)  # noqa: N806
     return output_TE.view(*local.shape, weight_NE.shape[1])
 
 
