@@ -1,0 +1,276 @@
+"""The JAX layer: a vocabulary-parallel embedding laid out over a device mesh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jax_impl.functional import as_ids, check_ids, partial_lookup
+from jax_impl.placement import explicit_spec, manual_axes, resolve_mesh
+from shared.checks import (
+    check_choice,
+    check_normal,
+    check_padding_idx,
+    check_seed,
+    check_size,
+    table_dtype_error,
+)
+from shared.partition import VocabPartition
+
+__all__ = ["ParallelVocabEmbedding"]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class ParallelVocabEmbedding:
+    """An embedding table whose vocabulary is split over the ``world_size`` ranks of a mesh axis.
+
+    Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``,
+    looks up the ids it owns and returns all-zero rows for the others. No two ranks' results have a row in common: their
+    sum is the full embedding. Nothing is communicated.
+
+    The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimisers take it as it is.
+
+    Args:
+        vocab_size: rows of the whole table; must be divisible by the size of the axis, and at most ``2**31 - 1``.
+        emb_size: columns of the table.
+        mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes, or None for the one set with ``jax.set_mesh``.
+        axis_name: the mesh axis over which the vocabulary is split. Over further axes the table is replicated and ids
+            stay as they are split.
+        init_mean: mean of the initial normal distribution.
+        init_std: its standard deviation.
+        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``.
+        dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
+        reduction: ``"none"``, each rank's own incomplete embedding is returned.
+        invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
+            rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
+            caller must then apply.
+        padding_idx: a global id whose row starts as zero and gets no gradient.
+        init: ``"per_rank"``, the initialisation described above.
+
+    Attributes:
+        weight: ``jax.Array`` of shape ``[vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
+        partition: the ``shared.VocabPartition``, who owns what.
+        mesh, axis_name: where the table lies.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range; ``vocab_size`` is not divisible by the size of the axis; the mesh has no
+            such axis, or there is none.
+
+    Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
+
+    Example:
+        >>> w = jax.device_count()
+        >>> emb = ParallelVocabEmbedding(12 * w, 4, mesh=jax.make_mesh((w,), ("tp",)))
+        >>> ids = jnp.array([[0, 5], [11, 3]])
+        >>> partials = emb(ids)
+        >>> partials.shape == (w, 2, 2, 4)
+        True
+        >>> bool((partials.sum(axis=0) == np.asarray(emb.weight)[ids]).all())
+        True
+    """
+
+    weight: jax.Array
+
+    def __init__(
+        self,
+        vocab_size: int,
+        emb_size: int,
+        mesh: Mesh | AbstractMesh | None = None,
+        axis_name: str = "tp",
+        init_mean: float = 0.0,
+        init_std: float = 1.0,
+        init_base_seed: int = 42,
+        dtype: Any = jnp.float32,
+        *,
+        reduction: str = "none",
+        invalid_ids: str = "zero",
+        padding_idx: int | None = None,
+        init: str = "per_rank",
+    ) -> None:
+        self.mesh = resolve_mesh(mesh, axis_name)
+        self.axis_name = axis_name
+        self.partition = VocabPartition(vocab_size, self.mesh.shape[axis_name])
+        if self.partition.vocab_size >= 2**31:
+            raise ValueError(f"vocab_size must fit JAX's int32 indices, below 2**31, got {vocab_size}")
+        self.emb_size = check_size("emb_size", emb_size)
+        self.init_mean, self.init_std = check_normal(init_mean, init_std)
+        self.init_base_seed = check_seed(init_base_seed, self.partition.world_size)
+        self.reduction = check_choice("reduction", reduction, ("none",))
+        self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
+        self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
+        self.init = check_choice("init", init, ("per_rank",))
+        keys = [jax.random.key(self.init_base_seed + rank) for rank in range(self.partition.world_size)]
+        rows = _draw_normal(jnp.stack(keys), self.partition, self.emb_size, self.mesh, axis_name, _table_dtype(dtype))
+        # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
+        rows = self.init_std * rows
+        rows = self.init_mean + rows
+        if self.padding_idx is not None:
+            rows = _zero_row(rows, self.padding_idx, self.partition, self.mesh, axis_name)
+        # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
+        self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
+
+    _STATIC = (
+        "partition",
+        "emb_size",
+        "mesh",
+        "axis_name",
+        "init_mean",
+        "init_std",
+        "init_base_seed",
+        "reduction",
+        "invalid_ids",
+        "padding_idx",
+        "init",
+    )
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
+        leaf = (jax.tree_util.GetAttrKey("weight"), self.weight)
+        return (leaf,), tuple(getattr(self, name) for name in self._STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any]) -> ParallelVocabEmbedding:
+        self = object.__new__(cls)
+        self.__dict__.update(zip(cls._STATIC, static, strict=True))
+        (self.weight,) = leaves
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the whole table, all ranks together."""
+        return self.partition.vocab_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the size of the mesh axis."""
+        return self.partition.world_size
+
+    @property
+    def _sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
+
+    def with_weight(self, weight: Any) -> ParallelVocabEmbedding:
+        """The same layer with another table.
+
+        Args:
+            weight: ``[vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy; laid out as the layer needs it.
+
+        Raises:
+            ValueError: its shape or dtype is another.
+        """
+        given, own = (tuple(weight.shape), np.dtype(weight.dtype)), (self.weight.shape, self.weight.dtype)
+        if given != own:
+            raise ValueError(f"weight must have shape {own[0]} and dtype {own[1]}, got {given[0]} and {given[1]}")
+        return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
+
+    def __call__(self, ids: Any) -> jax.Array:
+        """Look the ids up on every rank, without any communication.
+
+        Args:
+            ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank of ``axis_name``
+                needs all of them; over further mesh axes they may be split.
+
+        Returns:
+            ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)`` (and as the ids over further
+            axes), in the table's dtype: element r is rank r's incomplete embedding ``Er``.
+
+        Raises:
+            TypeError: ids are not an array of integers.
+            IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
+                legal range.
+            ValueError: called inside a shard_map that is manual over ``axis_name``.
+        """
+        if self.invalid_ids == "error":
+            check_ids(ids, self.vocab_size)
+        return _stacked_partials(  # type: ignore[no-any-return]
+            self.weight,
+            as_ids(ids, self.vocab_size),
+            partition=self.partition,
+            mesh=self.mesh,
+            axis_name=self.axis_name,
+            manual=manual_axes(self.mesh, self.axis_name),
+            padding_idx=self.padding_idx,
+        )
+
+    def __repr__(self) -> str:
+        weight = jax.tree_util.tree_map(lambda leaf: jax.typeof(leaf).str_short(), self.weight)
+        return (
+            f"{type(self).__name__}({self.vocab_size}, {self.emb_size}, axis_name={self.axis_name!r}, "
+            f"world_size={self.world_size}, weight={weight})"
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("partition", "mesh", "axis_name", "manual", "padding_idx"))
+def _stacked_partials(
+    weight: jax.Array,
+    ids: jax.Array,
+    *,
+    partition: VocabPartition,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    manual: frozenset[str],
+    padding_idx: int | None,
+) -> jax.Array:
+    def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
+        return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
+
+    spec = explicit_spec(ids, manual, axis_name)
+    nested = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if spec != jax.typeof(ids).sharding.spec:
+        ids = jax.sharding.reshard(ids, spec)
+    mapped = jax.shard_map(
+        on_each_rank,
+        mesh=None if nested else mesh,
+        in_specs=(PartitionSpec(axis_name, None), spec),
+        out_specs=PartitionSpec(axis_name, *spec, None),
+        axis_names=manual,
+    )
+    return mapped(weight, ids)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _draw_normal(
+    keys: jax.Array,
+    partition: VocabPartition,
+    emb_size: int,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    dtype: np.dtype[Any],
+) -> jax.Array:
+    """``[v, e]`` standard normal numbers, each rank's from its own of the ``[w]`` keys."""
+
+    def on_each_rank(keys: jax.Array) -> jax.Array:
+        key = keys[jax.lax.axis_index(axis_name)]
+        return jax.random.normal(key, (partition.rows_per_rank, emb_size), dtype)
+
+    split = PartitionSpec(axis_name, None)
+    return jax.shard_map(on_each_rank, mesh=mesh, in_specs=PartitionSpec(), out_specs=split)(keys)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), donate_argnums=0)
+def _zero_row(
+    weight: jax.Array, index: int, partition: VocabPartition, mesh: Mesh | AbstractMesh, axis_name: str
+) -> jax.Array:
+    def on_each_rank(rows: jax.Array) -> jax.Array:
+        local = partition.local_ids(index, jax.lax.axis_index(axis_name))
+        return rows.at[local].set(0, mode="drop", wrap_negative_indices=False)
+
+    split = PartitionSpec(axis_name, None)
+    return jax.shard_map(on_each_rank, mesh=mesh, in_specs=split, out_specs=split)(weight)
+
+
+def _table_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        raise table_dtype_error(dtype) from None
+    if resolved not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise table_dtype_error(resolved)
+    if jax.dtypes.canonicalize_dtype(resolved) != resolved:
+        raise ValueError(f"dtype {resolved} needs JAX's 64-bit mode: set jax_enable_x64, or use float32")
+    return resolved
