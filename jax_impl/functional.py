@@ -123,7 +123,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
     if ids.size == 0:
         return
     if not jax.typeof(ids).sharding.mesh.empty and jax.typeof(ids).sharding.mesh.are_all_axes_explicit:
-        ids = jax.sharding.reshard(ids, PartitionSpec(*[None] * ids.ndim))
+        ids = jax.sharding.reshard(ids, NamedSharding(jax.typeof(ids).sharding.mesh, PartitionSpec(*[None] * ids.ndim)))
     bad = ((ids < 0) | (ids >= vocab_size)).ravel()
     first = jnp.argmax(bad)
     position = jnp.unravel_index(first, ids.shape)
@@ -140,10 +140,14 @@ def _checked_array(ids: Any) -> Any:
     return ids
 
 
-@jax.custom_jvp
-def _lookup_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None) -> jax.Array:
+def _take(weight: jax.Array, local: jax.Array) -> jax.Array:
     # Neither jnp.take nor plain indexing: they wrap negative ids, and give NaN or another row for those past the end.
     return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+@jax.custom_jvp
+def _lookup_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None) -> jax.Array:
+    return _take(weight, local)
 
 
 @_lookup_rows.defjvp
@@ -151,9 +155,8 @@ def _lookup_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]
     weight, local, no_grad_row = primals
     weight_dot = tangents[0]
     # Reverse mode transposes these lines: 16-bit gradients are then added up in float32, across devices too, and rounded
-    # once. Forward evaluation of the cast only happens in forward mode.
+    # once. The cast of the whole table is only ever computed in forward mode.
     if weight.dtype.itemsize < 4:
         weight_dot = weight_dot.astype(jnp.float32)
     counted = local if no_grad_row is None else jnp.where(local == no_grad_row, -1, local)
-    rows_dot = weight_dot.at[counted].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return _lookup_rows(weight, local, no_grad_row), rows_dot.astype(weight.dtype)
+    return _lookup_rows(weight, local, no_grad_row), _take(weight_dot, counted).astype(weight.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-__all__ = ["explicit_spec", "manual_axes", "resolve_mesh"]
+__all__ = ["map_over", "resolve_mesh"]
 
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
@@ -33,27 +33,26 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     return mesh
 
 
-def manual_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
-    """The axes that the layer's shard_map takes over: its own and every Explicit one; Auto ones stay the compiler's.
+def map_over(mesh: Mesh | AbstractMesh, axis_name: str, ids: Any) -> tuple[Any, frozenset[str], PartitionSpec]:
+    """What the layer's shard_map needs: its mesh (None: the one in force), its manual axes and the ids' specification.
+
+    The layer takes over its own axis and every Explicit one, over which the ids stay as they are split; Auto axes are the
+    compiler's. Every rank of ``axis_name`` gets all the ids.
 
     Raises:
-        ValueError: ``axis_name`` is already manual, inside a shard_map of the caller's.
+        ValueError: ``axis_name`` is taken already, by a shard_map of the caller's.
     """
-    taken = set(jax.sharding.get_abstract_mesh().manual_axes)
-    if axis_name in taken:
+    in_force = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) if in_force.empty else set(in_force.axis_names) - set(in_force.manual_axes)
+    if axis_name not in free:
         raise ValueError(
-            f"the layer opens its own shard_map over {axis_name!r}, which is already manual here; "
+            f"the layer opens a shard_map of its own over {axis_name!r}, which is manual already; "
             f"inside your own shard_map call jax_impl.functional.partial_lookup"
         )
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    return frozenset((explicit | {axis_name}) - taken)
-
-
-def explicit_spec(ids: Any, manual: frozenset[str], axis_name: str) -> PartitionSpec:
-    """How the ids are split over the ``manual`` axes, as their type says; every rank of ``axis_name`` gets them whole."""
-
-    def kept(entry: Any) -> Any:
-        names = [n for n in (entry if isinstance(entry, tuple) else (entry,)) if n in manual and n != axis_name]
-        return tuple(names) or None
-
-    return PartitionSpec(*map(kept, jax.typeof(ids).sharding.spec))
+    manual = frozenset(explicit & free | {axis_name})
+    kept: list[tuple[str, ...] | None] = []
+    for entry in jax.typeof(ids).sharding.spec:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        kept.append(tuple(name for name in names if name in manual - {axis_name}) or None)
+    return mesh if free == set(mesh.axis_names) else None, manual, PartitionSpec(*kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.functional import as_ids, check_ids, partial_lookup
-from jax_impl.placement import explicit_spec, manual_axes, resolve_mesh
+from jax_impl.placement import map_over, resolve_mesh
 from shared.checks import (
     check_choice,
     check_normal,
@@ -187,15 +188,11 @@ class ParallelVocabEmbedding:
         """
         if self.invalid_ids == "error":
             check_ids(ids, self.vocab_size)
-        return _stacked_partials(  # type: ignore[no-any-return]
-            self.weight,
-            as_ids(ids, self.vocab_size),
-            partition=self.partition,
-            mesh=self.mesh,
-            axis_name=self.axis_name,
-            manual=manual_axes(self.mesh, self.axis_name),
-            padding_idx=self.padding_idx,
-        )
+        ids = as_ids(ids, self.vocab_size)
+        lookup = functools.partial(_stacked_partials, self.partition, self.mesh, self.axis_name, self.padding_idx)
+        if self.invalid_ids == "error" and isinstance(ids, jax.core.Tracer):
+            return _hidden_from_checkify(lookup, self.weight, ids)
+        return lookup(self.weight, ids)
 
     def __repr__(self) -> str:
         weight = jax.tree_util.tree_map(lambda leaf: jax.typeof(leaf).str_short(), self.weight)
@@ -205,32 +202,46 @@ class ParallelVocabEmbedding:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("partition", "mesh", "axis_name", "manual", "padding_idx"))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _stacked_partials(
-    weight: jax.Array,
-    ids: jax.Array,
-    *,
     partition: VocabPartition,
     mesh: Mesh | AbstractMesh,
     axis_name: str,
-    manual: frozenset[str],
     padding_idx: int | None,
+    weight: jax.Array,
+    ids: jax.Array,
 ) -> jax.Array:
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
         return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
 
-    spec = explicit_spec(ids, manual, axis_name)
-    nested = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    if spec != jax.typeof(ids).sharding.spec:
+    used_mesh, manual, spec = map_over(mesh, axis_name, ids)
+    if axis_name in str(jax.typeof(ids).sharding.spec):
         ids = jax.sharding.reshard(ids, spec)
     mapped = jax.shard_map(
         on_each_rank,
-        mesh=None if nested else mesh,
+        mesh=used_mesh,
         in_specs=(PartitionSpec(axis_name, None), spec),
         out_specs=PartitionSpec(axis_name, *spec, None),
         axis_names=manual,
     )
     return mapped(weight, ids)
+
+
+def _hidden_from_checkify(lookup: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array) -> jax.Array:
+    """``lookup(weight, ids)`` behind an operation that checkify does not open.
+
+    checkify rewrites a shard_map that it finds, even one without checks, and fails to where a mesh is set or has further
+    axes (jax 0.10.2). linear_call has first and higher reverse derivatives, but no vmap.
+    """
+
+    def transpose(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> jax.Array:
+        weight, ids = residuals
+        return jax.vjp(lambda w: lookup(w, ids), weight)[1](cotangent)[0]
+
+    residuals = (jax.lax.stop_gradient(weight), ids)
+    return jax.custom_derivatives.linear_call(  # type: ignore[no-any-return]
+        lambda residuals, weight: lookup(weight, residuals[1]), transpose, residuals, weight
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
