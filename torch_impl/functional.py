@@ -269,5 +269,9 @@ def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     if distinct.numel() == 0:
         return distinct, grad_TE.new_zeros(0, grad_TE.shape[1])
-    # embedding_bag adds 16-bit rows up in float32 and rounds once.
-    return distinct, F.embedding_bag(positions[order], grad_TE, counts.cumsum(0) - counts, mode="sum")
+    tokens, offsets = positions[order], counts.cumsum(0) - counts
+    if grad_TE.dtype == torch.bfloat16:
+        # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
+        rows = grad_TE.index_select(0, tokens).float()
+        return distinct, F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, offsets, mode="sum").bfloat16()
+    return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")

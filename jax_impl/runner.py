@@ -1,0 +1,81 @@
+"""The JAX layer on a case: one mesh of as many devices as ranks, each given only its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_impl.vocab_emb import ParallelVocabEmbedding
+from shared.case import Case
+from shared.harness import serve
+from shared.record import RecordWriter
+
+__all__ = ["run"]
+
+
+def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
+    """Record every rank's ``Er`` and gradient, and the sum.
+
+    Raises:
+        RuntimeError: the platform has fewer devices than the case has ranks. CPUs are made up to be enough.
+    """
+    jax.config.update("jax_num_cpu_devices", case.world_size)
+    jax.config.update("jax_enable_x64", case.dtype == "float64")
+    devices = jax.devices()
+    if len(devices) < case.world_size:
+        raise RuntimeError(
+            f"the case needs {case.world_size} devices, JAX has {len(devices)} of platform {devices[0].platform}; "
+            f"choose a smaller --world-size, or set JAX_PLATFORMS=cpu"
+        )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((case.world_size,), ("tp",), auto, devices=devices[: case.world_size])
+    progress("table", 0, 4)
+    emb = _layer(case, mesh)
+    ids = case.batch_array("ids")
+    progress("forward", 1, 4)
+    partials, pull_back = jax.vjp(lambda emb: emb(ids), emb)
+    total = jax.jit(lambda partials: jnp.sum(partials, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))(
+        partials
+    )
+    progress("gradient", 2, 4)
+    grad_output = case.batch_array("grad_output")
+    stacked = jax.make_array_from_callback(partials.shape, partials.sharding, lambda _: grad_output[None])
+    (gradient,) = pull_back(stacked)
+    progress("record", 3, 4)
+    for rank, partial in enumerate(_shards(partials)):
+        record.add(f"forward.{rank}", partial[0])
+    for rank, rows in enumerate(_shards(gradient.weight)):
+        record.add(f"gradient.{rank}", rows)
+    record.add("sum", np.asarray(total))
+
+
+def _layer(case: Case, mesh: jax.sharding.Mesh) -> ParallelVocabEmbedding:
+    """The layer with the case's table, whose rows go from the file to the device that owns them, a shard at a time."""
+    emb = jax.eval_shape(
+        lambda: ParallelVocabEmbedding(
+            case.vocab_size, case.emb_size, mesh, dtype=jnp.dtype(case.dtype), padding_idx=case.padding_idx
+        )
+    )
+
+    def rows(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(case.vocab_size)
+        return case.table.rows(start, stop)
+
+    sharding = NamedSharding(mesh, PartitionSpec("tp", None))
+    weight = jax.make_array_from_callback(emb.weight.shape, sharding, rows)
+    return jax.tree.map(lambda _: weight, emb)  # type: ignore[no-any-return]
+
+
+def _shards(array: jax.Array) -> list[Any]:
+    """The shards as NumPy arrays, in the order of the ranks."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return [np.asarray(shard.data) for shard in shards]
+
+
+if __name__ == "__main__":
+    serve("jax", {"jax": jax.__version__}, run)

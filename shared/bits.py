@@ -1,0 +1,72 @@
+"""Floating-point arrays as the bits they are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["DTYPES", "canonical_nan", "dtype_named", "ordered_integers", "row_hashes", "ulp_distance", "unsigned_view"]
+
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+"""The dtypes that a table can have, by the names both frameworks use."""
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype of one of the names in ``DTYPES``."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def unsigned_view(values: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers, so that comparing is comparing bits."""
+    return values.view(f"u{values.dtype.itemsize}")
+
+
+def canonical_nan(values: np.ndarray) -> np.ndarray:
+    """The values with one and the same NaN everywhere: arithmetic does not say which NaN it returns."""
+    nan = np.isnan(values)
+    return np.where(nan, np.array(np.nan, values.dtype), values) if nan.any() else values
+
+
+def ordered_integers(values: np.ndarray) -> np.ndarray:
+    """Integers in the order of the values, neighbours one apart, -0.0 and +0.0 both 0; as int64.
+
+    Example:
+        >>> ordered_integers(np.array([-0.0, 0.0, 1.0, np.nextafter(1.0, 2.0)]))[2:] - 0x3FF0000000000000
+        array([0, 1])
+    """
+    bits = values.dtype.itemsize * 8
+    magnitude = (unsigned_view(values) & np.array(2 ** (bits - 1) - 1, f"u{bits // 8}")).astype(np.int64)
+    return np.where(np.signbit(values), -magnitude, magnitude)
+
+
+def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many representable values lie between, as float64 (exact below 2**53); NaN where either is NaN.
+
+    Example:
+        >>> ulp_distance(np.array([1.0, 0.0]), np.array([np.nextafter(1.0, 2.0), -0.0]))
+        array([1., 0.])
+    """
+    left, right = ordered_integers(a), ordered_integers(b)
+    # Of opposite signs, the difference may not fit: there each part is below 2**63, and their sum is taken as floats.
+    same_sign = (left < 0) == (right < 0)
+    distance = np.where(same_sign, np.abs(left - right * same_sign), 0).astype(np.float64)
+    distance = np.where(same_sign, distance, np.abs(left.astype(np.float64)) + np.abs(right.astype(np.float64)))
+    return np.where(np.isnan(a) | np.isnan(b), np.nan, distance)
+
+
+def row_hashes(values: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each row's bits, to find out which row of a table something is; not against forgery."""
+    rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
+    multipliers = np.random.Philox(0).random_raw(rows.shape[1]) | np.uint64(1)
+    mixed = (rows ^ (rows >> np.uint64(29))) @ multipliers
+    return (mixed ^ (mixed >> np.uint64(32))).astype(np.uint64)

@@ -1,0 +1,226 @@
+"""One case for the backends to compute: a table, ids, and a gradient of the embedding, all in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from shared.bits import DTYPES, dtype_named
+from shared.checks import check_padding_idx, check_size
+from shared.generate import exact_gradient, table_chunks, zipf_ids
+from shared.ids import widen
+from shared.partition import VocabPartition
+from shared.table_file import TableFile, open_safetensors
+
+__all__ = ["Case", "CaseOptions", "build_case", "sha256"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class CaseOptions:
+    """What the user asked for; None where nothing was said.
+
+    Attributes:
+        weights, tensor: a safetensors file and the tensor in it; None makes a table up.
+        ids: a ``.npy`` file of integers; None makes ids up, unless there is text.
+        tokenizer, text: a ``tokenizer.json`` and a text file for it.
+        vocab_size, emb_size, dtype: of a made-up table; with ``weights``, the sizes it must have and what to cast to.
+        world_size: ranks to split over.
+        padding_idx: an id that gets no gradient.
+        seed: of all that is made up.
+    """
+
+    weights: Path | None = None
+    tensor: str | None = None
+    ids: Path | None = None
+    tokenizer: Path | None = None
+    text: Path | None = None
+    vocab_size: int | None = None
+    emb_size: int | None = None
+    dtype: str | None = None
+    world_size: int = 8
+    padding_idx: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case on disk; ``case.json`` in its folder is this, and every process reads it from there.
+
+    Attributes:
+        weights, tensor: the safetensors file with the table, and the tensor's name.
+        batch: the safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
+        vocab_size, emb_size, dtype, world_size, padding_idx: what the layer is built with.
+        ids_shape: the ids' shape.
+        source: where table and ids came from, in words.
+        checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
+    """
+
+    weights: str
+    tensor: str
+    batch: str
+    vocab_size: int
+    emb_size: int
+    dtype: str
+    world_size: int
+    padding_idx: int | None
+    ids_shape: tuple[int, ...]
+    source: str
+    checksums: dict[str, str]
+
+    @classmethod
+    def load(cls, folder: Path) -> Case:
+        fields = json.loads((folder / "case.json").read_text())
+        return cls(**{**fields, "ids_shape": tuple(fields["ids_shape"])})
+
+    @cached_property
+    def partition(self) -> VocabPartition:
+        return VocabPartition(self.vocab_size, self.world_size)
+
+    @cached_property
+    def table(self) -> TableFile:
+        return TableFile(Path(self.weights), self.tensor)
+
+    def rank_rows(self, rank: int) -> np.ndarray:
+        """The rows of the table that ``rank`` owns."""
+        return self.table.rows(self.partition.start(rank), self.partition.stop(rank))
+
+    def batch_array(self, name: str) -> np.ndarray:
+        """``ids``, ``grad_output`` or ``row_hashes``."""
+        with open_safetensors(Path(self.batch)) as file:
+            return np.asarray(file.get_tensor(name))
+
+
+def sha256(array: np.ndarray) -> str:
+    """The SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *_: None) -> Case:
+    """Make the files of a case in ``folder`` and return it.
+
+    Raises:
+        ValueError, TypeError, IndexError: an option is out of range, a file is not what it should be, or they disagree.
+    """
+    ids = _given_ids(options)
+    if options.weights is None:
+        table, table_source = _made_up_table(options, folder, progress)
+    else:
+        table, table_source = _given_table(options, folder, progress)
+    partition = VocabPartition(table.vocab_size, options.world_size)
+    padding_idx = check_padding_idx(options.padding_idx, table.vocab_size)
+    progress("checksums", 0, 1)
+    weights_sum, row_hashes = table.fingerprint()
+    progress("ids and gradient", 0, 1)
+    if ids is None:
+        ids, ids_source = zipf_ids((4, 2048), partition, options.seed), f"Zipf-distributed ids, seed {options.seed}"
+    else:
+        ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+    grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
+    batch = folder / "batch.safetensors"
+    save_file({"ids": ids, "grad_output": grad_output, "row_hashes": row_hashes}, batch)
+    case = Case(
+        weights=str(table.path.absolute()),
+        tensor=table.tensor,
+        batch=str(batch.absolute()),
+        vocab_size=table.vocab_size,
+        emb_size=table.emb_size,
+        dtype=table.dtype,
+        world_size=partition.world_size,
+        padding_idx=padding_idx,
+        ids_shape=ids.shape,
+        source=f"{table_source}; {ids_source}",
+        checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
+    )
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
+    return case
+
+
+def _made_up_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
+    if options.tensor is not None:
+        raise ValueError("--tensor names a tensor of --weights: pass the file too")
+    vocab_size = check_size("vocab_size", 131072 if options.vocab_size is None else options.vocab_size)
+    emb_size = check_size("emb_size", 1024 if options.emb_size is None else options.emb_size)
+    dtype = dtype_named(options.dtype or "bfloat16")
+    VocabPartition(vocab_size, options.world_size)
+    chunks = table_chunks(vocab_size, emb_size, dtype, options.seed)
+    path = _write_table(folder, chunks, vocab_size, emb_size, dtype, progress)
+    return TableFile(path, "weight"), f"made-up table, seed {options.seed}"
+
+
+def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
+    assert options.weights is not None
+    table = TableFile(options.weights, options.tensor)
+    for name in ("vocab_size", "emb_size"):
+        asked, found = getattr(options, name), getattr(table, name)
+        if asked is not None and asked != found:
+            raise ValueError(f"{name} must be that of the table: asked for {asked}, {table.path} has {found}")
+    source = f"{table.tensor} of {table.path.name}"
+    if options.dtype is None or options.dtype == table.dtype:
+        return table, source
+    dtype = dtype_named(options.dtype)
+    with np.errstate(over="ignore"):  # what leaves the range becomes an infinity, for all backends alike
+        chunks = (chunk.astype(dtype) for chunk in table.chunks())
+        path = _write_table(folder, chunks, table.vocab_size, table.emb_size, dtype, progress)
+    return TableFile(path, "weight"), f"{source}, cast to {options.dtype}"
+
+
+def _write_table(
+    folder: Path, chunks: Iterator[np.ndarray], vocab_size: int, emb_size: int, dtype: np.dtype[Any], progress: Progress
+) -> Path:
+    path = folder / "weights.safetensors"
+    table, filled = np.empty((vocab_size, emb_size), dtype), 0
+    for chunk in chunks:
+        table[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+        progress("table", filled, vocab_size)
+    save_file({"weight": table}, path)
+    return path
+
+
+def _given_ids(options: CaseOptions) -> np.ndarray | None:
+    if options.ids is not None and (options.tokenizer is not None or options.text is not None):
+        raise ValueError("--ids and --tokenizer with --text are two ways to give ids: choose one")
+    if (options.tokenizer is None) != (options.text is None):
+        raise ValueError("--tokenizer and --text go together: a tokenizer.json and the text to tokenise")
+    if options.text is not None:
+        assert options.tokenizer is not None
+        return _tokenise(options.tokenizer, options.text)
+    if options.ids is None:
+        return None
+    try:
+        ids = np.load(options.ids, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{options.ids}: not a readable .npy file of integers ({error})") from error
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        raise ValueError(f"{options.ids}: ids must be one array of integers, got {getattr(ids, 'dtype', type(ids))}")
+    return np.ascontiguousarray(widen(ids))
+
+
+def _tokenise(tokenizer: Path, text: Path) -> np.ndarray:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError("--tokenizer needs the tokenizers package: pip install 'parallel-vocab-embedding[text]'") from None
+    for path in (tokenizer, text):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text}: not UTF-8 text ({error})") from error
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the package raises bare Exceptions
+        raise ValueError(f"{tokenizer}: not a tokenizer.json ({error})") from error
+    return np.array([loaded.encode(words).ids], np.int64)

@@ -1,0 +1,120 @@
+"""What a differing row looks like, in an embedding's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from shared.bits import row_hashes, ulp_distance, unsigned_view
+from shared.partition import VocabPartition
+
+__all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows"]
+
+MAX_ROUNDING_ULP = 4
+"""A row whose elements all differ by no more than this counts as rounded differently: a sum in another order, or in
+another precision. A wrong row differs by far more."""
+
+KINDS = {
+    "ranks swapped": "the row, or the whole result, that belongs to another rank",
+    "off by one row": "the row of the next or the previous id",
+    "other row": "the row of some other id",
+    "subnormal flushed": "zero in place of numbers too small for the dtype's full precision, as some hardware has it",
+    "zeroed": "zeros in place of the row",
+    "hole filled": "something where zeros should be: the rank does not own the id, or no id asked for the row",
+    "padding only": "only what no one should look at: ids outside the vocabulary, or padding_idx",
+    "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
+    "sign of zero": "+0.0 against -0.0",
+    "NaN": "NaN on one side only, or another NaN",
+    "other values": "none of these",
+}
+"""What a differing row can look like, and what that means."""
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Side:
+    """The differing rows as one side has them.
+
+    Attributes:
+        values: the rows, ``[k, e]``.
+        reference: the hash of what each row of the whole table should hold, uint64 ``[v]``, by which to recognise a row
+            in the wrong place; 0 for rows of zeros.
+    """
+
+    values: np.ndarray
+    reference: np.ndarray
+
+
+def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
+    """For each row, the id whose row it is: the id looked up where that fits, then its neighbours, then any; or -1."""
+    hashes, known = row_hashes(side.values), side.reference
+    order = np.argsort(known, kind="stable")
+    slot = np.minimum(np.searchsorted(known[order], hashes), len(known) - 1)
+    held = np.where(known[order[slot]] == hashes, order[slot], -1)
+    for near in (ids - 1, ids + 1, ids):
+        inside = (near >= 0) & (near < len(known))
+        held = np.where(inside & (known[np.where(inside, near, 0)] == hashes), near, held)
+    return np.where(unsigned_view(side.values).any(axis=1), held, -1)
+
+
+def classify(
+    ids: np.ndarray,
+    sides: tuple[Side, Side],
+    partition: VocabPartition,
+    padding_idx: int | None,
+    expected: np.ndarray,
+) -> np.ndarray:
+    """One of ``KINDS`` for each differing row; the first that fits, in the order in which they are tried here.
+
+    Args:
+        ids: the id that each row belongs to, ``[k]``.
+        sides: the rows as both sides have them.
+        partition: who owns what.
+        padding_idx: the id without a gradient, or None.
+        expected: whether each row should be there at all, rather than be zero.
+    """
+    kinds = np.full(len(ids), "", object)
+
+    def settle(kind: str, where: np.ndarray) -> None:
+        kinds[(kinds == "") & where] = kind
+
+    settle("padding only", ~np.asarray(partition.is_valid(ids)))
+    if padding_idx is not None:
+        settle("padding only", ids == padding_idx)
+    for side in sides:
+        held = held_rows(ids, side)
+        distance = np.where(held >= 0, np.abs(held - ids), 0)
+        settle("off by one row", distance == 1)
+        settle("ranks swapped", (distance > 0) & (distance % partition.rows_per_rank == 0))
+        settle("other row", distance > 0)
+    left, right = (side.values for side in sides)
+    settle("subnormal flushed", _flushed(left, right))
+    zero = ~unsigned_view(left).any(axis=1) | ~unsigned_view(right).any(axis=1)
+    settle("zeroed", zero & expected)
+    settle("hole filled", zero)
+    for start in range(0, len(ids), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        settled, a, b = kinds[part] != "", left[part], right[part]
+        unequal = unsigned_view(a) != unsigned_view(b)
+        ulp = np.where(unequal, ulp_distance(a, b), 0)  # NaN, which compares false below, where either is NaN
+        looks = np.select(
+            [np.isnan(ulp).any(axis=1), (ulp == 0).all(axis=1), (ulp <= MAX_ROUNDING_ULP).all(axis=1)],
+            ["NaN", "sign of zero", "rounding only"],
+            "other values",
+        )
+        kinds[part] = np.where(settled, kinds[part], looks.astype(object))
+    return kinds
+
+
+def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """True where all that differs in a row is subnormal on one side and zero on the other."""
+    smallest_normal = ml_dtypes.finfo(left.dtype).smallest_normal
+    found = np.empty(len(left), bool)
+    for start in range(0, len(left), _CHUNK):
+        a, b = np.abs(left[start : start + _CHUNK]), np.abs(right[start : start + _CHUNK])
+        flushed = ((a == 0) & (b < smallest_normal)) | ((b == 0) & (a < smallest_normal))
+        found[start : start + _CHUNK] = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
+    return found

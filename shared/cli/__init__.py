@@ -1,0 +1,46 @@
+"""The command ``pve``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from shared.cli import compare, diff, plan, record
+from shared.cli.console import fail
+from shared.launch import BackendError
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+A vocabulary-parallel embedding, in PyTorch and in JAX, proven equal bit for bit.
+
+Rank r of w keeps rows [r*n, (r+1)*n) of the vocabulary table, n = v / w, looks up the ids it owns and returns zero rows
+for the others; the ranks' results sum to the embedding.
+
+  pve compare   run both backends on one table and prove them equal (start here)
+  pve plan      who owns which rows, and the memory each rank needs
+  pve record    run one backend and keep what it computed, for another machine
+  pve diff      compare two such records
+
+`pve COMMAND --help` tells more of each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 equal or done, 1 different, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (compare, plan, record, diff):
+        module.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, TypeError, IndexError, OSError) as error:
+        return fail(str(error))
+    except BackendError as error:
+        print(error.details, file=sys.stderr)
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted")

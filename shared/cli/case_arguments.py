@@ -1,0 +1,36 @@
+"""The options that say which case to run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shared.bits import DTYPES
+from shared.case import CaseOptions
+
+__all__ = ["add_case_arguments", "case_options"]
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    table = parser.add_argument_group("the table (left out: a made-up one of 131072 x 1024, bfloat16)")
+    table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file with the table")
+    table.add_argument("--tensor", metavar="NAME", help="the tensor in FILE; needed where it holds several 2-D ones")
+    table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table")
+    table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
+    table.add_argument("--dtype", choices=[*DTYPES], help="of a made-up table; with --weights, what to cast it to")
+
+    ids = parser.add_argument_group("the ids (left out: made-up Zipf-distributed ones, 4 x 2048)")
+    ids.add_argument("--ids", type=Path, metavar="FILE.npy", help="an array of integers, of any shape")
+    ids.add_argument("--tokenizer", type=Path, metavar="tokenizer.json", help="with --text: how to turn it into ids")
+    ids.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file")
+
+    layer = parser.add_argument_group("the layer")
+    layer.add_argument("--world-size", type=int, default=8, metavar="W", help="ranks; must divide V (default 8)")
+    layer.add_argument("--padding-idx", type=int, metavar="ID", help="an id whose row gets no gradient")
+    layer.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is made up (default 0)")
+
+
+def case_options(options: argparse.Namespace) -> CaseOptions:
+    if options.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {options.seed}")
+    return CaseOptions(**{name: getattr(options, name) for name in CaseOptions.__dataclass_fields__})

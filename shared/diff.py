@@ -1,0 +1,236 @@
+"""Comparing two records: what is equal to the last bit, and what else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shared.bits import canonical_nan, row_hashes, ulp_distance, unsigned_view
+from shared.classify import Side, classify, held_rows
+from shared.record import Record
+from shared.rows import Rows
+
+__all__ = ["Comparison", "DifferingRow", "compare_records"]
+
+_EXAMPLES = 5
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class DifferingRow:
+    """One row that differs.
+
+    Attributes:
+        index: forward: the position in the ids; gradient: the row of the whole table.
+        id: the id looked up there.
+        owner: the rank that owns the id; -1 for ids outside the vocabulary.
+        kind: one of ``shared.classify.KINDS``.
+        max_ulp: the largest distance of two elements; None where none can be told, for NaN.
+        note: which other row a side holds, where that is the difference.
+    """
+
+    index: tuple[int, ...]
+    id: int
+    owner: int
+    kind: str
+    max_ulp: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One array of one record against the same array of another.
+
+    Attributes:
+        left, right: the backends' names.
+        what: ``"forward"`` or ``"gradient"``.
+        rank: whose; None for the sum over all ranks (of the gradient: the whole table's).
+        rows: rows compared.
+        nonzero: how many of them the left side has that are not zero in every bit.
+        differing: rows that are not equal in every bit.
+        max_ulp, max_abs: over all elements that are not NaN on either side.
+        kinds: how many of the differing rows look like what; the most frequent first.
+        examples: the first few differing rows.
+    """
+
+    left: str
+    right: str
+    what: str
+    rank: int | None
+    rows: int
+    nonzero: int
+    differing: int = 0
+    max_ulp: float = 0.0
+    max_abs: float = 0.0
+    kinds: dict[str, int] = field(default_factory=dict)
+    examples: tuple[DifferingRow, ...] = ()
+
+
+def compare_records(
+    left: Record, right: Record, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Comparison]:
+    """Compare two records of one case: every rank's forward and gradient, then the sum's and the whole table's.
+
+    Each rank's lookup is compared bit for bit. In the sum and in gradients, where something is added, any NaN equals any
+    other: arithmetic does not say which it returns.
+
+    Raises:
+        ValueError: the records are of different cases, or one is damaged.
+    """
+    left.same_case(right)
+    pair = _Pair(left, right)
+    results = []
+    for rank in range(left.world_size):
+        progress(f"{left.backend} and {right.backend}", rank, left.world_size)
+        results += [pair.forward(rank), pair.gradient(rank)]
+    return [*results, pair.forward(None), pair.gradient(None)]
+
+
+class _Pair:
+    """Two records of one case, with what is needed to name their differing rows."""
+
+    def __init__(self, left: Record, right: Record) -> None:
+        self.records = (left, right)
+        self.partition, self.ids_shape, self.padding_idx = left.partition, left.ids_shape, left.padding_idx
+        self.ids, self.table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
+        if self.ids.dtype != np.int64 or len(self.ids) != int(np.prod(self.ids_shape)):
+            raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
+        if self.table_hashes.shape != (left.vocab_size,) or self.table_hashes.dtype != np.uint64:
+            raise ValueError(f"{left.path}: a damaged record, its row hashes do not fit the table")
+        for name, mine in (("ids", self.ids), ("row_hashes", self.table_hashes)):
+            if not np.array_equal(mine, right.array(name).reshape(-1)):
+                raise ValueError(f"{left.path} and {right.path} disagree about {name}: one of them is damaged")
+
+    def forward(self, rank: int | None) -> Comparison:
+        name = "sum" if rank is None else f"forward.{rank}"
+        a, b = (record.rows(name) for record in self.records)
+        differing = _differing(a, b, arithmetic=rank is None)
+        if not len(differing):
+            return self._comparison("forward", rank, a)
+        ids = self.ids[differing]
+        expected = np.asarray(self.partition.is_valid(ids) if rank is None else self.partition.owns(ids, rank))
+        sides = (Side(a.take(differing), self.table_hashes), Side(b.take(differing), self.table_hashes))
+        kinds = classify(ids, sides, self.partition, self.padding_idx, expected)
+        if rank is not None and self._another_ranks(rank, a, b):
+            kinds[:] = "ranks swapped"
+        positions = [np.unravel_index(p, self.ids_shape) for p in differing[:_EXAMPLES]]
+        return self._differences("forward", rank, a, ids, positions, sides, kinds)
+
+    def _another_ranks(self, rank: int, a: Rows, b: Rows) -> bool:
+        """Whether one side has, for this rank, just what the other side has for another rank."""
+        for other in set(range(self.partition.world_size)) - {rank}:
+            theirs = [record.rows(f"forward.{other}") for record in self.records]
+            if any(len(mine.index) and _equal(mine, its) for mine, its in zip((b, a), theirs, strict=True)):
+                return True
+        return False
+
+    def gradient(self, rank: int | None) -> Comparison:
+        n, w = self.partition.rows_per_rank, self.partition.world_size
+        start = 0 if rank is None else int(self.partition.start(rank))
+        a, b = (
+            _whole([record.rows(f"gradient.{r}") for r in range(w)], n)
+            if rank is None
+            else record.rows(f"gradient.{rank}")
+            for record in self.records
+        )
+        differing = _differing(a, b, arithmetic=True)
+        if not len(differing):
+            return self._comparison("gradient", rank, a)
+        ids = differing + start
+        hashes = [self._gradient_hashes(record) for record in self.records]
+        sides = (Side(a.take(differing), hashes[1]), Side(b.take(differing), hashes[0]))
+        kinds = classify(ids, sides, self.partition, self.padding_idx, np.isin(ids, self.ids))
+        return self._differences("gradient", rank, a, ids, [(i,) for i in ids[:_EXAMPLES]], sides, kinds)
+
+    def _gradient_hashes(self, record: Record) -> np.ndarray:
+        """The hash of every row of the whole gradient that a record has; 0 for zero rows."""
+        hashes = np.zeros(self.partition.vocab_size, np.uint64)
+        for rank in range(self.partition.world_size):
+            rows = record.rows(f"gradient.{rank}")
+            hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
+        return hashes
+
+    def _comparison(self, what: str, rank: int | None, a: Rows, **differences: Any) -> Comparison:
+        left, right = self.records
+        return Comparison(left.backend, right.backend, what, rank, a.total, len(a.index), **differences)
+
+    def _differences(
+        self,
+        what: str,
+        rank: int | None,
+        a: Rows,
+        ids: np.ndarray,
+        indices: Sequence[tuple[Any, ...]],
+        sides: tuple[Side, Side],
+        kinds: np.ndarray,
+    ) -> Comparison:
+        ulp, absolute = _distances(sides[0].values, sides[1].values)
+        shown = slice(_EXAMPLES)
+        some = [Side(side.values[shown], side.reference) for side in sides]
+        held = [held_rows(ids[shown], side) for side in some]
+        names = [record.backend for record in self.records]
+        examples = [
+            DifferingRow(
+                index=tuple(map(int, index)),
+                id=int(ids[i]),
+                owner=int(self.partition.owner(ids[i])),
+                kind=str(kinds[i]),
+                max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
+                note="; ".join(
+                    f"{name} has row {h[i]}" for name, h in zip(names, held, strict=True) if h[i] not in (-1, ids[i])
+                ),
+            )
+            for i, index in enumerate(indices)
+        ]
+        return self._comparison(
+            what,
+            rank,
+            a,
+            differing=len(ids),
+            max_ulp=float(np.nanmax(ulp, initial=0)),
+            max_abs=float(np.nanmax(absolute, initial=0)),
+            kinds=dict(Counter(map(str, kinds)).most_common()),
+            examples=tuple(examples),
+        )
+
+
+def _equal(a: Rows, b: Rows) -> bool:
+    return np.array_equal(a.index, b.index) and np.array_equal(unsigned_view(a.values), unsigned_view(b.values))
+
+
+def _whole(parts: list[Rows], rows_per_rank: int) -> Rows:
+    index = np.concatenate([rows.index + rank * rows_per_rank for rank, rows in enumerate(parts)])
+    return Rows(index, np.concatenate([rows.values for rows in parts]), rows_per_rank * len(parts))
+
+
+def _differing(a: Rows, b: Rows, arithmetic: bool) -> np.ndarray:
+    """The numbers of the rows that are not equal."""
+    index = np.union1d(a.index, b.index)
+    found = [index[:0]]
+    for start in range(0, len(index), _CHUNK):
+        some = index[start : start + _CHUNK]
+        left, right = a.take(some), b.take(some)
+        if arithmetic:
+            left, right = canonical_nan(left), canonical_nan(right)
+        found.append(some[(unsigned_view(left) != unsigned_view(right)).any(axis=1)])
+    return np.concatenate(found)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's largest distance in representable values and in value; NaN where no element can be compared."""
+    ulp, absolute = np.empty(len(a)), np.empty(len(a))
+    for start in range(0, len(a), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        distance = ulp_distance(a[part], b[part])
+        with np.errstate(invalid="ignore"):  # infinity minus itself
+            difference = np.abs(a[part].astype(np.float64) - b[part].astype(np.float64))
+        comparable = ~np.isnan(distance)
+        none = ~comparable.any(axis=1)
+        ulp[part] = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
+        finite = comparable & ~np.isnan(difference)
+        absolute[part] = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
+    return ulp, absolute

@@ -1,0 +1,74 @@
+"""Tables, ids and gradients made up for a comparison: the same bits on every machine, from raw Philox output.
+
+Nothing here goes through a library's distributions, whose streams may change between versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from shared.partition import VocabPartition
+
+__all__ = ["exact_gradient", "special_rows", "table_chunks", "zipf_ids"]
+
+_ROWS = 4096
+
+
+def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype[Any], seed: int) -> Iterator[np.ndarray]:
+    """The rows of a made-up table, some at a time: multiples of 2**-15 in [-1, 1), rounded to ``dtype``.
+
+    A few rows in the middle (``special_rows``) hold NaN, infinities and -0.0 throughout. There are no subnormal numbers:
+    XLA flushes them to zero where it adds on a CPU, so that a sum of partial embeddings rightly differs.
+    """
+    values = (np.arange(65536, dtype=np.uint16).view(np.int16) / 32768).astype(dtype)
+    special = dict(zip(special_rows(vocab_size), (np.nan, np.inf, -np.inf, -0.0), strict=False))
+    bits = np.random.Philox(seed)
+    for start in range(0, vocab_size, _ROWS):
+        count = min(_ROWS, vocab_size - start)
+        raw = bits.random_raw(-(-count * emb_size // 4)).view(np.uint16)[: count * emb_size]
+        chunk = values[raw].reshape(count, emb_size)
+        for row, value in special.items():
+            if start <= row < start + count:
+                chunk[row - start] = value
+        yield chunk
+
+
+def special_rows(vocab_size: int) -> list[int]:
+    """The rows of a made-up table that hold special values; none in a tiny one."""
+    middle = vocab_size // 2
+    return list(range(middle, middle + 4)) if vocab_size >= 64 else []
+
+
+def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np.ndarray:
+    """Made-up ids, int64: id i with a probability proportional to 1 / (i + 1), as token ids of real text nearly are.
+
+    The first few are set: both edges of every rank, the special rows, and ids outside the vocabulary, among them some
+    that narrowing to 32 bits would turn into valid ones.
+    """
+    vocab_size = partition.vocab_size
+    mass = np.cumsum(1 / np.arange(1, vocab_size + 1, dtype=np.float64))
+    uniform = (np.random.Philox([seed, 1]).random_raw(int(np.prod(shape))) >> np.uint64(11)) * 2.0**-53
+    ids = np.minimum(np.searchsorted(mass, uniform * mass[-1], side="right"), vocab_size - 1).astype(np.int64)
+    edges = [edge for r in range(partition.world_size) for edge in (partition.start(r), partition.stop(r) - 1)]
+    outside = [-1, vocab_size, -vocab_size, 2**31 + 5, 2**32, 2**32 + vocab_size - 1, 2**63 - 1, -(2**63)]
+    outside = [i for i in outside if not 0 <= i < vocab_size]
+    planted = np.array([*edges, *special_rows(vocab_size), *outside], np.int64)[: len(ids) // 2]
+    ids[: len(planted)] = planted
+    return ids.reshape(shape)
+
+
+def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype[Any], seed: int) -> np.ndarray:
+    """A made-up gradient of the embedding, ``[*ids.shape, e]``, whose sums are exact in any order.
+
+    Its values are multiples of 1/128 in [-1, 1) (of fewer steps where one id is very frequent), so that every partial sum
+    of a row is a float32: two sums of the same terms are then equal to the last bit, or one of them is wrong.
+    """
+    most = int(np.unique(ids, return_counts=True)[1].max(initial=1))
+    steps = 2 ** max(0, min(7, 24 - (most - 1).bit_length()))
+    values = (np.floor(np.arange(256, dtype=np.uint8).view(np.int8) / 128 * steps) / steps).astype(dtype)
+    count = ids.size * emb_size
+    raw = np.random.Philox([seed, 2]).random_raw(-(-count // 8)).view(np.uint8)[:count]
+    return values[raw].reshape(*ids.shape, emb_size)

@@ -1,0 +1,59 @@
+"""Running each backend in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.harness import PROGRESS_PREFIX
+from shared.record import Record
+
+__all__ = ["BACKENDS", "FRAMEWORKS", "BackendError", "is_installed", "record_backend"]
+
+BACKENDS = {"oracle": "shared.runner", "torch": "torch_impl.runner", "jax": "jax_impl.runner"}
+"""The module that runs each backend."""
+
+FRAMEWORKS = ("torch", "jax")
+"""The backends that need a package to be installed."""
+
+
+class BackendError(RuntimeError):
+    """A backend's process failed; the message is its last words, ``details`` all it said."""
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def is_installed(backend: str) -> bool:
+    """Whether a backend's package is there."""
+    return backend not in FRAMEWORKS or importlib.util.find_spec(backend) is not None
+
+
+def record_backend(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> Record:
+    """Have a backend compute the case in the folder ``case`` and write the file ``record``.
+
+    Raises:
+        BackendError: its process failed.
+    """
+    command = [sys.executable, "-m", BACKENDS[backend], str(case), str(record)]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(PROGRESS_PREFIX):
+                progress(*json.loads(line.removeprefix(PROGRESS_PREFIX)))
+        status = process.wait()
+        if status != 0:
+            errors.seek(0)
+            details = errors.read().strip()
+            last = details.splitlines()[-1] if details else f"exit status {status}, no message"
+            raise BackendError(f"the {backend} backend failed: {last}", details)
+    return Record.open(record)

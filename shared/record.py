@@ -1,0 +1,159 @@
+"""What a backend computed for a case, in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from shared.bits import DTYPES
+from shared.case import Case, sha256
+from shared.partition import VocabPartition
+from shared.rows import Rows
+from shared.table_file import open_safetensors
+
+__all__ = ["Record", "RecordWriter"]
+
+_FORMAT = "parallel-vocab-embedding record"
+_VERSION = 1
+
+
+class RecordWriter:
+    """Gathers what a backend computes and writes it, whole or not at all.
+
+    The file is a safetensors file: for each of ``forward.R``, ``gradient.R`` (R a rank) and ``sum``, the rows that are not
+    zero in every bit (``.index``, ``.values``), with the case's ids and row hashes. Sizes, versions and SHA-256 checksums
+    of the case's inputs and of every tensor are in the file's metadata.
+    """
+
+    def __init__(self, case: Case, backend: str, versions: dict[str, str]) -> None:
+        self._case = case
+        self._header: dict[str, Any] = {
+            "backend": backend,
+            "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
+            "machine": platform.machine(),
+            **{name: getattr(case, name) for name in _CASE_FIELDS},
+        }
+        self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Keep an array: ``forward.R`` is ``[*ids.shape, e]``, ``gradient.R`` ``[n, e]``, ``sum`` ``[*ids.shape, e]``."""
+        rows = Rows.of(array)
+        self._tensors[f"{name}.index"], self._tensors[f"{name}.values"] = rows.index, rows.values
+
+    def write(self, path: Path) -> None:
+        """Write the file: at any moment there is the old one or the whole new one."""
+        expected = {f"{name}.{part}" for name in _names(self._case.world_size) for part in ("index", "values")}
+        missing = expected - set(self._tensors)
+        if missing:
+            raise ValueError(f"the record lacks {', '.join(sorted(missing))}")
+        sums = {name: sha256(array) for name, array in self._tensors.items()}
+        header = {**self._header, "sha256": sums}
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "header": json.dumps(header)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(self._tensors, temporary, metadata)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+_CASE_FIELDS = ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "source", "checksums")
+
+
+def _names(world_size: int) -> list[str]:
+    return [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record file, its header checked; its tensors are read and verified when they are asked for."""
+
+    path: Path
+    backend: str
+    versions: dict[str, str]
+    machine: str
+    vocab_size: int
+    emb_size: int
+    dtype: str
+    world_size: int
+    padding_idx: int | None
+    ids_shape: tuple[int, ...]
+    source: str
+    checksums: dict[str, str]
+    sha256: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> Record:
+        """Open a record.
+
+        Raises:
+            ValueError: the file is missing, truncated, of another kind or version, or contradicts itself.
+        """
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+            names = set(file.keys())
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a record of `pve record`")
+        if metadata.get("version") != str(_VERSION):
+            raise ValueError(f"{path}: a record of version {metadata.get('version')}, this program reads {_VERSION}")
+        try:
+            header = json.loads(metadata["header"])
+            record = cls(path=path, **{**header, "ids_shape": tuple(header["ids_shape"])})
+            record._check_header(names)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: a damaged record, its header does not hold together ({error})") from error
+        return record
+
+    def _check_header(self, names: set[str]) -> None:
+        VocabPartition(self.vocab_size, self.world_size)
+        if self.dtype not in DTYPES or not isinstance(self.backend, str):
+            raise ValueError(f"dtype {self.dtype!r}, backend {self.backend!r}")
+        tensors = {f"{name}.{part}" for name in _names(self.world_size) for part in ("index", "values")}
+        tensors |= {"ids", "row_hashes"}
+        if not tensors == names == set(self.sha256):
+            raise ValueError("tensors and checksums do not match")
+
+    @property
+    def partition(self) -> VocabPartition:
+        return VocabPartition(self.vocab_size, self.world_size)
+
+    def array(self, name: str) -> np.ndarray:
+        """One tensor, verified against its checksum."""
+        with open_safetensors(self.path) as file:
+            array = np.asarray(file.get_tensor(name))
+        if sha256(array) != self.sha256[name]:
+            raise ValueError(f"{self.path}: a damaged record, the checksum of {name} does not match")
+        return array
+
+    def rows(self, name: str) -> Rows:
+        """The rows of ``forward.R``, ``gradient.R`` or ``sum``."""
+        tokens = int(np.prod(self.ids_shape))
+        total = self.partition.rows_per_rank if name.startswith("gradient") else tokens
+        index, values = self.array(f"{name}.index"), self.array(f"{name}.values")
+        if (
+            index.dtype != np.int64
+            or values.dtype != DTYPES[self.dtype]
+            or values.shape != (len(index), self.emb_size)
+            or (len(index) and (index[0] < 0 or index[-1] >= total or (np.diff(index) <= 0).any()))
+        ):
+            raise ValueError(f"{self.path}: a damaged record, {name} does not fit its sizes")
+        return Rows(index, values, total)
+
+    def same_case(self, other: Record) -> None:
+        """Raise ValueError, saying what differs, unless both records are of one case."""
+        for field in ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "checksums"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                what = {"checksums": "weights, ids or gradient"}.get(field, field)
+                raise ValueError(
+                    f"{self.path} and {other.path} are records of different cases: {what} differ ({mine}, {theirs})"
+                )

@@ -1,0 +1,125 @@
+"""How a comparison is shown: as tables on a terminal, or as JSON."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.case import Case
+from shared.classify import KINDS
+from shared.diff import Comparison
+from shared.record import Record
+
+__all__ = ["as_json", "print_report"]
+
+_FACTS = ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "source", "checksums")
+Versions = dict[str, dict[str, str]]
+
+
+def as_json(
+    case: Case | Record, versions: Versions, comparisons: Sequence[Comparison], missing: Sequence[str]
+) -> dict[str, Any]:
+    """A comparison as plain values. Distances without a finite number are strings, as in ``"inf"``."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+    return {
+        "equal": not any(comparison.differing for comparison in comparisons),
+        "case": {name: getattr(case, name) for name in _FACTS},
+        "backends": versions,
+        "missing": list(missing),
+        "comparisons": [plain(asdict(comparison)) for comparison in comparisons],
+    }
+
+
+def print_report(
+    console: Console,
+    case: Case | Record,
+    versions: Versions,
+    comparisons: Sequence[Comparison],
+    missing: Sequence[str],
+    seconds: float | None = None,
+) -> None:
+    """Print what was compared, a table of the results, the differing rows, and the verdict."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style))
+
+    ids = "x".join(map(str, case.ids_shape)) or "one"
+    say(f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks, ids {ids}", "bold")
+    say(case.source)
+    for name, found in versions.items():
+        say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
+    pairs = [list(group) for _, group in itertools.groupby(comparisons, key=lambda c: (c.left, c.right))]
+    console.print(_overview(case, pairs))
+    for comparison in comparisons:
+        if comparison.differing:
+            console.print(_differences(comparison))
+    for name in missing:
+        say(
+            f"{name} is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[{name}]'", "yellow"
+        )
+    different = sum(comparison.differing > 0 for comparison in comparisons)
+    time = "" if seconds is None else f" ({seconds:.1f} s)"
+    if different:
+        say(f"DIFFERENT: {different} of {len(comparisons)} comparisons{time}", "bold red")
+    else:
+        rows = sum(comparison.rows for comparison in comparisons)
+        say(f"EQUAL: {len(comparisons)} comparisons of {rows} rows in all, max ULP 0, max abs 0{time}", "bold green")
+
+
+def _overview(case: Case | Record, pairs: list[list[Comparison]]) -> Table:
+    """A row a rank: what it owns, how much of it the ids asked for, and whether each pair of backends agrees."""
+    table = Table()
+    for column in ("rank", "owns ids", "looked up", "with gradient"):
+        table.add_column(column, justify="right")
+    for pair in pairs:
+        table.add_column(f"{pair[0].left} = {pair[0].right}")
+    for both in zip(*(zip(pair[::2], pair[1::2], strict=True) for pair in pairs), strict=True):
+        forward, gradient = both[0]
+        if forward.rank is None:
+            table.add_section()
+            label, start, stop = "sum", 0, case.vocab_size
+        else:
+            label, start, stop = str(forward.rank), case.partition.start(forward.rank), case.partition.stop(forward.rank)
+        counts = (f"{part.nonzero} of {part.rows}" for part in (forward, gradient))
+        table.add_row(label, f"{start} - {stop - 1}", *counts, *(_cell(*comparisons) for comparisons in both))
+    return table
+
+
+def _cell(forward: Comparison, gradient: Comparison) -> Text:
+    different = [f"{part.what} {part.differing}" for part in (forward, gradient) if part.differing]
+    return Text("differ: " + ", ".join(different), "red") if different else Text("equal", "green")
+
+
+def _differences(comparison: Comparison) -> Table:
+    where = "the sum" if comparison.rank is None else f"rank {comparison.rank}"
+    title = f"{comparison.left} against {comparison.right}, {comparison.what} of {where}: "
+    title += ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
+    title += f"; max {_number(comparison.max_ulp)} ULP, {_number(comparison.max_abs)} absolute"
+    meaning = "; ".join(f"{kind}: {KINDS[kind]}" for kind in comparison.kinds)
+    table = Table(title=title, title_style="bold", title_justify="left", caption=meaning, caption_justify="left")
+    for column in ("position" if comparison.what == "forward" else "row", "id", "owner", "looks like", "max ULP", ""):
+        table.add_column(column)
+    for row in comparison.examples:
+        owner = "none" if row.owner < 0 else f"rank {row.owner}"
+        ulp = "-" if row.max_ulp is None else _number(row.max_ulp)
+        table.add_row(", ".join(map(str, row.index)), str(row.id), owner, row.kind, ulp, row.note)
+    if comparison.differing > len(comparison.examples):
+        table.add_row("...", f"{comparison.differing - len(comparison.examples)} more", "", "", "", "")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
