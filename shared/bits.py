@@ -65,7 +65,7 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def row_hashes(values: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each row's bits, to find out which row of a table something is; not against forgery."""
-    rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+    rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.shape[1] * values.dtype.itemsize)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
     multipliers = np.random.Philox(0).random_raw(rows.shape[1]) | np.uint64(1)
     mixed = (rows ^ (rows >> np.uint64(29))) @ multipliers

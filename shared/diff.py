@@ -115,15 +115,17 @@ class _Pair:
         expected = np.asarray(self.partition.is_valid(ids) if rank is None else self.partition.owns(ids, rank))
         sides = (Side(a.take(differing), self.table_hashes), Side(b.take(differing), self.table_hashes))
         kinds = classify(ids, sides, self.partition, self.padding_idx, expected)
-        if rank is not None and self._another_ranks(rank, a, b):
+        if self._another_ranks("forward", rank, a, b):
             kinds[:] = "ranks swapped"
         positions = [np.unravel_index(p, self.ids_shape) for p in differing[:_EXAMPLES]]
         return self._differences("forward", rank, a, ids, positions, sides, kinds)
 
-    def _another_ranks(self, rank: int, a: Rows, b: Rows) -> bool:
+    def _another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
         """Whether one side has, for this rank, just what the other side has for another rank."""
+        if rank is None:
+            return False
         for other in set(range(self.partition.world_size)) - {rank}:
-            theirs = [record.rows(f"forward.{other}") for record in self.records]
+            theirs = [record.rows(f"{what}.{other}") for record in self.records]
             if any(len(mine.index) and _equal(mine, its) for mine, its in zip((b, a), theirs, strict=True)):
                 return True
         return False
@@ -144,6 +146,8 @@ class _Pair:
         hashes = [self._gradient_hashes(record) for record in self.records]
         sides = (Side(a.take(differing), hashes[1]), Side(b.take(differing), hashes[0]))
         kinds = classify(ids, sides, self.partition, self.padding_idx, np.isin(ids, self.ids))
+        if self._another_ranks("gradient", rank, a, b):
+            kinds[:] = "ranks swapped"
         return self._differences("gradient", rank, a, ids, [(i,) for i in ids[:_EXAMPLES]], sides, kinds)
 
     def _gradient_hashes(self, record: Record) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""A small case, and records of it that a test can tamper with."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from shared.case import CaseOptions, build_case
+from shared.record import Record, RecordWriter
+from shared.runner import run
+
+
+class Arrays(dict):
+    """Takes what a runner records, as the arrays themselves."""
+
+    def add(self, name, array):
+        self[name] = array.copy()
+
+
+@pytest.fixture
+def case(tmp_path):
+    """30 rows over 3 ranks; ids with duplicates, every rank's edges, padding_idx 5 and two outside the vocabulary."""
+    folder = tmp_path / "case"
+    folder.mkdir()
+    table = np.random.default_rng(0).standard_normal((30, 6)).astype(ml_dtypes.bfloat16)
+    save_file({"table": table}, tmp_path / "table.safetensors")
+    np.save(tmp_path / "ids.npy", np.array([[0, 9, 10, 19, 20, 29], [5, 5, 12, 12, 13, -1], [3, 4, 25, 14, 30, 0]]))
+    options = CaseOptions(
+        weights=tmp_path / "table.safetensors", ids=tmp_path / "ids.npy", world_size=3, padding_idx=5
+    )
+    return build_case(options, folder)
+
+
+@pytest.fixture
+def make_record(case, tmp_path):
+    """Write the oracle's record under a backend's name, after ``change(arrays)`` had its way with it."""
+
+    def make(name, change=None):
+        arrays = Arrays()
+        run(case, arrays, lambda *_: None)
+        if change is not None:
+            change(arrays)
+        writer = RecordWriter(case, name, {})
+        for key, array in arrays.items():
+            writer.add(key, array)
+        path = tmp_path / f"{name}.record"
+        writer.write(path)
+        return Record.open(path)
+
+    return make
