@@ -38,7 +38,7 @@ def partial_lookup(
         invalid_ids: what an id outside ``[0, vocab_size)``, negative ones included, gives on every rank: ``"zero"``, a
             row of +0.0; ``"error"``, an IndexError (which waits for the device to know).
         padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
-        sparse: make the weight's gradient a coalesced sparse COO tensor of the rows asked for (not under torch.compile).
+        sparse: make the weight's gradient a sparse COO tensor of the distinct rows asked for (not under torch.compile).
 
     Returns:
         ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. Rows are copied bit for bit. Where the
@@ -80,21 +80,21 @@ def lookup_checked(
     weight: Tensor,
     ids: Tensor,
     partition: VocabPartition,
-    rank: int,
+    rank: int | Tensor,
     invalid_ids: str,
     padding_idx: int | None,
     sparse: bool,
 ) -> Tensor:
-    """``partial_lookup`` for a caller that has checked all but the ids."""
+    """``partial_lookup`` for a caller that has checked all but the ids; ``rank`` may be a 0-d tensor."""
     if not isinstance(ids, Tensor):
         raise ids_type_error(type(ids).__name__, "a torch.Tensor")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
     ids = torch.ops.pve.check_ids(ids, partition.vocab_size) if invalid_ids == "error" else widen(ids)
     local, owned = partition.local_ids(ids, rank), partition.owns(ids, rank)
-    no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
+    counted = None if padding_idx is None else owned & (ids != padding_idx)
     lookup = _TracedLookup if torch.compiler.is_compiling() else _Lookup
-    return lookup.apply(weight, local, owned, no_grad_row, sparse)  # type: ignore[no-any-return]
+    return lookup.apply(weight, local, owned, counted, sparse)  # type: ignore[no-any-return]
 
 
 _INTEGER_DTYPES = frozenset(
@@ -117,23 +117,24 @@ def _(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 class _TracedLookup(torch.autograd.Function):
-    """Rows of the table to the positions that own one, in the part of autograd that torch.compile traces."""
+    """Rows of the table to the positions that own one, in the part of autograd that torch.compile traces.
+
+    ``counted`` says which positions have a gradient; None: those that own a row.
+    """
 
     @staticmethod
-    def forward(weight: Tensor, local: Tensor, owned: Tensor, no_grad_row: int | None, sparse: bool) -> Tensor:
+    def forward(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:
         return _lookup_rows(weight, local, owned)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, local, owned, ctx.no_grad_row, ctx.sparse = inputs
-        ctx.save_for_backward(local, owned)
+        weight, local, owned, counted, ctx.sparse = inputs
+        ctx.save_for_backward(local, owned if counted is None else counted)
         ctx.num_rows, ctx.device = weight.shape[0], weight.device
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        local, owned = ctx.saved_tensors
-        counted = _with_gradient(local, owned, ctx.no_grad_row)
-        grad = _sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        grad = _sum_rows(grad_outputs[0], *ctx.saved_tensors, ctx.num_rows, ctx.device, ctx.sparse)
         return grad, None, None, None, None
 
 
@@ -143,31 +144,30 @@ class _Lookup(_TracedLookup):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _TracedLookup.setup_context(ctx, inputs, output)
-        _weight, local, owned, _no_grad_row, _sparse = inputs
-        ctx.save_for_forward(local, owned)
+        _weight, local, owned, counted, _sparse = inputs
+        ctx.save_for_forward(local, owned if counted is None else counted)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        local, owned = ctx.saved_tensors
-        counted = _with_gradient(local, owned, ctx.no_grad_row)
-        grad = _RowSum.apply(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        grad = _RowSum.apply(grad_outputs[0], *ctx.saved_tensors, ctx.num_rows, ctx.device, ctx.sparse)
         return grad, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        local, owned = ctx.saved_tensors
-        return _lookup_rows(grad_inputs[0], local, _with_gradient(local, owned, ctx.no_grad_row))
+        return _lookup_rows(grad_inputs[0], *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        weight, local, owned, no_grad_row, sparse = inputs
-        local, owned = (
-            _batch_first(t, dim, info.batch_size) for t, dim in zip((local, owned), in_dims[1:3], strict=True)
+        weight, *masks, sparse = inputs
+        local, owned, counted = (
+            None if mask is None else _batch_first(mask, dim, info.batch_size)
+            for mask, dim in zip(masks, in_dims[1:4], strict=True)
         )
         if in_dims[0] is None:
-            return _Lookup.apply(weight, local, owned, no_grad_row, sparse), 0
-        each = zip(weight.movedim(in_dims[0], 0), local, owned, strict=True)
-        return torch.stack([_Lookup.apply(*tensors, no_grad_row, sparse) for tensors in each]), 0
+            return _Lookup.apply(weight, local, owned, counted, sparse), 0
+        counts = [None] * info.batch_size if counted is None else counted
+        each = zip(weight.movedim(in_dims[0], 0), local, owned, counts, strict=True)
+        return torch.stack([_Lookup.apply(*tensors, sparse) for tensors in each]), 0
 
 
 class _RowSum(torch.autograd.Function):
@@ -202,10 +202,6 @@ class _RowSum(torch.autograd.Function):
         batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False)]
         each = zip(*batched, strict=True)
         return torch.stack([_RowSum.apply(*tensors, num_rows, device, sparse) for tensors in each]), 0
-
-
-def _with_gradient(local: Tensor, owned: Tensor, no_grad_row: int | None) -> Tensor:
-    return owned if no_grad_row is None else owned & (local != no_grad_row)
 
 
 def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -253,7 +249,8 @@ def _sum_rows(
         distinct, sums = _sum_distinct(grad_TE, local_T, counted_T)
         distinct, sums = distinct.to(device), sums.to(device)
         if sparse:
-            return torch.sparse_coo_tensor(distinct.unsqueeze(0), sums, (num_rows, emb_size), is_coalesced=True)
+            index, size = distinct.unsqueeze(0), (num_rows, emb_size)
+            return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
         return sums.new_zeros(num_rows, emb_size).index_copy_(0, distinct, sums)
     dtype = grad_TE.dtype
     grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)  # noqa: N806

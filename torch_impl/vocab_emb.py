@@ -44,7 +44,7 @@ class ParallelVocabEmbedding(nn.Module):
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError on every rank.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient.
-        sparse: make ``weight.grad`` a coalesced sparse tensor of the rows asked for (not under torch.compile).
+        sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for (not under torch.compile).
         init: ``"per_rank"``, the initialisation described above.
 
     Attributes:
@@ -102,6 +102,8 @@ class ParallelVocabEmbedding(nn.Module):
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
         self.sparse = bool(sparse)
         self.init = check_choice("init", init, ("per_rank",))
+        # Compiled graphs take the rank as data, so that they are the same on every rank.
+        self._rank_tensor = torch.tensor(self.rank, device="cpu")
         self.weight = nn.Parameter(torch.empty(self.partition.rows_per_rank, self.emb_size, dtype=dtype, device=device))
         self.reset_parameters()
 
@@ -143,9 +145,8 @@ class ParallelVocabEmbedding(nn.Module):
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
         """
-        return lookup_checked(
-            self.weight, ids, self.partition, self.rank, self.invalid_ids, self.padding_idx, self.sparse
-        )
+        rank = self._rank_tensor if torch.compiler.is_compiling() else self.rank
+        return lookup_checked(self.weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, self.sparse)
 
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"

@@ -12,6 +12,7 @@ __all__ = ["add_case_arguments", "case_options"]
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that say which table, which ids and which layer."""
     table = parser.add_argument_group("the table (left out: a made-up one of 131072 x 1024, bfloat16)")
     table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file with the table")
     table.add_argument("--tensor", metavar="NAME", help="the tensor in FILE; needed where it holds several 2-D ones")
@@ -31,6 +32,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def case_options(options: argparse.Namespace) -> CaseOptions:
+    """What the user said with them."""
     if options.seed < 0:
         raise ValueError(f"--seed must not be negative, got {options.seed}")
     return CaseOptions(**{name: getattr(options, name) for name in CaseOptions.__dataclass_fields__})

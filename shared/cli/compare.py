@@ -37,6 +37,7 @@ exit status: 0 equal, 1 different, 2 bad input"""
 
 
 def add_parser(commands: Any) -> None:
+    """Add ``pve compare`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "compare",
         help="run both backends on one table and prove them equal",

@@ -25,6 +25,7 @@ exit status: 0 equal, 1 different, 2 bad input (another case, a truncated or for
 
 
 def add_parser(commands: Any) -> None:
+    """Add ``pve diff`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "diff",
         help="compare two records",

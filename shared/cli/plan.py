@@ -26,6 +26,7 @@ exit status: 0, or 2 where the vocabulary cannot be split so"""
 
 
 def add_parser(commands: Any) -> None:
+    """Add ``pve plan`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="who owns which rows, and the memory each rank needs",

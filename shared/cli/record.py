@@ -31,6 +31,7 @@ exit status: 0 recorded, 2 bad input"""
 
 
 def add_parser(commands: Any) -> None:
+    """Add ``pve record`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "record",
         help="run one backend and keep what it computed",

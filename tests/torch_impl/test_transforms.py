@@ -1,0 +1,122 @@
+"""Under torch.compile, torch.export, torch.func, checkpointing and fake tensors."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+from torch_impl import ParallelVocabEmbedding
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_graphs():
+    torch._dynamo.reset()
+
+
+IDS = torch.tensor([[0, 5, 4, 12], [11, 5, -1, 7]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "padding_idx"), [(0, None), (1, None), (1, 5)])
+def test_compiled_without_a_graph_break_forward_and_backward(dtype, rank, padding_idx):
+    emb = ParallelVocabEmbedding(12, 4, rank, 3, dtype=dtype, padding_idx=padding_idx)
+    compiled = torch.compile(emb, fullgraph=True)
+    eager, traced = emb(IDS), compiled(IDS)
+    assert torch.equal(traced.view(torch.uint8), eager.view(torch.uint8))
+    grad_output = torch.randint(-7, 8, eager.shape).to(dtype)
+    (expected,) = torch.autograd.grad(eager, emb.weight, grad_output)
+    (found,) = torch.autograd.grad(traced, emb.weight, grad_output)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 5])
+def test_compiled_graphs_are_the_same_on_every_rank(padding_idx):
+    counter = CompileCounterWithBackend("aot_eager")
+    for rank in range(12):
+        emb = ParallelVocabEmbedding(12, 4, rank, 12, padding_idx=padding_idx)
+        out = torch.compile(emb, fullgraph=True, backend=counter)(IDS)
+        assert torch.equal(out, emb(IDS))
+        out.sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_compiled_gradients_of_16_bit_tables_do_not_saturate():
+    emb = ParallelVocabEmbedding(8, 4, 1, 2, dtype=torch.bfloat16)
+    torch.compile(emb, fullgraph=True)(torch.full((5000,), 6)).sum().backward()
+    assert torch.equal(emb.weight.grad[2], torch.full((4,), 5000.0).bfloat16())
+
+
+def test_compiled_errors_are_the_eager_ones():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3, invalid_ids="error")
+    compiled = torch.compile(emb, fullgraph=True)
+    assert torch.equal(compiled(IDS.clamp(0, 11)), emb(IDS.clamp(0, 11)))
+    with pytest.raises(IndexError, match=r"ids\[0, 3\] = 12 is outside the vocabulary \[0, 12\)"):
+        compiled(IDS)
+
+
+def test_compiled_with_any_number_of_ids():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3)
+    compiled = torch.compile(emb, fullgraph=True, dynamic=True)
+    for size in (1, 2, 5, 9):
+        ids = torch.randint(0, 12, (size,))
+        assert torch.equal(compiled(ids), emb(ids))
+
+
+def test_sparse_gradients_are_refused_by_a_compiler_and_lookups_are_not():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3, sparse=True)
+    compiled = torch.compile(emb, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS), emb(IDS))
+    with pytest.raises(Exception, match="sparse=True cannot be compiled"):
+        compiled(IDS)
+
+
+def test_exported():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3)
+    exported = torch.export.export(emb, (IDS,)).module()
+    assert torch.equal(exported(IDS), emb(IDS))
+
+
+def test_checkpointed():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3)
+    emb(IDS).square().sum().backward()
+    expected, emb.weight.grad = emb.weight.grad, None
+    checkpoint(emb, IDS, use_reentrant=False).square().sum().backward()
+    assert torch.equal(emb.weight.grad, expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_mapped_over_ids_tables_and_both(sparse):
+    emb = ParallelVocabEmbedding(12, 4, 1, 3, sparse=sparse, padding_idx=5)
+    table = emb.weight.detach()
+    tables = torch.stack([table, 2 * table])
+
+    def lookup(weight, ids):
+        return functional_call(emb, {"weight": weight}, (ids,))
+
+    assert torch.equal(vmap(lookup, (None, 0))(table, IDS), emb(IDS))
+    assert torch.equal(vmap(lookup, (None, 1), 1)(table, IDS), emb(IDS))
+    assert torch.equal(vmap(lookup, (0, None))(tables, IDS), torch.stack([emb(IDS), 2 * emb(IDS)]))
+    assert torch.equal(vmap(lookup, (0, 0))(tables, IDS), torch.stack([emb(IDS[0]), 2 * emb(IDS[1])]))
+
+
+def test_per_sample_gradients():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3, padding_idx=5)
+    table = emb.weight.detach()
+
+    def loss(weight, ids):
+        return functional_call(emb, {"weight": weight}, (ids,)).pow(3).sum()
+
+    expected = torch.stack([grad(loss)(table, ids) for ids in IDS])
+    assert torch.equal(vmap(grad(loss), (None, 0))(table, IDS), expected)
+    assert torch.equal(vmap(grad(loss), (0, 0))(torch.stack([table, table]), IDS), expected)
+
+
+def test_fake_tensors_have_the_right_shapes():
+    with FakeTensorMode():
+        emb = ParallelVocabEmbedding(12, 4, 1, 3, dtype=torch.bfloat16)
+        out = emb(torch.zeros(2, 5, dtype=torch.int32))
+        out.sum().backward()
+        assert (out.shape, out.dtype, emb.weight.grad.shape) == ((2, 5, 4), torch.bfloat16, (4, 4))

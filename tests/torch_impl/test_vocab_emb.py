@@ -1,0 +1,172 @@
+"""Building the layer: what it holds, how it is drawn, what it refuses."""
+
+import copy
+import inspect
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shared import VocabPartition
+from torch_impl import ParallelVocabEmbedding
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def test_the_signature_is_the_promised_one():
+    parameters = inspect.signature(ParallelVocabEmbedding).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == (
+        "vocab_size emb_size rank world_size process_group init_mean init_std init_base_seed dtype device".split()
+    )
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == {
+        "rank": None,
+        "world_size": None,
+        "process_group": None,
+        "init_mean": 0.0,
+        "init_std": 1.0,
+        "init_base_seed": 42,
+        "dtype": torch.float32,
+        "device": "cpu",
+        "reduction": "none",
+        "invalid_ids": "zero",
+        "padding_idx": None,
+        "sparse": False,
+        "init": "per_rank",
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_rank_draws_from_its_own_seed(dtype, rank):
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    emb = ParallelVocabEmbedding(24, 5, rank, 3, None, 0.5, 0.02, 7, dtype)
+    emb.reset_parameters()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7 + rank)
+    expected = nn.init.normal_(torch.empty(8, 5, dtype=dtype), 0.5, 0.02)
+    assert emb.weight.dtype == dtype
+    assert torch.equal(emb.weight, expected)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**40), 2**63 - 9])
+def test_seeds_of_any_size(seed):
+    emb = ParallelVocabEmbedding(16, 2, 1, 2, init_base_seed=seed)
+    torch.manual_seed(seed + 1)
+    assert torch.equal(emb.weight, torch.empty(8, 2).normal_())
+
+
+def test_the_callers_numpy_state_is_untouched_too():
+    before = np.random.get_state()[1].copy()
+    ParallelVocabEmbedding(8, 2)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_reset_parameters_is_called_once_and_brings_the_table_back():
+    class Counting(ParallelVocabEmbedding):
+        calls = 0
+
+        def reset_parameters(self):
+            self.calls += 1
+            super().reset_parameters()
+
+    emb = Counting(24, 5, 1, 3)
+    assert emb.calls == 1
+    first = emb.weight.detach().clone()
+    nn.init.zeros_(emb.weight)
+    emb.reset_parameters()
+    assert torch.equal(emb.weight, first)
+
+
+def test_what_it_holds():
+    emb = ParallelVocabEmbedding(24, 5, 1, 3)
+    assert isinstance(emb.weight, nn.Parameter)
+    assert emb.weight.shape == (8, 5)
+    assert emb.partition == VocabPartition(24, 3)
+    assert (emb.rank, emb.world_size, emb.vocab_size, emb.emb_size) == (1, 3, 24, 5)
+    assert list(emb.state_dict()) == ["weight"]
+    assert [name for name, _ in emb.named_parameters()] == ["weight"]
+    assert not list(emb.buffers())
+    assert "24, 5, rank=1, world_size=3" in repr(emb)
+    assert "padding_idx=3" in repr(ParallelVocabEmbedding(24, 5, padding_idx=3))
+
+
+def test_without_rank_and_group_it_is_the_whole_table():
+    emb = ParallelVocabEmbedding(24, 5)
+    assert (emb.rank, emb.world_size) == (0, 1)
+    assert emb.weight.shape == (24, 5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_row_of_padding_idx_starts_as_zero_on_its_owner_alone(rank):
+    emb = ParallelVocabEmbedding(16, 3, rank, 2, padding_idx=9)
+    plain = ParallelVocabEmbedding(16, 3, rank, 2)
+    expected = plain.weight.detach().clone()
+    if rank == 1:
+        expected[1] = 0
+    assert torch.equal(emb.weight, expected)
+
+
+def test_meta_device_then_to_empty_then_reset_gives_the_same_table():
+    emb = ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=8, device="meta")
+    assert emb.weight.is_meta
+    assert emb(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
+    emb.to_empty(device="cpu")
+    emb.reset_parameters()
+    assert torch.equal(emb.weight, ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=8).weight)
+
+
+def test_it_survives_copy_pickle_and_state_dict(tmp_path):
+    emb = ParallelVocabEmbedding(24, 5, 2, 3, padding_idx=20, dtype=torch.bfloat16)
+    ids = torch.arange(24)
+    for other in (copy.deepcopy(emb), pickle.loads(pickle.dumps(emb))):
+        assert other.weight is not emb.weight
+        assert torch.equal(other(ids), emb(ids))
+        assert (other.partition, other.rank, other.padding_idx) == (emb.partition, 2, 20)
+    torch.save(emb.state_dict(), tmp_path / "state")
+    other = ParallelVocabEmbedding(24, 5, 2, 3, init_base_seed=0, dtype=torch.bfloat16)
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(other.weight, emb.weight)
+
+
+def test_a_subclassed_conversion_keeps_it_working():
+    emb = ParallelVocabEmbedding(24, 5, 1, 3).to(torch.bfloat16)
+    out = emb(torch.arange(24))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out[8:16], emb.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"vocab_size": 50257, "rank": 0, "world_size": 8}, ValueError, "50257 over world_size=8 .* is 50264"),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 24.0}, TypeError, "vocab_size must be an integer"),
+        ({"emb_size": 0}, ValueError, "emb_size must be at least 1, got 0"),
+        ({"rank": 3, "world_size": 3}, ValueError, r"rank must be in .* \[0, 3\), got 3"),
+        ({"rank": -1, "world_size": 3}, ValueError, r"rank must be in"),
+        ({"rank": 1}, ValueError, "pass the world_size"),
+        ({"world_size": 0}, ValueError, "world_size must be at least 1"),
+        ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
+        ({"init_std": -1}, ValueError, "init_std must not be negative"),
+        ({"init_mean": float("nan")}, ValueError, "init_mean must be finite"),
+        ({"init_std": "1e"}, TypeError, "init_std must be a number"),
+        ({"init_base_seed": 2**63}, ValueError, "init_base_seed"),
+        ({"init_base_seed": 1.5}, TypeError, "init_base_seed must be an integer"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be"),
+        ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
+        ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
+        ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
+        ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none', got 'sum'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, match):
+    with pytest.raises(error, match=match):
+        ParallelVocabEmbedding(**{"vocab_size": 24, "emb_size": 4, **arguments})
