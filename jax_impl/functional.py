@@ -54,7 +54,7 @@ def partial_lookup(
     Example:
         >>> from jax.sharding import PartitionSpec as P
         >>> w = jax.device_count()
-        >>> mesh = jax.make_mesh((w,), ("tp",))
+        >>> mesh = jax.make_mesh((w,), ("tp",), (jax.sharding.AxisType.Auto,))
         >>> partition = VocabPartition(vocab_size=2 * w, world_size=w)
         >>> def embed(weight, ids):
         ...     return jax.lax.psum(partial_lookup(weight, ids, partition, "tp"), "tp")
@@ -76,8 +76,11 @@ def partial_lookup(
         )
     check_padding_idx(padding_idx, partition.vocab_size)
     rank = jax.lax.axis_index(axis_name)
+    ids = _checked_array(ids)
+    # Foreign ids are set aside before anything else: indexing narrows 64-bit indices to 32 bits without a word.
+    local = jnp.where(partition.owns(ids, rank), partition.local_ids(ids, rank), -1).astype(jnp.int32)
     no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
-    return _lookup_rows(weight, partition.local_ids(_checked_array(ids), rank), no_grad_row)
+    return _lookup_rows(weight, local, no_grad_row)
 
 
 def as_ids(ids: Any, vocab_size: int) -> Any:
@@ -141,7 +144,7 @@ def _checked_array(ids: Any) -> Any:
 
 
 def _take(weight: jax.Array, local: jax.Array) -> jax.Array:
-    # Neither jnp.take nor plain indexing: they wrap negative ids, and give NaN or another row for those past the end.
+    # Neither jnp.take nor plain indexing: they wrap negative indices, and give NaN or another row past the end.
     return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 

@@ -189,6 +189,10 @@ class ParallelVocabEmbedding:
         if self.invalid_ids == "error":
             check_ids(ids, self.vocab_size)
         ids = as_ids(ids, self.vocab_size)
+        if ids.size == 0 and not any(isinstance(x, jax.core.Tracer) for x in (ids, self.weight)):
+            # jit returns empty arrays whose shards have the whole shape, which NumPy then refuses (jax 0.10.2).
+            empty = np.zeros((self.world_size, *ids.shape, self.emb_size), self.weight.dtype)
+            return jax.device_put(empty, NamedSharding(self.mesh, PartitionSpec(self.axis_name)))
         lookup = functools.partial(_stacked_partials, self.partition, self.mesh, self.axis_name, self.padding_idx)
         if self.invalid_ids == "error" and isinstance(ids, jax.core.Tracer):
             return _hidden_from_checkify(lookup, self.weight, ids)

@@ -1,0 +1,93 @@
+"""What the compiler makes of it: collectives counted in the compiled program, and how results are laid out."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_impl import ParallelVocabEmbedding
+
+_COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(function, *arguments):
+    return dict(Counter(_COLLECTIVE.findall(jax.jit(function).lower(*arguments).compile().as_text())))
+
+
+def on(mesh, array, *spec):
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+
+def test_the_counter_sees_collectives(mesh_of):
+    mesh = mesh_of()
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, "tp"), mesh=mesh, in_specs=P("tp"), out_specs=P())
+    assert collectives(summed, on(mesh, np.ones(8, np.float32), "tp")) == {"all-reduce": 1}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3,), (8,)])
+def test_no_collective_forward_or_backward(mesh_of, shape, dtype):
+    mesh = mesh_of(shape)
+    emb = ParallelVocabEmbedding(48, 6, mesh, dtype=dtype, padding_idx=4)
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16))
+    out = emb(ids)
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("tp")), out.ndim)
+    assert collectives(lambda emb, ids: emb(ids), emb, ids) == {}
+    backward = lambda emb, ids, g: jax.vjp(lambda emb: emb(ids), emb)[1](g)  # noqa: E731
+    assert collectives(backward, emb, ids, out) == {}
+
+
+def test_ids_split_over_data_stay_so(mesh_of):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    emb = ParallelVocabEmbedding(4096, 6, mesh)
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16), "dp")
+    out = emb(ids)
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("tp", "dp")), out.ndim)
+    assert collectives(lambda emb, ids: emb(ids), emb, ids) == {}
+    backward = lambda emb, ids, g: jax.vjp(lambda emb: emb(ids), emb)[1](g)  # noqa: E731
+    used = collectives(backward, emb, ids, out)
+    assert set(used) <= {"all-reduce", "all-gather"}, used
+    assert 1 <= sum(used.values()) <= 2, "data ranks add their gradients up once, or gather what to add"
+
+
+@pytest.mark.parametrize("spec", [(), ("dp",), (None, "sp"), ("dp", "sp"), (("dp", "sp"),), ("tp",), (("dp", "tp"),)])
+def test_ids_split_in_any_way_give_the_same(mesh_of, spec):
+    mesh = mesh_of((2, 2, 2), ("dp", "sp", "tp"))
+    emb = ParallelVocabEmbedding(48, 6, mesh)
+    ids = np.random.default_rng(0).integers(-2, 50, (4, 8))
+    expected = np.asarray(emb(ids))
+    np.testing.assert_array_equal(emb(on(mesh, ids, *spec)), expected)
+
+
+@pytest.mark.parametrize("axis_name", ["dp", "sp"])
+def test_the_vocabulary_may_lie_on_any_axis(mesh_of, axis_name):
+    mesh = mesh_of((2, 4), ("dp", "sp"))
+    emb = ParallelVocabEmbedding(48, 6, mesh, axis_name)
+    assert emb.world_size == {"dp": 2, "sp": 4}[axis_name]
+    assert emb.weight.sharding.spec == P(axis_name, None)
+    np.testing.assert_array_equal(np.asarray(emb(np.arange(48))).sum(0), emb.weight)
+
+
+def test_mixed_axes(rng):
+    kinds = (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
+    mesh = jax.make_mesh((2, 2, 2), ("dp", "sp", "tp"), kinds)
+    with jax.set_mesh(mesh):
+        emb = ParallelVocabEmbedding(48, 6, mesh)
+        ids = on(mesh, rng.integers(0, 48, (4, 8)), "dp")
+        np.testing.assert_array_equal(np.asarray(emb(ids)).sum(0), np.asarray(emb.weight)[np.asarray(ids)])
+        assert collectives(lambda emb, ids: emb(ids), emb, ids) == {}
+
+
+def test_the_table_is_not_a_constant_of_the_compiled_program(mesh_of):
+    emb = ParallelVocabEmbedding(4096, 64, mesh_of())
+    ids = jnp.arange(8)
+    size = jax.jit(lambda emb, ids: emb(ids)).lower(emb, ids).compile().memory_analysis().generated_code_size_in_bytes
+    assert size < 4096 * 64 * 4 / 8

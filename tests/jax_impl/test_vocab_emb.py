@@ -1,0 +1,154 @@
+"""Building the layer: what it holds, how it is drawn, what it refuses."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_impl import ParallelVocabEmbedding
+from shared import VocabPartition
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+
+
+def test_the_signature_is_the_promised_one():
+    parameters = inspect.signature(ParallelVocabEmbedding).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == "vocab_size emb_size mesh axis_name init_mean init_std init_base_seed dtype".split()
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    assert defaults == {
+        "mesh": None,
+        "axis_name": "tp",
+        "init_mean": 0.0,
+        "init_std": 1.0,
+        "init_base_seed": 42,
+        "dtype": jnp.float32,
+        "reduction": "none",
+        "invalid_ids": "zero",
+        "padding_idx": None,
+        "init": "per_rank",
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 4), ("dp", "tp"))])
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
+    mesh = mesh_of(shape, names)
+    emb = ParallelVocabEmbedding(48 * shape[-1], 5, mesh, "tp", mean, 0.02, 7, dtype)
+    table = np.asarray(emb.weight)
+    for rank in range(shape[-1]):
+        expected = mean + 0.02 * jax.random.normal(jax.random.key(7 + rank), (48, 5), dtype)
+        assert table.dtype == dtype
+        np.testing.assert_array_equal(table[48 * rank : 48 * rank + 48], np.asarray(expected))
+
+
+def test_each_device_holds_its_own_rows(mesh_of):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    emb = ParallelVocabEmbedding(24, 5, mesh)
+    assert emb.weight.sharding == NamedSharding(mesh, P("tp", None))
+    for shard in emb.weight.addressable_shards:
+        assert shard.data.shape == (6, 5)
+
+
+def test_what_it_holds(mesh_of):
+    emb = ParallelVocabEmbedding(24, 5, mesh_of())
+    assert emb.partition == VocabPartition(24, 8)
+    assert (emb.vocab_size, emb.emb_size, emb.world_size, emb.axis_name) == (24, 5, 8, "tp")
+    assert "24, 5, axis_name='tp', world_size=8" in repr(emb)
+
+
+def test_it_is_a_pytree_whose_only_leaf_is_the_table(mesh_of):
+    emb = ParallelVocabEmbedding(24, 5, mesh_of(), padding_idx=3)
+    (leaf,) = jax.tree.leaves(emb)
+    assert leaf is emb.weight
+    ((path, _),) = jax.tree.flatten_with_path(emb)[0]
+    assert jax.tree_util.keystr(path) == ".weight"
+    other = jax.tree.map(lambda x: 2 * x, emb)
+    assert isinstance(other, ParallelVocabEmbedding)
+    assert jax.tree.structure(other) == jax.tree.structure(emb)
+    assert (other.padding_idx, other.partition) == (3, emb.partition)
+    np.testing.assert_array_equal(other.weight, 2 * emb.weight)
+
+
+def test_the_mesh_in_force_is_taken(mesh_of):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    emb = ParallelVocabEmbedding(24, 5)
+    assert emb.mesh == mesh
+    made_in_jit = jax.jit(lambda: ParallelVocabEmbedding(24, 5))()
+    np.testing.assert_array_equal(made_in_jit.weight, emb.weight)
+    np.testing.assert_array_equal(made_in_jit(np.arange(24)), emb(np.arange(24)))
+
+
+def test_without_any_mesh_it_says_so():
+    with pytest.raises(ValueError, match="mesh is missing: pass mesh="):
+        ParallelVocabEmbedding(24, 5)
+
+
+def test_shapes_without_computing_anything(mesh_of):
+    mesh = mesh_of()
+    emb = jax.eval_shape(lambda: ParallelVocabEmbedding(2**30, 8192, mesh, dtype=jnp.bfloat16))
+    assert (emb.weight.shape, emb.weight.dtype) == ((2**30, 8192), jnp.bfloat16)
+    out = jax.eval_shape(emb, jax.ShapeDtypeStruct((4, 2048), jnp.int32))
+    assert (out.shape, out.dtype) == ((8, 4, 2048, 8192), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 9, 23])
+def test_the_row_of_padding_idx_starts_as_zero(mesh_of, padding_idx):
+    mesh = mesh_of((3,))
+    expected = np.array(ParallelVocabEmbedding(24, 5, mesh).weight)
+    expected[padding_idx] = 0
+    np.testing.assert_array_equal(ParallelVocabEmbedding(24, 5, mesh, padding_idx=padding_idx).weight, expected)
+
+
+def test_another_table(mesh_of, rng):
+    emb = ParallelVocabEmbedding(24, 5, mesh_of(), padding_idx=3)
+    table = rng.standard_normal((24, 5)).astype(np.float32)
+    other = emb.with_weight(table)
+    np.testing.assert_array_equal(other.weight, table)
+    assert other.weight.sharding == emb.weight.sharding
+    assert other.padding_idx == 3
+    for bad in (table[:-1], table.astype(np.float16)):
+        with pytest.raises(ValueError, match=r"weight must have shape \(24, 5\) and dtype float32, got"):
+            emb.with_weight(bad)
+
+
+def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
+    emb = ParallelVocabEmbedding(24, 5, mesh_of((2,)), dtype=jnp.float64)
+    expected = [jax.random.normal(jax.random.key(42 + r), (12, 5), jnp.float64) for r in range(2)]
+    np.testing.assert_array_equal(emb.weight, np.concatenate(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"vocab_size": 50257}, ValueError, "50257 over world_size=8 .* is 50264"),
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 24.0}, TypeError, "vocab_size must be an integer"),
+        ({"vocab_size": 2**31}, ValueError, "vocab_size must fit JAX's int32 indices"),
+        ({"emb_size": 0}, ValueError, "emb_size must be at least 1, got 0"),
+        ({"mesh": "tp"}, TypeError, "mesh must be a jax.sharding.Mesh"),
+        ({"axis_name": "model"}, ValueError, r"one of \('tp',\), got 'model'"),
+        ({"axis_name": ("tp",)}, TypeError, "axis_name must be a string"),
+        ({"init_std": -1}, ValueError, "init_std must not be negative"),
+        ({"init_mean": float("inf")}, ValueError, "init_mean must be finite"),
+        ({"init_base_seed": 2**63}, ValueError, "init_base_seed"),
+        ({"init_base_seed": 1.5}, TypeError, "init_base_seed must be an integer"),
+        ({"dtype": jnp.int32}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got int32"),
+        ({"dtype": jnp.float8_e4m3fn}, TypeError, "dtype must be"),
+        ({"dtype": "nonsense"}, TypeError, "dtype must be"),
+        ({"dtype": jnp.float64}, ValueError, "float64 needs JAX's 64-bit mode"),
+        ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
+        ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
+        ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none', got 'sum'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
+    ],
+)
+def test_bad_arguments_are_refused(mesh_of, arguments, error, match):
+    with pytest.raises(error, match=match):
+        ParallelVocabEmbedding(**{"vocab_size": 24, "emb_size": 4, "mesh": mesh_of(), **arguments})

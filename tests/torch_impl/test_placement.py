@@ -1,0 +1,54 @@
+"""Rank and world size from real process groups: four gloo processes, their sub-groups, and a device mesh."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from torch_impl import ParallelVocabEmbedding
+from torch_impl.placement import resolve_rank
+
+
+def test_without_a_group():
+    assert resolve_rank(None, None, None) == (0, 1)
+    assert resolve_rank(2, 3, None) == (2, 3)
+    assert resolve_rank(None, 3, None) == (0, 3)
+
+
+def _refused(match, **arguments):
+    with pytest.raises(ValueError, match=match):
+        ParallelVocabEmbedding(24, 4, **arguments)
+
+
+def _member(rank, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=4)
+    try:
+        table = torch.cat([ParallelVocabEmbedding(24, 4, r, 4).weight.detach() for r in range(4)])
+        emb = ParallelVocabEmbedding(24, 4, process_group=dist.group.WORLD)
+        assert (emb.rank, emb.world_size) == (rank, 4)
+        ids = torch.tensor([[0, 23, 5], [6, -1, 24]])
+        total = emb(ids).detach()
+        dist.all_reduce(total)
+        expected = table[ids.clamp(0, 23)] * ((ids >= 0) & (ids < 24)).unsqueeze(-1)
+        assert torch.equal(total, expected)
+
+        pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        emb = ParallelVocabEmbedding(24, 4, process_group=pairs[rank % 2])
+        assert (emb.rank, emb.world_size, emb.weight.shape) == (rank // 2, 2, (12, 4))
+        with pytest.raises(TypeError, match="member of"):
+            ParallelVocabEmbedding(24, 4, process_group=pairs[1 - rank % 2])
+
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        emb = ParallelVocabEmbedding(24, 4, process_group=mesh.get_group("tp"))
+        assert (emb.rank, emb.world_size) == (rank % 2, 2)
+
+        world = dist.group.WORLD
+        assert ParallelVocabEmbedding(24, 4, rank, 4, world).rank == rank
+        _refused("rank must agree with process_group", rank=(rank + 1) % 4, process_group=world)
+        _refused("world_size must agree with process_group: got world_size=2, the group says 4", world_size=2, process_group=world)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_with_real_groups(tmp_path):
+    mp.spawn(_member, (tmp_path / "rendezvous",), nprocs=4)
