@@ -52,8 +52,9 @@ def sum_partials(partials: Iterable[np.ndarray]) -> np.ndarray:
     No two partials have a row in common, so nothing rounds; as in every sum, -0.0 + 0.0 gives +0.0.
     """
     total: np.ndarray | None = None
-    for partial in partials:
-        total = partial.copy() if total is None else total + partial
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        for partial in partials:
+            total = partial.copy() if total is None else total + partial
     if total is None:
         raise ValueError("sum_partials needs the partial embedding of at least one rank, got none")
     return total
@@ -86,5 +87,6 @@ def weight_grad(
     if padding_idx is not None:
         owned &= ids != padding_idx
     sums = np.zeros((partition.rows_per_rank, grad_output.shape[-1]), accumulation_dtype(grad_output.dtype))
-    np.add.at(sums, partition.local_ids(ids[owned], rank), grad_output[owned].astype(sums.dtype))
-    return sums.astype(grad_output.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; sums too large for the dtype
+        np.add.at(sums, partition.local_ids(ids[owned], rank), grad_output[owned].astype(sums.dtype))
+        return sums.astype(grad_output.dtype)

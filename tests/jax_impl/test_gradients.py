@@ -73,13 +73,12 @@ def test_5000_equal_ids_do_not_saturate_over_data_ranks_either(mesh_of, dtype, s
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 3)])
 def test_sums_round_once_over_data_ranks(mesh_of, shape):
-    """257 ones on one data rank and 3 on the other: 260 in bfloat16; rounded on each rank first it would be 259 to 260."""
+    """259 + 2 ones are 261, in bfloat16 260; were each data rank to round its own sum first, it would be 260 + 2."""
     mesh = mesh_of(shape, ("dp", "tp"))
     emb = ParallelVocabEmbedding(6, 4, mesh, dtype=jnp.bfloat16)
-    ids = np.array([1] * 259 + [5] * (259 - 6) + [1] * 6)
-    ids = jax.device_put(ids, NamedSharding(mesh, P("dp")))
+    ids = jax.device_put(np.array([1] * 259 + [5] * 2 + [1] * 2 + [5] * 259), NamedSharding(mesh, P("dp")))
     grad = jax.jit(jax.grad(lambda emb: emb(ids).astype(jnp.float32).sum()))(emb).weight
-    np.testing.assert_array_equal(np.asarray(grad)[[1, 5], 0], np.array([265, 253], jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(grad)[[1, 5], 0], np.array([260, 260], jnp.bfloat16))
 
 
 def test_not_a_number_reaches_only_the_row_that_was_asked_for(mesh_of):
@@ -113,7 +112,7 @@ def test_forward_mode_and_second_order(mesh_of, rng, padding_idx):
 
 
 def test_training_follows_the_unsharded_embedding(mesh_of, rng):
-    """The same terms are added in the same order, on the owner as in the whole table: the losses are equal."""
+    """The 120 terms of the loss may be added in another order, and the steps carry that on: tolerances of that size."""
     emb = ParallelVocabEmbedding(12, 4, mesh_of((3,)))
     table = jnp.asarray(np.asarray(emb.weight))
 
@@ -127,10 +126,9 @@ def test_training_follows_the_unsharded_embedding(mesh_of, rng):
         loss, grad = jax.value_and_grad(lambda table: ((jnp.take(table, ids, axis=0) - 1) ** 2).sum())(table)
         return loss, table - 0.125 * grad
 
-    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-        for _ in range(10):
-            ids = rng.integers(0, 12, 30).astype(np.int32)
-            loss, emb = step(emb, ids)
-            expected, table = unsharded_step(table, ids)
-            np.testing.assert_allclose(loss, expected, rtol=120 * np.finfo(np.float32).eps)
-            np.testing.assert_allclose(emb.weight, table, rtol=1e-5)
+    for _ in range(10):
+        ids = rng.integers(0, 12, 30).astype(np.int32)
+        loss, emb = step(emb, ids)
+        expected, table = unsharded_step(table, ids)
+        np.testing.assert_allclose(loss, expected, rtol=120 * np.finfo(np.float32).eps)
+        np.testing.assert_allclose(emb.weight, table, rtol=1e-5)
