@@ -130,7 +130,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
     bad = ((ids < 0) | (ids >= vocab_size)).ravel()
     first = jnp.argmax(bad)
     position = jnp.unravel_index(first, ids.shape)
-    names = {f"i{n}": index for n, index in enumerate(position)}
+    names: dict[str, Any] = {f"i{n}": index for n, index in enumerate(position)}
     message = str(invalid_id_error(0, range(ids.ndim), vocab_size))
     _, _, rule = message.partition(" = 0 ")
     where = f"ids[{', '.join('{' + name + '}' for name in names)}]" if names else "ids"

@@ -243,7 +243,7 @@ def _hidden_from_checkify(lookup: Callable[..., jax.Array], weight: jax.Array, i
         return jax.vjp(lambda w: lookup(w, ids), weight)[1](cotangent)[0]
 
     residuals = (jax.lax.stop_gradient(weight), ids)
-    return jax.custom_derivatives.linear_call(  # type: ignore[no-any-return]
+    return jax.custom_derivatives.linear_call(
         lambda residuals, weight: lookup(weight, residuals[1]), transpose, residuals, weight
     )
 

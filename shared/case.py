@@ -211,7 +211,9 @@ def _tokenise(tokenizer: Path, text: Path) -> np.ndarray:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise ValueError("--tokenizer needs the tokenizers package: pip install 'parallel-vocab-embedding[text]'") from None
+        raise ValueError(
+            "--tokenizer needs the tokenizers package: pip install 'parallel-vocab-embedding[text]'"
+        ) from None
     for path in (tokenizer, text):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")

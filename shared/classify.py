@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -78,7 +79,7 @@ def classify(
     """
     kinds = np.full(len(ids), "", object)
 
-    def settle(kind: str, where: np.ndarray) -> None:
+    def settle(kind: str, where: Any) -> None:
         kinds[(kinds == "") & where] = kind
 
     settle("padding only", ~np.asarray(partition.is_valid(ids)))

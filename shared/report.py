@@ -54,7 +54,7 @@ def print_report(
     """Print what was compared, a table of the results, the differing rows, and the verdict."""
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style))
+        console.print(Text(text, style), soft_wrap=True)
 
     ids = "x".join(map(str, case.ids_shape)) or "one"
     say(f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks, ids {ids}", "bold")
@@ -68,7 +68,8 @@ def print_report(
             console.print(_differences(comparison))
     for name in missing:
         say(
-            f"{name} is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[{name}]'", "yellow"
+            f"{name} is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[{name}]'",
+            "yellow",
         )
     different = sum(comparison.differing > 0 for comparison in comparisons)
     time = "" if seconds is None else f" ({seconds:.1f} s)"
@@ -92,7 +93,11 @@ def _overview(case: Case | Record, pairs: list[list[Comparison]]) -> Table:
             table.add_section()
             label, start, stop = "sum", 0, case.vocab_size
         else:
-            label, start, stop = str(forward.rank), case.partition.start(forward.rank), case.partition.stop(forward.rank)
+            label, start, stop = (
+                str(forward.rank),
+                case.partition.start(forward.rank),
+                case.partition.stop(forward.rank),
+            )
         counts = (f"{part.nonzero} of {part.rows}" for part in (forward, gradient))
         table.add_row(label, f"{start} - {stop - 1}", *counts, *(_cell(*comparisons) for comparisons in both))
     return table
@@ -122,4 +127,4 @@ def _differences(comparison: Comparison) -> Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) < 1e6 and value == round(value) else f"{value:.3g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.checks import check_choice, check_padding_idx, ids_type_error
@@ -94,7 +94,7 @@ def lookup_checked(
     local, owned = partition.local_ids(ids, rank), partition.owns(ids, rank)
     counted = None if padding_idx is None else owned & (ids != padding_idx)
     lookup = _TracedLookup if torch.compiler.is_compiling() else _Lookup
-    return lookup.apply(weight, local, owned, counted, sparse)  # type: ignore[no-any-return]
+    return lookup.apply(weight, local, owned, counted, sparse)
 
 
 _INTEGER_DTYPES = frozenset(
@@ -134,7 +134,8 @@ class _TracedLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        grad = _sum_rows(grad_outputs[0], *ctx.saved_tensors, ctx.num_rows, ctx.device, ctx.sparse)
+        local, counted = ctx.saved_tensors
+        grad = _sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
         return grad, None, None, None, None
 
 
@@ -149,7 +150,8 @@ class _Lookup(_TracedLookup):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        grad = _RowSum.apply(grad_outputs[0], *ctx.saved_tensors, ctx.num_rows, ctx.device, ctx.sparse)
+        local, counted = ctx.saved_tensors
+        grad = _RowSum.apply(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
         return grad, None, None, None, None
 
     @staticmethod
@@ -158,16 +160,15 @@ class _Lookup(_TracedLookup):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        weight, *masks, sparse = inputs
-        local, owned, counted = (
-            None if mask is None else _batch_first(mask, dim, info.batch_size)
-            for mask, dim in zip(masks, in_dims[1:4], strict=True)
-        )
+        weight, *indices, sparse = inputs
+        batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(indices, in_dims[1:4], strict=True)]
         if in_dims[0] is None:
-            return _Lookup.apply(weight, local, owned, counted, sparse), 0
-        counts = [None] * info.batch_size if counted is None else counted
-        each = zip(weight.movedim(in_dims[0], 0), local, owned, counts, strict=True)
-        return torch.stack([_Lookup.apply(*tensors, sparse) for tensors in each]), 0
+            return _Lookup.apply(weight, *batched, sparse), 0
+        tables = weight.movedim(in_dims[0], 0)
+        each = [
+            _Lookup.apply(tables[i], *(t if t is None else t[i] for t in batched), sparse) for i in range(len(tables))
+        ]
+        return torch.stack(each), 0
 
 
 class _RowSum(torch.autograd.Function):
@@ -204,7 +205,9 @@ class _RowSum(torch.autograd.Function):
         return torch.stack([_RowSum.apply(*tensors, num_rows, device, sparse) for tensors in each]), 0
 
 
-def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def _batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if tensor is None:
+        return None
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
@@ -220,20 +223,20 @@ def _owned_rows_only(weight_device: torch.device, *tensors: Tensor) -> bool:
     return "meta" not in devices and (devices == {"cpu"} or len({weight_device, *(t.device for t in tensors)}) > 1)
 
 
-def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:  # noqa: N803
-    local_T, owned_T = local.reshape(-1), owned.reshape(-1)  # noqa: N806
+def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+    local_T, owned_T = local.reshape(-1), owned.reshape(-1)
     if not _owned_rows_only(weight_NE.device, weight_NE, local):
-        safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)  # noqa: N806
+        safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)
         rows = weight_NE.index_select(0, safe_T).to(local.device)
-        output_TE = rows.masked_fill(~owned_T.unsqueeze(1), 0)  # noqa: N806
+        output_TE = rows.masked_fill(~owned_T.unsqueeze(1), 0)
     elif weight_NE.device == local.device and 2 * int(owned_T.count_nonzero()) > owned_T.numel():
         # Mostly owned, as on rank 0 with real text: one gather of everything, then wipe the few foreign rows.
-        output_TE = weight_NE.index_select(0, local_T.masked_fill(~owned_T, 0))  # noqa: N806
+        output_TE = weight_NE.index_select(0, local_T.masked_fill(~owned_T, 0))
         output_TE.index_fill_(0, (~owned_T).nonzero().squeeze(1), 0)
     else:
         positions = owned_T.nonzero().squeeze(1)
         rows = weight_NE.index_select(0, local_T[positions].to(weight_NE.device)).to(local.device)
-        output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)  # noqa: N806
+        output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)
     return output_TE.view(*local.shape, weight_NE.shape[1])
 
 
@@ -241,8 +244,8 @@ def _sum_rows(
     grad_output: Tensor, local: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
 ) -> Tensor:
     emb_size = grad_output.shape[-1]
-    grad_TE = grad_output.reshape(-1, emb_size)  # noqa: N806
-    local_T, counted_T = local.reshape(-1), counted.reshape(-1)  # noqa: N806
+    grad_TE = grad_output.reshape(-1, emb_size)
+    local_T, counted_T = local.reshape(-1), counted.reshape(-1)
     if sparse or _owned_rows_only(device, grad_output, local):
         if torch.compiler.is_compiling():
             raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
@@ -253,13 +256,13 @@ def _sum_rows(
             return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
         return sums.new_zeros(num_rows, emb_size).index_copy_(0, distinct, sums)
     dtype = grad_TE.dtype
-    grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)  # noqa: N806
-    grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)  # noqa: N806
-    safe_T = local_T.masked_fill(~counted_T, 0).to(device)  # noqa: N806
-    return torch.ops.aten.embedding_dense_backward(grad_TE, safe_T, num_rows, -1, False).to(dtype)  # type: ignore[no-any-return]
+    grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)
+    grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)
+    safe_T = local_T.masked_fill(~counted_T, 0).to(device)
+    return torch.ops.aten.embedding_dense_backward(grad_TE, safe_T, num_rows, -1, False).to(dtype)
 
 
-def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
+def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct rows asked for, ascending, and the sum of each one's gradients in the order of the tokens."""
     positions = counted_T.nonzero().squeeze(1)
     rows, order = local_T[positions].sort(stable=True)
@@ -270,5 +273,7 @@ def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[
     if grad_TE.dtype == torch.bfloat16:
         # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
         rows = grad_TE.index_select(0, tokens).float()
-        return distinct, F.embedding_bag(torch.arange(len(rows), device=rows.device), rows, offsets, mode="sum").bfloat16()
+        return distinct, F.embedding_bag(
+            torch.arange(len(rows), device=rows.device), rows, offsets, mode="sum"
+        ).bfloat16()
     return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")

@@ -9,9 +9,7 @@ from shared.checks import check_rank, check_size
 __all__ = ["resolve_rank"]
 
 
-def resolve_rank(
-    rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None
-) -> tuple[int, int]:
+def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None) -> tuple[int, int]:
     """``(rank, world_size)``, taken from ``process_group`` where left out; 0 and 1 without a group.
 
     Raises:

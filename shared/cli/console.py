@@ -37,7 +37,12 @@ def fail(message: str) -> int:
 def progress_steps() -> Iterator[Steps]:
     """Progress bars on standard error, one a step, where it is a terminal; gone when the work is done."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.fields[name]:>10}"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.fields[name]:>10}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def begin(name: str) -> Callable[[str, int, int], None]:

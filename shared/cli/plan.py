@@ -63,7 +63,9 @@ def _run(options: argparse.Namespace) -> int:
             }
         print_json(plan)
         return 0
-    table = Table(title=f"{partition.vocab_size} rows over {partition.world_size} ranks, {n} each", title_justify="left")
+    table = Table(
+        title=f"{partition.vocab_size} rows over {partition.world_size} ranks, {n} each", title_justify="left"
+    )
     for column in ("rank", "first id", "last id", "rows", *(["table", "dense gradient"] if row_bytes else [])):
         table.add_column(column, justify="right")
     for rank in ranks:

@@ -64,5 +64,6 @@ def _run(options: argparse.Namespace) -> int:
             f"{options.output}: {record.backend}, {record.vocab_size} x {record.emb_size} {record.dtype} over "
             f"{record.world_size} ranks, ids {'x'.join(map(str, record.ids_shape))}",
             markup=False,
+            soft_wrap=True,
         )
     return 0

@@ -24,7 +24,9 @@ def to_torch(array):
 
 def to_numpy(tensor):
     tensor = tensor.detach()
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 @dataclass
@@ -43,7 +45,9 @@ class Pair:
         self.table, self.world_size, self.padding_idx = table, world_size, padding_idx
         v, e = table.shape
         dtype = to_torch(table).dtype
-        self.modules = [TorchEmbedding(v, e, r, world_size, dtype=dtype, padding_idx=padding_idx) for r in range(world_size)]
+        self.modules = [
+            TorchEmbedding(v, e, r, world_size, dtype=dtype, padding_idx=padding_idx) for r in range(world_size)
+        ]
         for module, rows in zip(self.modules, np.split(table, world_size), strict=True):
             module.load_state_dict({"weight": to_torch(rows)})
         mesh = jax.make_mesh((world_size,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:world_size])
@@ -59,7 +63,9 @@ class Pair:
         total = partials[0]
         for partial in partials[1:]:
             total = total + partial
-        return Result(np.stack([*map(to_numpy, partials)]), to_numpy(total), np.concatenate([*map(to_numpy, gradients)]))
+        return Result(
+            np.stack([*map(to_numpy, partials)]), to_numpy(total), np.concatenate([*map(to_numpy, gradients)])
+        )
 
     def jax(self, ids, grad_output):
         partials, back = jax.vjp(lambda layer: layer(ids), self.layer)

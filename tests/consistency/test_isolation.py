@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MAY_NOT = {"shared": ("torch", "jax", "torch_impl", "jax_impl"), "torch_impl": ("jax", "jax_impl"), "jax_impl": ("torch", "torch_impl")}
+MAY_NOT = {
+    "shared": ("torch", "jax", "torch_impl", "jax_impl"),
+    "torch_impl": ("jax", "jax_impl"),
+    "jax_impl": ("torch", "torch_impl"),
+}
 
 
 def modules_after(statement):

@@ -18,7 +18,16 @@ DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 def test_the_signature_is_the_promised_one():
     parameters = inspect.signature(ParallelVocabEmbedding).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == "vocab_size emb_size mesh axis_name init_mean init_std init_base_seed dtype".split()
+    assert positional == [
+        "vocab_size",
+        "emb_size",
+        "mesh",
+        "axis_name",
+        "init_mean",
+        "init_std",
+        "init_base_seed",
+        "dtype",
+    ]
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     assert defaults == {
         "mesh": None,
@@ -35,7 +44,9 @@ def test_the_signature_is_the_promised_one():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 4), ("dp", "tp"))])
+@pytest.mark.parametrize(
+    ("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 4), ("dp", "tp"))]
+)
 @pytest.mark.parametrize("mean", [0.0, 0.5])
 def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
     mesh = mesh_of(shape, names)

@@ -25,9 +25,7 @@ def case(tmp_path):
     table = np.random.default_rng(0).standard_normal((30, 6)).astype(ml_dtypes.bfloat16)
     save_file({"table": table}, tmp_path / "table.safetensors")
     np.save(tmp_path / "ids.npy", np.array([[0, 9, 10, 19, 20, 29], [5, 5, 12, 12, 13, -1], [3, 4, 25, 14, 30, 0]]))
-    options = CaseOptions(
-        weights=tmp_path / "table.safetensors", ids=tmp_path / "ids.npy", world_size=3, padding_idx=5
-    )
+    options = CaseOptions(weights=tmp_path / "table.safetensors", ids=tmp_path / "ids.npy", world_size=3, padding_idx=5)
     return build_case(options, folder)
 
 

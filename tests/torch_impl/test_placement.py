@@ -45,7 +45,11 @@ def _member(rank, rendezvous):
         world = dist.group.WORLD
         assert ParallelVocabEmbedding(24, 4, rank, 4, world).rank == rank
         _refused("rank must agree with process_group", rank=(rank + 1) % 4, process_group=world)
-        _refused("world_size must agree with process_group: got world_size=2, the group says 4", world_size=2, process_group=world)
+        _refused(
+            "world_size must agree with process_group: got world_size=2, the group says 4",
+            world_size=2,
+            process_group=world,
+        )
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,200 @@
+"""The command `pve`, as its user meets it."""
+
+import json
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from shared.cli import compare as compare_command
+from shared.cli import main
+from shared.launch import BACKENDS
+
+SMALL = ["--vocab-size", "96", "--emb-size", "16", "--world-size", "3"]
+
+
+def pve(*arguments):
+    return subprocess.run([sys.executable, "-m", "shared.cli", *arguments], capture_output=True, text=True)
+
+
+def refused(capsys, match, *arguments):
+    """Exit status 2, and one line on standard error."""
+    try:
+        status = main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    output = capsys.readouterr()
+    assert status == 2
+    assert match in output.err
+    assert output.out == ""
+    assert len([line for line in output.err.splitlines() if "error:" in line]) == 1
+
+
+def test_without_arguments_a_real_size_is_proven_equal():
+    done = pve("compare", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["equal"] is True
+    case = result["case"]
+    assert (case["vocab_size"], case["emb_size"], case["world_size"]) == (131072, 1024, 8)
+    assert (case["dtype"], case["ids_shape"]) == ("bfloat16", [4, 2048])
+    pairs = {(c["left"], c["right"]) for c in result["comparisons"]}
+    assert pairs == {("torch", "jax"), ("torch", "oracle"), ("jax", "oracle")}
+    for pair in pairs:
+        found = {(c["what"], c["rank"]) for c in result["comparisons"] if (c["left"], c["right"]) == pair}
+        assert found == {(what, rank) for what in ("forward", "gradient") for rank in [*range(8), None]}
+    assert all(c["differing"] == 0 and c["max_ulp"] == 0 and c["max_abs"] == 0 for c in result["comparisons"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_dtype_with_a_table_to_read(capsys, dtype):
+    assert main(["compare", *SMALL, "--dtype", dtype, "--padding-idx", "3", "--seed", "5"]) == 0
+    output = capsys.readouterr().out
+    assert f"96 x 16 {dtype} over 3 ranks, ids 4x2048" in output
+    assert "EQUAL: 24 comparisons" in output
+    assert "torch = jax" in output
+
+
+def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
+    save_file({"emb": rng.standard_normal((40, 8)).astype(ml_dtypes.bfloat16)}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "ids.npy", rng.integers(0, 45, (3, 5, 2)).astype(np.uint8))
+    arguments = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy"), "--world-size", "4"]
+    assert main(["compare", *arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["case"]["ids_shape"] == [3, 5, 2]
+    assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_one_backend_alone_is_held_to_the_oracle(capsys, backend):
+    assert main(["compare", *SMALL, "--backends", backend, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {(c["left"], c["right"]) for c in result["comparisons"]} == {(backend, "oracle")}
+
+
+def test_with_one_framework_installed_it_runs_that_and_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(compare_command, "is_installed", lambda name: name == "torch")
+    assert main(["compare", *SMALL]) == 0
+    output = capsys.readouterr().out
+    assert "jax is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[jax]'" in output
+    assert "torch = oracle" in output
+    refused(capsys, "--backends names jax, which is not installed", "compare", *SMALL, "--backends", "torch,jax")
+    monkeypatch.setattr(compare_command, "is_installed", lambda name: False)
+    refused(capsys, "neither torch nor jax is installed", "compare", *SMALL)
+
+
+BROKEN = """
+import torch_impl.functional as functional
+from shared.harness import serve
+from torch_impl.runner import run
+
+lookup = functional._lookup_rows
+functional._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
+serve("torch", {}, run)
+"""
+
+
+def test_a_layer_that_is_off_by_one_row_is_found_out(capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken_runner.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(BACKENDS, "torch", "broken_runner")
+    assert main(["compare", *SMALL, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["equal"] is False
+    different = [c for c in result["comparisons"] if c["differing"]]
+    assert {c["left"] for c in different} == {"torch"}
+    assert {(c["what"], c["rank"]) for c in different} == {("forward", r) for r in (0, 1, 2, None)}
+    for comparison in different:
+        assert max(comparison["kinds"], key=comparison["kinds"].get) == "off by one row"
+    assert main(["compare", *SMALL]) == 1
+    output = capsys.readouterr().out
+    assert "DIFFERENT: 8 of 24 comparisons" in output
+    assert "torch has row 1" in output
+
+
+def test_a_backend_that_crashes_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "crashing_runner.py").write_text("raise RuntimeError('out of paper')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(BACKENDS, "torch", "crashing_runner")
+    refused(capsys, "pve: error: the torch backend failed: RuntimeError: out of paper", "compare", *SMALL)
+
+
+def test_record_and_diff_are_its_halves(capsys, tmp_path):
+    paths = {name: str(tmp_path / f"{name}.record") for name in ("torch", "jax", "oracle")}
+    for name, path in paths.items():
+        assert main(["record", "--backend", name, "-o", path, *SMALL, "--json"]) == 0
+        recorded = json.loads(capsys.readouterr().out)
+        assert (recorded["backend"], recorded["vocab_size"]) == (name, 96)
+    assert main(["diff", paths["torch"], paths["jax"]]) == 0
+    assert "EQUAL: 8 comparisons" in capsys.readouterr().out
+    assert main(["diff", paths["jax"], paths["oracle"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+
+    other = str(tmp_path / "other.record")
+    assert main(["record", "--backend", "torch", "-o", other, *SMALL, "--seed", "1"]) == 0
+    assert "other.record: torch, 96 x 16 bfloat16 over 3 ranks" in capsys.readouterr().out
+    refused(capsys, "records of different cases: weights, ids or gradient differ", "diff", paths["torch"], other)
+
+    with safe_open(other, "np") as file:
+        metadata = file.metadata()
+    whole = (tmp_path / "torch.record").read_bytes()
+    (tmp_path / "cut.record").write_bytes(whole[:-1])
+    refused(capsys, "not a whole safetensors file", "diff", paths["jax"], str(tmp_path / "cut.record"))
+    save_file(load_file(other), other, {**metadata, "format": "something else"})
+    refused(capsys, "not a record of `pve record`", "diff", paths["jax"], other)
+
+
+def test_plan(capsys):
+    assert main(["plan", "--vocab-size", "131072", "--world-size", "8", "--emb-size", "1024"]) == 0
+    output = capsys.readouterr().out
+    assert "131072 rows over 8 ranks, 16384 each" in output
+    assert "114688" in output
+    assert "33.6 MB" in output
+    assert (
+        main(["plan", "--vocab-size", "12", "--world-size", "3", "--emb-size", "5", "--dtype", "float32", "--json"])
+        == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["ranks"][1] == {"rank": 1, "start": 4, "stop": 8}
+    assert (plan["rows_per_rank"], plan["bytes_per_rank"], plan["table_bytes"]) == (4, 80, 240)
+    refused(capsys, "next size that divides is 50264", "plan", "--vocab-size", "50257", "--world-size", "8")
+    refused(capsys, "emb_size must be at least 1", "plan", "--vocab-size", "8", "--world-size", "8", "--emb-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("no such file", ["--weights", "nowhere.safetensors"]),
+        ("vocab_size must be divisible by world_size", ["--vocab-size", "97"]),
+        ("world_size must be at least 1", ["--world-size", "0"]),
+        ("invalid choice: 'int8'", ["--dtype", "int8"]),
+        ("not a readable .npy file", ["--ids", "nowhere.npy"]),
+        ("go together", ["--text", "README.md"]),
+        ("--seed must not be negative", ["--seed", "-1"]),
+        ("--backends takes torch and jax, separated by a comma; got 'mlx'", ["--backends", "mlx"]),
+        ("--backends names one twice", ["--backends", "torch,torch"]),
+        ("padding_idx must be an id", ["--padding-idx", "96"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, match, arguments):
+    refused(capsys, match, "compare", *SMALL, *arguments)
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_any_work(capsys):
+    refused(capsys, "its folder does not exist", "record", "--backend", "torch", "-o", "/no/where/record", *SMALL)
+
+
+@pytest.mark.parametrize("command", [[], ["compare"], ["record"], ["diff"], ["plan"]])
+def test_help_teaches(command):
+    done = pve(*command, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    if command:
+        assert "example" in done.stdout
+        assert "exit status" in done.stdout
+    else:
+        assert "start here" in done.stdout
