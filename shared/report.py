@@ -19,6 +19,7 @@ from shared.record import Record
 __all__ = ["as_json", "print_report"]
 
 _FACTS = ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "source", "checksums")
+_SHOWN = 3
 Versions = dict[str, dict[str, str]]
 
 
@@ -63,9 +64,14 @@ def print_report(
         say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
     pairs = [list(group) for _, group in itertools.groupby(comparisons, key=lambda c: (c.left, c.right))]
     console.print(_overview(case, pairs))
+    kinds: dict[str, None] = {}
     for comparison in comparisons:
         if comparison.differing:
-            console.print(_differences(comparison))
+            say(_heading(comparison), "bold")
+            console.print(_rows(comparison))
+            kinds |= dict.fromkeys(comparison.kinds)
+    for kind in kinds:
+        say(f"{kind}: {KINDS[kind]}", "dim")
     for name in missing:
         say(
             f"{name} is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[{name}]'",
@@ -108,21 +114,24 @@ def _cell(forward: Comparison, gradient: Comparison) -> Text:
     return Text("differ: " + ", ".join(different), "red") if different else Text("equal", "green")
 
 
-def _differences(comparison: Comparison) -> Table:
-    where = "the sum" if comparison.rank is None else f"rank {comparison.rank}"
-    title = f"{comparison.left} against {comparison.right}, {comparison.what} of {where}: "
-    title += ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
-    title += f"; max {_number(comparison.max_ulp)} ULP, {_number(comparison.max_abs)} absolute"
-    meaning = "; ".join(f"{kind}: {KINDS[kind]}" for kind in comparison.kinds)
-    table = Table(title=title, title_style="bold", title_justify="left", caption=meaning, caption_justify="left")
-    for column in ("position" if comparison.what == "forward" else "row", "id", "owner", "looks like", "max ULP", ""):
-        table.add_column(column)
-    for row in comparison.examples:
-        owner = "none" if row.owner < 0 else f"rank {row.owner}"
-        ulp = "-" if row.max_ulp is None else _number(row.max_ulp)
-        table.add_row(", ".join(map(str, row.index)), str(row.id), owner, row.kind, ulp, row.note)
-    if comparison.differing > len(comparison.examples):
-        table.add_row("...", f"{comparison.differing - len(comparison.examples)} more", "", "", "", "")
+def _heading(comparison: Comparison) -> str:
+    where = "sum" if comparison.rank is None else f"rank {comparison.rank}"
+    counts = ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
+    distances = f"max {_number(comparison.max_ulp)} ULP, max abs {_number(comparison.max_abs)}"
+    return f"{comparison.left} against {comparison.right}, {comparison.what}, {where}: {counts}; {distances}"
+
+
+def _rows(comparison: Comparison) -> Table:
+    """The first differing rows, a line each, without any frame."""
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    shown = comparison.examples[:_SHOWN]
+    for row in shown:
+        place = "position" if comparison.what == "forward" else "row"
+        owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
+        ulp = "NaN" if row.max_ulp is None else f"{_number(row.max_ulp)} ULP"
+        table.add_row(f" {place} {', '.join(map(str, row.index))}", f"id {row.id}", owner, row.kind, ulp, row.note)
+    if comparison.differing > len(shown):
+        table.add_row(f" and {comparison.differing - len(shown)} more")
     return table
 
 
