@@ -30,9 +30,9 @@ def check_documentation():
     def check(package: str, with_examples: set[str]) -> None:
         attempted = set()
         for module in modules_of(package):
-            results = [doctest.DocTestRunner(verbose=False) for _ in range(1)]
+            runner = doctest.DocTestRunner(verbose=False)
             for test in doctest.DocTestFinder().find(module, globs=vars(module).copy()):
-                failures, tried = results[0].run(test)
+                failures, tried = runner.run(test)
                 assert failures == 0, f"the example of {test.name} fails"
                 if tried:
                     attempted.add(test.name)
