@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_impl.functional import as_ids, check_ids, partial_lookup
+from jax_impl.functional import partial_lookup
+from jax_impl.ids import as_ids, check_ids
 from jax_impl.placement import map_over, resolve_mesh
 from shared.checks import (
     check_choice,
@@ -66,6 +67,10 @@ class ParallelVocabEmbedding:
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
     Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from jax_impl import ParallelVocabEmbedding
         >>> w = jax.device_count()
         >>> emb = ParallelVocabEmbedding(12 * w, 4, mesh=jax.make_mesh((w,), ("tp",)))
         >>> ids = jnp.array([[0, 5], [11, 3]])

@@ -40,6 +40,8 @@ def ordered_integers(values: np.ndarray) -> np.ndarray:
     """Integers in the order of the values, neighbours one apart, -0.0 and +0.0 both 0; as int64.
 
     Example:
+        >>> import numpy as np
+        >>> from shared.bits import ordered_integers
         >>> ordered_integers(np.array([-0.0, 0.0, 1.0, np.nextafter(1.0, 2.0)]))[2:] - 0x3FF0000000000000
         array([0, 1])
     """
@@ -52,6 +54,8 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """How many representable values lie between, as float64 (exact below 2**53); NaN where either is NaN.
 
     Example:
+        >>> import numpy as np
+        >>> from shared.bits import ulp_distance
         >>> ulp_distance(np.array([1.0, 0.0]), np.array([np.nextafter(1.0, 2.0), -0.0]))
         array([1., 0.])
     """

@@ -21,6 +21,8 @@ def widen(ids: Any) -> Any:
         TypeError: the ids hold floats, bools or anything else that is not an integer.
 
     Example:
+        >>> import numpy as np
+        >>> from shared.ids import widen
         >>> widen(np.array([200, 255], dtype=np.uint8)) - 100
         array([100, 155])
     """
@@ -40,6 +42,8 @@ def first_invalid(ids: np.ndarray, vocab_size: int) -> tuple[int, tuple[int, ...
     """The first id outside ``[0, vocab_size)`` in row-major order, with its position, or None.
 
     Example:
+        >>> import numpy as np
+        >>> from shared.ids import first_invalid
         >>> first_invalid(np.array([[3, 8], [-1, 2]]), 8)
         (8, (0, 1))
     """

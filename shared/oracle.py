@@ -32,6 +32,9 @@ def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartitio
         The incomplete embedding ``Er``, ``ids.shape + (e,)``, in the dtype of ``weight``.
 
     Example:
+        >>> import numpy as np
+        >>> from shared import VocabPartition
+        >>> from shared.oracle import partial_lookup
         >>> table = np.arange(8.0).reshape(4, 2)
         >>> halves = VocabPartition(4, 2)
         >>> partial_lookup(table[2:], np.array([0, 3, 2]), halves, rank=1)
@@ -78,6 +81,9 @@ def weight_grad(
         ``[n, e]`` in the dtype of ``grad_output``; zero for rows that no id asked for.
 
     Example:
+        >>> import numpy as np
+        >>> from shared import VocabPartition
+        >>> from shared.oracle import weight_grad
         >>> weight_grad(np.ones((3, 1)), np.array([2, 0, 2]), VocabPartition(4, 2), rank=1)
         array([[2.],
                [0.]])

@@ -34,6 +34,8 @@ class VocabPartition:
     Source: the contiguous vocabulary ranges of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
     Example:
+        >>> import numpy as np
+        >>> from shared import VocabPartition
         >>> partition = VocabPartition(vocab_size=12, world_size=3)
         >>> partition.rows_per_rank, partition.start(1), partition.stop(1)
         (4, 4, 8)

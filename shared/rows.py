@@ -30,6 +30,8 @@ class Rows:
         """The rows of an array ``[..., e]``, its leading dimensions flattened.
 
         Example:
+            >>> import numpy as np
+            >>> from shared.rows import Rows
             >>> Rows.of(np.array([[0.0, 0.0], [0.0, 5.0], [-0.0, 0.0]])).index
             array([1, 2])
         """

@@ -31,7 +31,7 @@ def check_documentation():
         attempted = set()
         for module in modules_of(package):
             runner = doctest.DocTestRunner(verbose=False)
-            for test in doctest.DocTestFinder().find(module, globs=vars(module).copy()):
+            for test in doctest.DocTestFinder().find(module, globs={}):
                 failures, tried = runner.run(test)
                 assert failures == 0, f"the example of {test.name} fails"
                 if tried:

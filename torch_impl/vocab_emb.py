@@ -60,11 +60,13 @@ class ParallelVocabEmbedding(nn.Module):
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
     Example:
+        >>> import torch
+        >>> from torch_impl import ParallelVocabEmbedding
         >>> ids = torch.tensor([[0, 5], [11, 3]])
         >>> ranks = [ParallelVocabEmbedding(12, 4, rank=r, world_size=3) for r in range(3)]
         >>> partials = [emb(ids) for emb in ranks]
         >>> table = torch.cat([emb.weight for emb in ranks])
-        >>> torch.equal(sum(partials), nn.functional.embedding(ids, table))
+        >>> torch.equal(sum(partials), torch.nn.functional.embedding(ids, table))
         True
     """
 

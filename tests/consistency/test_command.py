@@ -88,12 +88,12 @@ def test_with_one_framework_installed_it_runs_that_and_says_what_is_missing(caps
 
 
 BROKEN = """
-import torch_impl.functional as functional
+import torch_impl.rows as rows_of
 from shared.harness import serve
 from torch_impl.runner import run
 
-lookup = functional._lookup_rows
-functional._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
+lookup = rows_of._lookup_rows
+rows_of._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
 serve("torch", {}, run)
 """
 

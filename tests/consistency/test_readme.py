@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BROKEN_LAYER = """
 import sys
-import torch_impl.functional as functional
+import torch_impl.rows as rows_of
 from shared.harness import serve
 from torch_impl.runner import run
 
-lookup = functional._lookup_rows
-functional._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
+lookup = rows_of._lookup_rows
+rows_of._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
 serve("torch", {}, run)
 """
 RECORDS = """

@@ -7,6 +7,6 @@ def test_documentation(check_documentation):
         {
             "jax_impl.vocab_emb.ParallelVocabEmbedding",
             "jax_impl.functional.partial_lookup",
-            "jax_impl.functional.as_ids",
+            "jax_impl.ids.as_ids",
         },
     )

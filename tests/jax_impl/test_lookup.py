@@ -8,8 +8,7 @@ from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_impl import ParallelVocabEmbedding
-from jax_impl.functional import as_ids
+from jax_impl import ParallelVocabEmbedding, as_ids
 from shared.bits import unsigned_view
 from shared.oracle import partial_lookup, sum_partials
 

@@ -1,0 +1,191 @@
+"""Rows of a table by their number, and the gradient: the sum of each row's occurrences.
+
+Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions are flattened to T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["take_rows"]
+
+
+def take_rows(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:
+    """Row ``local`` of ``weight`` where ``owned``, +0.0 elsewhere.
+
+    Args:
+        weight: the table, ``[N, E]``.
+        local: row numbers, int64, of any shape; anything at all where not owned.
+        owned: True where ``local`` is a row of the table.
+        counted: the same, but True only where the row has a gradient; None: where it is owned.
+        sparse: make the gradient a sparse COO tensor of the distinct rows.
+
+    Returns:
+        ``[*local.shape, E]`` on the device of ``local``.
+    """
+    lookup = _TracedLookup if torch.compiler.is_compiling() else _Lookup
+    return lookup.apply(weight, local, owned, counted, sparse)
+
+
+class _TracedLookup(torch.autograd.Function):
+    """``take_rows`` in the part of autograd that torch.compile traces."""
+
+    @staticmethod
+    def forward(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:
+        return _lookup_rows(weight, local, owned)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, local, owned, counted, ctx.sparse = inputs
+        ctx.save_for_backward(local, owned if counted is None else counted)
+        ctx.num_rows, ctx.device = weight.shape[0], weight.device
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        local, counted = ctx.saved_tensors
+        grad = _sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        return grad, None, None, None, None
+
+
+class _Lookup(_TracedLookup):
+    """The same for eager mode, with second derivatives, forward mode and vmap; its transpose is ``_RowSum``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _TracedLookup.setup_context(ctx, inputs, output)
+        _weight, local, owned, counted, _sparse = inputs
+        ctx.save_for_forward(local, owned if counted is None else counted)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        local, counted = ctx.saved_tensors
+        grad = _RowSum.apply(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        return grad, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        return _lookup_rows(grad_inputs[0], *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        weight, *indices, sparse = inputs
+        batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(indices, in_dims[1:4], strict=True)]
+        if in_dims[0] is None:
+            return _Lookup.apply(weight, *batched, sparse), 0
+        tables = weight.movedim(in_dims[0], 0)
+        each = [
+            _Lookup.apply(tables[i], *(t if t is None else t[i] for t in batched), sparse) for i in range(len(tables))
+        ]
+        return torch.stack(each), 0
+
+
+class _RowSum(torch.autograd.Function):
+    """For each row of the table, the sum over the positions that own it; its transpose is ``_Lookup``."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor, local: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
+    ) -> Tensor:
+        return _sum_rows(grad_output, local, counted, num_rows, device, sparse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _grad_output, local, counted, ctx.num_rows, ctx.device, ctx.sparse = inputs
+        ctx.save_for_backward(local, counted)
+        ctx.save_for_forward(local, counted)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        local, counted = ctx.saved_tensors
+        grad = grad_outputs[0].to_dense() if grad_outputs[0].is_sparse else grad_outputs[0]
+        return _Lookup.apply(grad, local, counted, None, False), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        local, counted = ctx.saved_tensors
+        return _sum_rows(grad_inputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        *tensors, num_rows, device, sparse = inputs
+        batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False)]
+        each = zip(*batched, strict=True)
+        return torch.stack([_RowSum.apply(*tensors, num_rows, device, sparse) for tensors in each]), 0
+
+
+def _batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _owned_rows_only(weight_device: torch.device, *tensors: Tensor) -> bool:
+    """Whether to work on the owned positions alone, whose number only the data tell.
+
+    Worth it on the CPU and between devices. On an accelerator it would make the host wait for the device, and a graph
+    that is being traced has no data: there every position is worked on, under a mask.
+    """
+    if torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    devices = {weight_device.type, *(t.device.type for t in tensors)}
+    return "meta" not in devices and (devices == {"cpu"} or len({weight_device, *(t.device for t in tensors)}) > 1)
+
+
+def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+    local_T, owned_T = local.reshape(-1), owned.reshape(-1)
+    if not _owned_rows_only(weight_NE.device, weight_NE, local):
+        safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)
+        rows = weight_NE.index_select(0, safe_T).to(local.device)
+        output_TE = rows.masked_fill(~owned_T.unsqueeze(1), 0)
+    elif weight_NE.device == local.device and 2 * int(owned_T.count_nonzero()) > owned_T.numel():
+        # Mostly owned, as on rank 0 with real text: one gather of everything, then wipe the few foreign rows.
+        output_TE = weight_NE.index_select(0, local_T.masked_fill(~owned_T, 0))
+        output_TE.index_fill_(0, (~owned_T).nonzero().squeeze(1), 0)
+    else:
+        positions = owned_T.nonzero().squeeze(1)
+        rows = weight_NE.index_select(0, local_T[positions].to(weight_NE.device)).to(local.device)
+        output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)
+    return output_TE.view(*local.shape, weight_NE.shape[1])
+
+
+def _sum_rows(
+    grad_output: Tensor, local: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
+) -> Tensor:
+    emb_size = grad_output.shape[-1]
+    grad_TE = grad_output.reshape(-1, emb_size)
+    local_T, counted_T = local.reshape(-1), counted.reshape(-1)
+    if sparse or _owned_rows_only(device, grad_output, local):
+        if torch.compiler.is_compiling():
+            raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
+        distinct, sums = _sum_distinct(grad_TE, local_T, counted_T)
+        distinct, sums = distinct.to(device), sums.to(device)
+        if sparse:
+            index, size = distinct.unsqueeze(0), (num_rows, emb_size)
+            return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
+        return sums.new_zeros(num_rows, emb_size).index_copy_(0, distinct, sums)
+    dtype = grad_TE.dtype
+    grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)
+    grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)
+    safe_T = local_T.masked_fill(~counted_T, 0).to(device)
+    return torch.ops.aten.embedding_dense_backward(grad_TE, safe_T, num_rows, -1, False).to(dtype)
+
+
+def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows asked for, ascending, and the sum of each one's gradients in the order of the tokens."""
+    positions = counted_T.nonzero().squeeze(1)
+    rows, order = local_T[positions].sort(stable=True)
+    distinct, counts = torch.unique_consecutive(rows, return_counts=True)
+    if distinct.numel() == 0:
+        return distinct, grad_TE.new_zeros(0, grad_TE.shape[1])
+    tokens, offsets = positions[order], counts.cumsum(0) - counts
+    if grad_TE.dtype == torch.bfloat16:
+        # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
+        rows = grad_TE.index_select(0, tokens).float()
+        return distinct, F.embedding_bag(
+            torch.arange(len(rows), device=rows.device), rows, offsets, mode="sum"
+        ).bfloat16()
+    return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")
