@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["map_over", "resolve_mesh"]
+__all__ = ["explicit_axes", "free_axes", "lay_out", "resolve_mesh", "split_over"]
 
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
@@ -33,26 +33,47 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     return mesh
 
 
-def map_over(mesh: Mesh | AbstractMesh, axis_name: str, ids: Any) -> tuple[Any, frozenset[str], PartitionSpec]:
-    """What the layer's shard_map needs: its mesh (None: the one in force), its manual axes and the ids' specification.
-
-    The layer takes over its own axis and every Explicit one, over which the ids stay as they are split; Auto axes are the
-    compiler's. Every rank of ``axis_name`` gets all the ids.
+def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
+    """The axes of the mesh that no shard_map of the caller's has taken.
 
     Raises:
-        ValueError: ``axis_name`` is taken already, by a shard_map of the caller's.
+        ValueError: ``axis_name`` is taken.
     """
     in_force = jax.sharding.get_abstract_mesh()
-    free = set(mesh.axis_names) if in_force.empty else set(in_force.axis_names) - set(in_force.manual_axes)
+    free = frozenset(mesh.axis_names)
+    if not in_force.empty:
+        free &= frozenset(in_force.axis_names) - frozenset(in_force.manual_axes)
     if axis_name not in free:
         raise ValueError(
             f"the layer opens a shard_map of its own over {axis_name!r}, which is manual already; "
             f"inside your own shard_map call jax_impl.functional.partial_lookup"
         )
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    manual = frozenset(explicit & free | {axis_name})
-    kept: list[tuple[str, ...] | None] = []
-    for entry in jax.typeof(ids).sharding.spec:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        kept.append(tuple(name for name in names if name in manual - {axis_name}) or None)
-    return mesh if free == set(mesh.axis_names) else None, manual, PartitionSpec(*kept)
+    return free
+
+
+def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
+    """The axes of the mesh that are Explicit: an array's type says how it is split over them."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def split_over(array: Any, axes: frozenset[str]) -> PartitionSpec:
+    """How an array is split over some of the axes that its type tells of."""
+    return _restricted(jax.typeof(array).sharding.spec, axes)
+
+
+def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
+    """The array split so over the Explicit axes; Auto ones are the compiler's."""
+    visible = _restricted(spec, explicit_axes(mesh))
+    if jax.typeof(array).sharding.spec == visible:
+        return array
+    in_force = jax.sharding.get_abstract_mesh()
+    return jax.sharding.reshard(array, NamedSharding(mesh, visible) if in_force.empty else visible)
+
+
+def _restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    kept: list[Any] = []
+    for entry in spec:
+        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name in axes)
+        kept.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*kept)

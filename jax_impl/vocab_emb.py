@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
-from jax_impl.placement import map_over, resolve_mesh
+from jax_impl.placement import explicit_axes, free_axes, lay_out, resolve_mesh, split_over
 from shared.checks import (
     check_choice,
     check_normal,
@@ -223,17 +223,17 @@ def _stacked_partials(
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
         return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
 
-    used_mesh, manual, spec = map_over(mesh, axis_name, ids)
-    if axis_name in str(jax.typeof(ids).sharding.spec):
-        ids = jax.sharding.reshard(ids, spec)
+    free = free_axes(mesh, axis_name)
+    manual = explicit_axes(mesh) & free | {axis_name}
+    rows, tokens = PartitionSpec(axis_name, None), split_over(ids, manual - {axis_name})
     mapped = jax.shard_map(
         on_each_rank,
-        mesh=used_mesh,
-        in_specs=(PartitionSpec(axis_name, None), spec),
-        out_specs=PartitionSpec(axis_name, *spec, None),
+        mesh=mesh if free == set(mesh.axis_names) else None,
+        in_specs=(rows, tokens),
+        out_specs=PartitionSpec(axis_name, *tokens, None),
         axis_names=manual,
     )
-    return mapped(weight, ids)
+    return mapped(lay_out(weight, mesh, rows), lay_out(ids, mesh, tokens))
 
 
 def _hidden_from_checkify(lookup: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array) -> jax.Array:

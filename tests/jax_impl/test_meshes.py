@@ -67,6 +67,25 @@ def test_ids_split_in_any_way_give_the_same(mesh_of, spec):
     np.testing.assert_array_equal(emb(on(mesh, ids, *spec)), expected)
 
 
+def test_a_table_put_in_by_a_tree_operation_may_lie_in_any_way(mesh_of, rng):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    emb = ParallelVocabEmbedding(48, 6, mesh)
+    table, ids = rng.standard_normal((48, 6)).astype(np.float32), np.arange(-2, 50)
+    expected = np.asarray(emb.with_weight(table)(ids))
+    for given in (table, jnp.asarray(table), on(mesh, table), on(mesh, table, ("dp", "tp")), on(mesh, table, "dp")):
+        other = jax.tree.map(lambda _, given=given: given, emb)
+        np.testing.assert_array_equal(other(ids), expected)
+        np.testing.assert_array_equal(jax.jit(lambda emb: emb(ids))(other), expected)
+
+
+def test_axes_whose_names_contain_each_other(mesh_of, rng):
+    mesh = mesh_of((2, 4), ("tp2", "tp"))
+    emb = ParallelVocabEmbedding(48, 6, mesh)
+    ids = on(mesh, rng.integers(0, 48, (4, 8)), "tp2")
+    assert emb(ids).sharding.is_equivalent_to(NamedSharding(mesh, P("tp", "tp2")), 4)
+    np.testing.assert_array_equal(np.asarray(emb(ids)).sum(0), np.asarray(emb.weight)[np.asarray(ids)])
+
+
 @pytest.mark.parametrize("axis_name", ["dp", "sp"])
 def test_the_vocabulary_may_lie_on_any_axis(mesh_of, axis_name):
     mesh = mesh_of((2, 4), ("dp", "sp"))
@@ -83,6 +102,7 @@ def test_mixed_axes(rng):
         emb = ParallelVocabEmbedding(48, 6, mesh)
         ids = on(mesh, rng.integers(0, 48, (4, 8)), "dp")
         np.testing.assert_array_equal(np.asarray(emb(ids)).sum(0), np.asarray(emb.weight)[np.asarray(ids)])
+        assert emb(ids).sharding.is_equivalent_to(NamedSharding(mesh, P("tp", "dp")), 4)
         assert collectives(lambda emb, ids: emb(ids), emb, ids) == {}
 
 
