@@ -44,12 +44,14 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     )
     progress("gradient", 2, 4)
     grad_output = case.batch_array("grad_output")
-    stacked = jax.make_array_from_callback(partials.shape, partials.sharding, lambda _: grad_output[None])
+    split = NamedSharding(mesh, PartitionSpec("tp"))
+    stacked = jax.make_array_from_callback(partials.shape, split, lambda _: grad_output[None])
     (gradient,) = pull_back(stacked)
     progress("record", 3, 4)
     for rank, partial in enumerate(_shards(partials)):
         record.add(f"forward.{rank}", partial[0])
-    for rank, rows in enumerate(_shards(gradient.weight)):
+    # The gradient of an empty batch is a constant, which lies on one device.
+    for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding))):
         record.add(f"gradient.{rank}", rows)
     record.add("sum", np.asarray(total))
 

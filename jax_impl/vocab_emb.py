@@ -204,7 +204,9 @@ class ParallelVocabEmbedding:
         return lookup(self.weight, ids)
 
     def __repr__(self) -> str:
-        weight = jax.tree_util.tree_map(lambda leaf: jax.typeof(leaf).str_short(), self.weight)
+        weight: Any = self.weight  # inside a transformation, anything may stand here
+        if hasattr(weight, "shape") and hasattr(weight, "dtype"):
+            weight = f"{weight.dtype}{list(weight.shape)}"
         return (
             f"{type(self).__name__}({self.vocab_size}, {self.emb_size}, axis_name={self.axis_name!r}, "
             f"world_size={self.world_size}, weight={weight})"

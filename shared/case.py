@@ -204,7 +204,7 @@ def _given_ids(options: CaseOptions) -> np.ndarray | None:
         raise ValueError(f"{options.ids}: not a readable .npy file of integers ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         raise ValueError(f"{options.ids}: ids must be one array of integers, got {getattr(ids, 'dtype', type(ids))}")
-    return np.ascontiguousarray(widen(ids))
+    return np.array(widen(ids), order="C")
 
 
 def _tokenise(tokenizer: Path, text: Path) -> np.ndarray:

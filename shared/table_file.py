@@ -22,7 +22,7 @@ _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 def open_safetensors(path: Path) -> Iterator[Any]:
     """An open safetensors file, whose faults come out as one ValueError that names the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with safe_open(path, framework="np") as file:
             yield file

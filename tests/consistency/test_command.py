@@ -69,6 +69,26 @@ def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
     assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_ids_of_any_shape(capsys, tmp_path, rng, shape, world_size):
+    save_file({"emb": rng.standard_normal((4, 3)).astype(np.float32)}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "ids.npy", np.full(shape, 3))
+    arguments = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy")]
+    assert main(["compare", *arguments, "--world-size", str(world_size), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["case"]["ids_shape"] == list(shape)
+
+
+def test_a_sum_that_flushes_subnormal_numbers_is_called_that(capsys, tmp_path):
+    save_file({"emb": np.full((4, 3), 1e-45, np.float32)}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "ids.npy", np.arange(4))
+    arguments = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy")]
+    assert main(["compare", *arguments, "--world-size", "2", "--json"]) == 1
+    different = [c for c in json.loads(capsys.readouterr().out)["comparisons"] if c["differing"]]
+    assert {(c["what"], c["rank"], *c["kinds"]) for c in different} == {("forward", None, "subnormal flushed")}
+    assert all("jax" in (c["left"], c["right"]) for c in different)
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_one_backend_alone_is_held_to_the_oracle(capsys, backend):
     assert main(["compare", *SMALL, "--backends", backend, "--json"]) == 0
@@ -169,6 +189,7 @@ def test_plan(capsys):
     ("match", "arguments"),
     [
         ("no such file", ["--weights", "nowhere.safetensors"]),
+        ("/: not a file", ["--weights", "/"]),
         ("vocab_size must be divisible by world_size", ["--vocab-size", "97"]),
         ("world_size must be at least 1", ["--world-size", "0"]),
         ("invalid choice: 'int8'", ["--dtype", "int8"]),

@@ -70,7 +70,8 @@ def test_what_it_holds(mesh_of):
     emb = ParallelVocabEmbedding(24, 5, mesh_of())
     assert emb.partition == VocabPartition(24, 8)
     assert (emb.vocab_size, emb.emb_size, emb.world_size, emb.axis_name) == (24, 5, 8, "tp")
-    assert "24, 5, axis_name='tp', world_size=8" in repr(emb)
+    assert repr(emb) == "ParallelVocabEmbedding(24, 5, axis_name='tp', world_size=8, weight=float32[24, 5])"
+    assert "weight=None" in repr(jax.tree.map(lambda _: None, emb))
 
 
 def test_it_is_a_pytree_whose_only_leaf_is_the_table(mesh_of):
