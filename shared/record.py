@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
 from shared.case import Case, sha256
+from shared.checks import check_padding_idx, check_size
 from shared.partition import VocabPartition
 from shared.rows import Rows
 from shared.table_file import open_safetensors
@@ -115,8 +116,19 @@ class Record:
 
     def _check_header(self, names: set[str]) -> None:
         VocabPartition(self.vocab_size, self.world_size)
-        if self.dtype not in DTYPES or not isinstance(self.backend, str):
-            raise ValueError(f"dtype {self.dtype!r}, backend {self.backend!r}")
+        check_size("emb_size", self.emb_size)
+        check_padding_idx(self.padding_idx, self.vocab_size)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}")
+        if not all(type(size) is int and size >= 0 for size in self.ids_shape):
+            raise ValueError(f"ids_shape {self.ids_shape}")
+        if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
+            raise ValueError("backend, machine or source is no text")
+        for facts in (self.versions, self.checksums, self.sha256):
+            if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+                raise ValueError("versions or checksums are no texts by name")
+        if len(names) != 2 * (2 * self.world_size + 1) + 2:  # before world_size, which may be any number, sizes a set
+            raise ValueError(f"{len(names)} tensors for {self.world_size} ranks")
         tensors = {f"{name}.{part}" for name in _names(self.world_size) for part in ("index", "values")}
         tensors |= {"ids", "row_hashes"}
         if not tensors == names == set(self.sha256):

@@ -75,9 +75,17 @@ def test_foreign_files_are_refused(tmp_path):
         ("vocab_size", float("nan")),
         ("world_size", 0),
         ("world_size", 2),
+        ("world_size", 2**40),
+        ("emb_size", -1),
+        ("padding_idx", "5"),
+        ("versions", [1]),
+        ("checksums", {"ids": 1}),
+        ("source", None),
         ("dtype", "int8"),
         ("backend", None),
         ("ids_shape", 7),
+        ("ids_shape", ["a"]),
+        ("ids_shape", [-1, 3]),
         ("sha256", {}),
     ],
 )
@@ -90,6 +98,19 @@ def test_headers_that_do_not_hold_together_are_refused(make_record, field, value
     rewrite(path, change)
     with pytest.raises(ValueError, match="damaged record"):
         Record.open(path)
+
+
+def test_a_size_that_the_rows_do_not_have_is_refused(make_record):
+    records = [make_record(name) for name in ("left", "right")]
+    for record in records:
+        rewrite(
+            record.path,
+            lambda tensors, metadata: metadata.update(
+                header=json.dumps({**json.loads(metadata["header"]), "vocab_size": 3 * 2**50})
+            ),
+        )
+    with pytest.raises(ValueError, match="row hashes do not fit the table"):
+        compare_records(*(Record.open(record.path) for record in records))
 
 
 def test_other_versions_and_missing_headers_are_refused(make_record):
