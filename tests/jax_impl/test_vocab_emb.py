@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
 
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
-
 
 def test_the_signature_is_the_promised_one():
     parameters = inspect.signature(ParallelVocabEmbedding).parameters
@@ -43,11 +41,10 @@ def test_the_signature_is_the_promised_one():
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 4), ("dp", "tp"))]
+    ("dtype", "mean"), [(jnp.float32, 0.0), (jnp.float32, 0.5), (jnp.bfloat16, 0.5), (jnp.float16, 0.5)]
 )
-@pytest.mark.parametrize("mean", [0.0, 0.5])
+@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((2, 4), ("dp", "tp"))])
 def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
     mesh = mesh_of(shape, names)
     emb = ParallelVocabEmbedding(48 * shape[-1], 5, mesh, "tp", mean, 0.02, 7, dtype)
