@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_impl.ids import checked_array
+from jax_impl.ids import as_ids
 from jax_impl.rows import take_rows
 from shared.checks import check_padding_idx
 from shared.partition import VocabPartition
@@ -76,7 +76,7 @@ def partial_lookup(
         )
     check_padding_idx(padding_idx, partition.vocab_size)
     rank = jax.lax.axis_index(axis_name)
-    ids = checked_array(ids)
+    ids = as_ids(ids, partition.vocab_size)
     # Foreign ids are set aside before anything else: indexing narrows 64-bit indices to 32 bits without a word.
     local = jnp.where(partition.owns(ids, rank), partition.local_ids(ids, rank), -1).astype(jnp.int32)
     no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)

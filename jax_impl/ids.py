@@ -23,7 +23,7 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
     door, before any code of the function runs: call this on 64-bit NumPy ids that go into a jitted function of your own.
 
     Args:
-        ids: a JAX array (returned as it is), a NumPy array or a number, of any integer dtype.
+        ids: a JAX array (of up to 32 bits returned as it is), a NumPy array or a number, of any integer dtype.
         vocab_size: rows of the whole table, at most ``2**31 - 1``.
 
     Raises:
@@ -36,7 +36,11 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
         array([ 7, -1], dtype=int32)
     """
     if isinstance(ids, jax.Array):
-        return checked_array(ids)
+        checked_array(ids)
+        if ids.dtype.itemsize < 8:
+            return ids
+        with jax.enable_x64(True):  # without it, JAX narrows at the first operation
+            return jnp.where((ids >= 0) & (ids < vocab_size), ids, -1).astype(jnp.int32)
     if not isinstance(ids, (np.ndarray, np.generic, int)) or isinstance(ids, bool):
         raise ids_type_error(type(ids).__name__, "a JAX or NumPy array")
     wide = widen(np.asarray(ids))
@@ -60,9 +64,11 @@ def check_ids(ids: Any, vocab_size: int) -> None:
     checked_array(ids)
     if ids.size == 0:
         return
-    if not jax.typeof(ids).sharding.mesh.empty and jax.typeof(ids).sharding.mesh.are_all_axes_explicit:
-        ids = jax.sharding.reshard(ids, NamedSharding(jax.typeof(ids).sharding.mesh, PartitionSpec(*[None] * ids.ndim)))
-    bad = ((ids < 0) | (ids >= vocab_size)).ravel()
+    split = jax.typeof(ids).sharding
+    if any(entry is not None for entry in split.spec):
+        ids = jax.sharding.reshard(ids, NamedSharding(split.mesh, PartitionSpec(*[None] * ids.ndim)))
+    known = widen(as_ids(ids, vocab_size))
+    bad = ((known < 0) | (known >= vocab_size)).ravel()
     first = jnp.argmax(bad)
     position = jnp.unravel_index(first, ids.shape)
     names: dict[str, Any] = {f"i{n}": index for n, index in enumerate(position)}

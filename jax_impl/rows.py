@@ -27,6 +27,10 @@ def take_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None
     Returns:
         ``[*local.shape, e]``.
     """
+    if weight.dtype == jnp.bfloat16:
+        # As integers, or XLA selects in float32 on a CPU, which makes other NaN of NaN.
+        bits = _take(jax.lax.bitcast_convert_type(weight, jnp.uint16), local)
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     return _take(weight, local)
 
 

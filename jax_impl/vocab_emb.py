@@ -40,7 +40,9 @@ class ParallelVocabEmbedding:
     Args:
         vocab_size: rows of the whole table; must be divisible by the size of the axis, and at most ``2**31 - 1``.
         emb_size: columns of the table.
-        mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes, or None for the one set with ``jax.set_mesh``.
+        mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes, or None for the one set with ``jax.set_mesh``. Inside
+            ``jit`` or ``eval_shape`` None finds only the shape of that mesh, and the layer made there is another pytree
+            than one made outside: pass the mesh.
         axis_name: the mesh axis over which the vocabulary is split. Over further axes the table is replicated and ids
             stay as they are split.
         init_mean: mean of the initial normal distribution.

@@ -199,8 +199,9 @@ def _given_ids(options: CaseOptions) -> np.ndarray | None:
     if options.ids is None:
         return None
     try:
-        ids = np.load(options.ids, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(options.ids, "rb") as file:
+            ids = np.load(file, allow_pickle=False)
+    except Exception as error:  # whatever a hostile file makes NumPy raise
         raise ValueError(f"{options.ids}: not a readable .npy file of integers ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         raise ValueError(f"{options.ids}: ids must be one array of integers, got {getattr(ids, 'dtype', type(ids))}")

@@ -74,6 +74,8 @@ def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
             number = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+        except OverflowError:
+            raise ValueError(f"{name} must fit a 64-bit float") from None
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}")
         values.append(number)

@@ -24,7 +24,7 @@ KINDS = {
     "subnormal flushed": "zero in place of numbers too small for the dtype's full precision, as some hardware has it",
     "zeroed": "zeros in place of the row",
     "hole filled": "something where zeros should be: the rank does not own the id, or no id asked for the row",
-    "padding only": "only what no one should look at: ids outside the vocabulary, or padding_idx",
+    "padding only": "only what no one should look at: ids outside the vocabulary, or the gradient of padding_idx",
     "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
     "NaN": "NaN on one side only, or another NaN",
@@ -74,7 +74,7 @@ def classify(
         ids: the id that each row belongs to, ``[k]``.
         sides: the rows as both sides have them.
         partition: who owns what.
-        padding_idx: the id without a gradient, or None.
+        padding_idx: the id whose row is of no interest, in gradients the one that has none; or None.
         expected: whether each row should be there at all, rather than be zero.
     """
     kinds = np.full(len(ids), "", object)
@@ -85,13 +85,13 @@ def classify(
     settle("padding only", ~np.asarray(partition.is_valid(ids)))
     if padding_idx is not None:
         settle("padding only", ids == padding_idx)
+    left, right = (side.values for side in sides)
+    settle("sign of zero", (left == right).all(axis=1))
     held = np.stack([held_rows(ids, side) for side in sides])
     distance = np.where(held >= 0, np.abs(held - ids), 0)
     settle("off by one row", (distance == 1).any(axis=0))
     settle("ranks swapped", ((distance > 0) & (distance % partition.rows_per_rank == 0)).any(axis=0))
     settle("other row", (distance > 0).any(axis=0))
-    left, right = (side.values for side in sides)
-    settle("sign of zero", (left == right).all(axis=1))
     settle("subnormal flushed", _flushed(left, right))
     zero = ~unsigned_view(left).any(axis=1) | ~unsigned_view(right).any(axis=1)
     settle("zeroed", zero & expected)

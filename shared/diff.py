@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, ulp_distance, unsigned_view
+from shared.case import sha256
 from shared.classify import Side, classify, held_rows
 from shared.record import Record
 from shared.rows import Rows
@@ -101,6 +102,8 @@ class _Pair:
             raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
         if self.table_hashes.shape != (left.vocab_size,) or self.table_hashes.dtype != np.uint64:
             raise ValueError(f"{left.path}: a damaged record, its row hashes do not fit the table")
+        if sha256(self.ids) != left.checksums.get("ids"):
+            raise ValueError(f"{left.path}: a damaged record, its ids are not those that its header tells of")
         for name, mine in (("ids", self.ids), ("row_hashes", self.table_hashes)):
             if not np.array_equal(mine, right.array(name).reshape(-1)):
                 raise ValueError(f"{left.path} and {right.path} disagree about {name}: one of them is damaged")
@@ -114,7 +117,7 @@ class _Pair:
         ids = self.ids[differing]
         expected = np.asarray(self.partition.is_valid(ids) if rank is None else self.partition.owns(ids, rank))
         sides = (Side(a.take(differing), self.table_hashes), Side(b.take(differing), self.table_hashes))
-        kinds = classify(ids, sides, self.partition, self.padding_idx, expected)
+        kinds = classify(ids, sides, self.partition, None, expected)
         if self._another_ranks("forward", rank, a, b):
             kinds[:] = "ranks swapped"
         positions = [np.unravel_index(p, self.ids_shape) for p in differing[:_EXAMPLES]]

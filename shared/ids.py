@@ -28,7 +28,8 @@ def widen(ids: Any) -> Any:
     """
     if isinstance(ids, int) and not isinstance(ids, bool):
         return ids
-    dtype = str(getattr(ids, "dtype", type(ids).__name__)).removeprefix("torch.")
+    dtype = getattr(ids, "dtype", type(ids).__name__)
+    dtype = getattr(dtype, "name", str(dtype)).removeprefix("torch.")
     if not dtype.startswith(("int", "uint")) or dtype == "int":
         raise ids_type_error(dtype, "an array")
     if hasattr(ids, "long"):  # a torch tensor

@@ -19,10 +19,24 @@ from shared.partition import VocabPartition
 from shared.rows import Rows
 from shared.table_file import open_safetensors
 
-__all__ = ["Record", "RecordWriter"]
+__all__ = ["Record", "RecordWriter", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
 _VERSION = 1
+
+
+def writable_file(path: Path) -> Path:
+    """Where a file of that name would be written, links followed.
+
+    Raises:
+        ValueError: there is something that is no regular file, or the folder does not exist.
+    """
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path}: exists and is not a regular file; name another one")
+    if not target.parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    return target
 
 
 class RecordWriter:
@@ -49,7 +63,8 @@ class RecordWriter:
         self._tensors[f"{name}.index"], self._tensors[f"{name}.values"] = rows.index, rows.values
 
     def write(self, path: Path) -> None:
-        """Write the file: at any moment there is the old one or the whole new one."""
+        """Write the file, through a symbolic link too: at any moment there is the old one or the whole new one."""
+        path = writable_file(path)
         expected = {f"{name}.{part}" for name in _names(self._case.world_size) for part in ("index", "values")}
         missing = expected - set(self._tensors)
         if missing:

@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, TypeError, IndexError, OSError) as error:
+    except (ValueError, TypeError, IndexError, OSError, OverflowError) as error:
         return fail(str(error))
+    except MemoryError as error:
+        return fail(f"not enough memory: {error}")
     except BackendError as error:
         print(error.details, file=sys.stderr)
         return fail(str(error))

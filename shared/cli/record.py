@@ -11,6 +11,7 @@ from shared.case import build_case
 from shared.cli.case_arguments import add_case_arguments, case_options
 from shared.cli.console import output, print_json, progress_steps
 from shared.launch import BACKENDS, is_installed, record_backend
+from shared.record import writable_file
 
 __all__ = ["add_parser"]
 
@@ -50,12 +51,11 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--backend {options.backend} is not installed: pip install 'parallel-vocab-embedding[{options.backend}]'"
         )
-    if not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: its folder does not exist")
+    target = writable_file(options.output)
     with tempfile.TemporaryDirectory(prefix="pve-") as temporary, progress_steps() as begin:
         folder = Path(temporary)
         build_case(case_options(options), folder, begin("case"))
-        record = record_backend(options.backend, folder, options.output.absolute(), begin(options.backend))
+        record = record_backend(options.backend, folder, target, begin(options.backend))
     if options.json:
         facts = ("backend", "versions", "vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape")
         print_json({"record": str(options.output), **{name: getattr(record, name) for name in facts}})

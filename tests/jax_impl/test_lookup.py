@@ -71,6 +71,34 @@ def test_any_integer_dtype_and_none_narrows(mesh_of, dtype, as_jax):
     np.testing.assert_array_equal(ids, before)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_64_bit_jax_ids_do_not_narrow_where_64_bit_mode_is_off(mesh_of, dtype):
+    mesh = mesh_of()
+    emb = ParallelVocabEmbedding(24, 4, mesh)
+    strict = ParallelVocabEmbedding(24, 4, mesh, invalid_ids="error")
+    with jax.enable_x64(True):
+        ids = jnp.array(np.array([2**32 + 5, 5], dtype))
+    for out in (emb(ids), jax.jit(lambda emb, ids: emb(ids))(emb, ids)):
+        np.testing.assert_array_equal(np.asarray(out).sum(0), [np.zeros(4), np.asarray(emb.weight)[5]])
+    with pytest.raises(IndexError, match=r"ids\[0\] = 4294967301 is outside"):
+        strict(ids)
+    error, _ = jax.jit(checkify.checkify(lambda emb, ids: emb(ids)))(strict, ids)
+    assert "ids[0]" in error.get()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
+def test_narrow_ids_are_no_less_valid_for_being_checked_in_jit(mesh_of, dtype):
+    emb = ParallelVocabEmbedding(2**17, 1, mesh_of(), invalid_ids="error")
+    error, _ = jax.jit(checkify.checkify(lambda emb, ids: emb(ids)))(emb, jnp.array([5, 100], dtype))
+    assert error.get() is None
+
+
+def test_bfloat16_rows_of_any_bits(mesh_of):
+    table = np.arange(65536, dtype=np.uint16).view(jnp.bfloat16).reshape(-1, 1)
+    emb = ParallelVocabEmbedding(65536, 1, mesh_of((2,)), dtype=jnp.bfloat16).with_weight(table)
+    assert_same_bits(emb(np.arange(65536)), np.stack(oracle(emb, np.arange(65536))))
+
+
 def test_numpy_ids_are_checked_before_they_narrow(mesh_of):
     emb = ParallelVocabEmbedding(24, 4, mesh_of())
     assert not np.asarray(emb(np.array([2**32 + 5, 2**31 + 5, -(2**32)]))).any()
@@ -146,6 +174,18 @@ def test_invalid_ids_error_with_ids_split_over_data_and_gradients(mesh_of):
     error, grad = gradient(emb, ids - 3 * (ids > 3) * 9)
     assert error.get() is None
     np.testing.assert_array_equal(np.asarray(grad.weight)[:, 0], np.eye(24)[[0, 1, 3]].sum(0))
+
+
+@pytest.mark.parametrize("kinds", [("Explicit", "Auto"), ("Auto", "Explicit")])
+@pytest.mark.parametrize("axis", ["dp", "tp"])
+def test_invalid_ids_error_on_mixed_meshes(kinds, axis):
+    mesh = jax.make_mesh((2, 4), ("dp", "tp"), tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds))
+    with jax.set_mesh(mesh):
+        emb = ParallelVocabEmbedding(24, 4, mesh, invalid_ids="error")
+        ids = jax.device_put(np.arange(8).reshape(4, 2), NamedSharding(mesh, P(axis)))
+        error, out = jax.jit(checkify.checkify(lambda emb, ids: emb(ids)))(emb, ids)
+        assert error.get() is None
+        assert_same_bits(out, emb(ids))
 
 
 def test_an_empty_batch_has_no_invalid_ids(mesh_of):

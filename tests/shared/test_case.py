@@ -74,7 +74,20 @@ def test_sizes_must_be_those_of_the_table(table, tmp_path):
     refused(tmp_path, "vocab_size=40 over world_size=3", weights=table[0], world_size=3)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64, np.int64])
+@pytest.mark.parametrize("garbage", [b"PK\x03\x04garbage", b"\x93NUMPY\x01\x00\x20\x00{'descr': '<i8', 'shape': (("])
+def test_garbage_for_ids_is_refused(table, tmp_path, garbage):
+    (tmp_path / "ids.npy").write_bytes(garbage)
+    refused(tmp_path, "not a readable .npy file", weights=table[0], ids=tmp_path / "ids.npy")
+
+
+def test_ids_larger_than_memory_are_refused(table, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(10**3))
+    content = (tmp_path / "ids.npy").read_bytes().replace(b"(1000,), }" + b" " * 14, b"(" + b"9" * 17 + b",), } ")
+    (tmp_path / "ids.npy").write_bytes(content)
+    refused(tmp_path, "not a readable .npy file", weights=table[0], ids=tmp_path / "ids.npy")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64, np.int64, np.dtype(">i4"), np.dtype(">u8")])
 def test_ids_of_any_integer_dtype(table, tmp_path, dtype):
     ids = np.array([[0, 39, 40], [7, 7, np.iinfo(dtype).max]], dtype)
     np.save(tmp_path / "ids.npy", ids)

@@ -1,14 +1,16 @@
 """A record that is not whole, or not a record, is refused with one clear line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from shared.case import sha256
 from shared.diff import compare_records
-from shared.record import Record, RecordWriter
+from shared.record import Record, RecordWriter, writable_file
 from shared.rows import Rows
 
 
@@ -111,6 +113,33 @@ def test_a_size_that_the_rows_do_not_have_is_refused(make_record):
         )
     with pytest.raises(ValueError, match="row hashes do not fit the table"):
         compare_records(*(Record.open(record.path) for record in records))
+
+
+def test_ids_that_contradict_the_header_are_refused(make_record):
+    records = [make_record(name) for name in ("left", "right")]
+    for record in records:
+
+        def other_ids(tensors, metadata):
+            tensors["ids"] = tensors["ids"][::-1].copy()
+            header = json.loads(metadata["header"])
+            header["sha256"]["ids"] = sha256(tensors["ids"])
+            metadata["header"] = json.dumps(header)
+
+        rewrite(record.path, other_ids)
+    with pytest.raises(ValueError, match="its ids are not those that its header tells of"):
+        compare_records(*(Record.open(record.path) for record in records))
+
+
+def test_only_regular_files_are_replaced_and_links_are_followed(case, tmp_path, make_record):
+    os.mkfifo(tmp_path / "fifo")
+    for place in ("fifo", "."):
+        with pytest.raises(ValueError, match="not a regular file"):
+            writable_file(tmp_path / place)
+    with pytest.raises(ValueError, match="its folder does not exist"):
+        writable_file(tmp_path / "no" / "where")
+    real = make_record("real").path
+    (tmp_path / "link").symlink_to(real)
+    assert writable_file(tmp_path / "link") == real.resolve()
 
 
 def test_other_versions_and_missing_headers_are_refused(make_record):
