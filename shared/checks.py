@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "EXCHANGES",
+    "REDUCTIONS",
     "SEED_LIMIT",
+    "as_int",
     "check_choice",
     "check_normal",
     "check_padding_idx",
@@ -25,6 +28,12 @@ __all__ = [
 
 SEED_LIMIT = 2**63
 """Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
+
+REDUCTIONS = ("none", "all_reduce", "reduce_scatter")
+"""What a layer returns: each rank's incomplete embedding, the embedding, or each rank's chunk of it."""
+
+EXCHANGES = ("auto", "dense", "routed")
+"""How rows travel."""
 
 
 def as_int(name: str, value: Any) -> int:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import subprocess
+import sys
 import types
+from multiprocessing.connection import Listener
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,3 +54,57 @@ def check_documentation():
         assert with_examples <= attempted, f"no example run for {with_examples - attempted}"
 
     return check
+
+
+class World:
+    """Torch processes in one gloo group, which run functions of test modules: ``world(function, *arguments)``."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        with Listener(str(folder / "socket"), "AF_UNIX") as listener:
+            script = str(Path(__file__).with_name("rank.py"))
+            ends = [str(folder / "socket"), str(folder / "rendezvous")]
+            command = [sys.executable, "-P", script, *ends]
+            self.processes = [subprocess.Popen([*command, str(r), str(world_size)]) for r in range(world_size)]
+            pipes = [listener.accept() for _ in range(world_size)]
+        self.pipes = [pipe for _rank, pipe in sorted((pipe.recv(), pipe) for pipe in pipes)]
+        self.broken = False
+
+    def __call__(self, function, *arguments):
+        """What each rank's call returned; an AssertionError with their tracebacks if any failed."""
+        for pipe in self.pipes:
+            pipe.send((inspect.getfile(function), function.__name__, arguments))
+        results = [self._result(rank, pipe) for rank, pipe in enumerate(self.pipes)]
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+        self.broken = bool(failures)
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+    @staticmethod
+    def _result(rank, pipe):
+        return pipe.recv() if pipe.poll(180) else ("no answer within three minutes", None)
+
+    def end(self):
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if self.broken:
+                process.kill()
+            else:
+                pipe.send(None)
+            process.wait(30)
+            pipe.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """``world(w)``: a ``World`` of w ranks, kept for the next test that asks for one."""
+    worlds: dict[int, World] = {}
+
+    def of_size(world_size):
+        if world_size not in worlds or worlds[world_size].broken:
+            if world_size in worlds:
+                worlds.pop(world_size).end()
+            worlds[world_size] = World(world_size, tmp_path_factory.mktemp("world"))
+        return worlds[world_size]
+
+    yield of_size
+    for each in worlds.values():
+        each.end()

@@ -1,15 +1,18 @@
-"""The lookup as a pure function of one rank's rows."""
+"""The lookup as pure functions of one rank's rows."""
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
-from shared.checks import check_choice, check_padding_idx
+from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
 from shared.partition import VocabPartition
 from torch_impl.ids import as_ids, check_ids
+from torch_impl.placement import resolve_group, resolve_rank
+from torch_impl.reductions import ReductionOptions, reduce_lookup
 from torch_impl.rows import take_rows
 
-__all__ = ["partial_lookup"]
+__all__ = ["partial_lookup", "reduced_lookup"]
 
 
 def partial_lookup(
@@ -64,13 +67,89 @@ def partial_lookup(
                 [6., 7.],
                 [4., 5.]])
     """
+    _check_arguments(weight, partition, invalid_ids, padding_idx)
+    return lookup_checked(weight, ids, partition, rank, invalid_ids, padding_idx, sparse)
+
+
+def reduced_lookup(
+    weight: Tensor,
+    ids: Tensor,
+    partition: VocabPartition,
+    process_group: dist.ProcessGroup | None,
+    *,
+    reduction: str,
+    exchange: str = "auto",
+    seq_dim: int = -1,
+    invalid_ids: str = "zero",
+    padding_idx: int | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Look ids up in a table that is split over the ranks of a process group: the sum of their ``partial_lookup``.
+
+    Every rank of the group calls this with the same ids and options.
+
+    Args:
+        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
+        ids: global ids, any shape, any integer dtype; the same on all ranks; not modified.
+        partition: who owns what; its ``world_size`` is the group's.
+        process_group: the ranks; None where ``partition.world_size`` is 1.
+        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
+        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
+            from its owner to who needs it; ``"auto"``, whichever is faster by measured rules. The results are equal.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
+        invalid_ids, padding_idx, sparse: as in ``partial_lookup``.
+
+    Returns:
+        ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype, for ``"reduce_scatter"`` with the dimension
+        ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit; ids outside the vocabulary give
+        +0.0.
+
+    The gradient of ``"all_reduce"`` is local: each rank must come to the same gradient of the embedding. That of
+    ``"reduce_scatter"`` brings each rank what all chunks have for the rows it owns. Sums are float32 for 16-bit tables
+    and rounded once.
+
+    Raises:
+        TypeError: ids are not a tensor of integers.
+        ValueError: an argument is out of range, or the sequence is not divisible by ``partition.world_size``.
+        IndexError: with ``invalid_ids="error"``.
+        RuntimeError: a collective failed; the message names it.
+
+    Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053) and its sequence parallelism (Korthikanti et al., 2022,
+    arXiv:2205.05198).
+
+    Example:
+        >>> import torch
+        >>> from shared import VocabPartition
+        >>> from torch_impl import reduced_lookup
+        >>> table = torch.arange(8.0).reshape(4, 2)
+        >>> reduced_lookup(table, torch.tensor([3, 0, -1]), VocabPartition(4, 1), None, reduction="all_reduce")
+        tensor([[6., 7.],
+                [0., 1.],
+                [0., 0.]])
+    """
+    _check_arguments(weight, partition, invalid_ids, padding_idx)
+    check_choice("reduction", reduction, REDUCTIONS[1:])
+    check_choice("exchange", exchange, EXCHANGES)
+    resolve_rank(None, partition.world_size, process_group)
+    options = ReductionOptions(
+        reduction,
+        exchange,
+        as_int("seq_dim", seq_dim),
+        padding_idx,
+        sparse,
+        resolve_group(process_group, reduction, partition.world_size),
+    )
+    ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
+    return reduce_lookup(weight, ids, partition, options)
+
+
+def _check_arguments(weight: Tensor, partition: VocabPartition, invalid_ids: str, padding_idx: int | None) -> None:
     if weight.dim() != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {tuple(weight.shape)}"
         )
     check_choice("invalid_ids", invalid_ids, ("zero", "error"))
     check_padding_idx(padding_idx, partition.vocab_size)
-    return lookup_checked(weight, ids, partition, rank, invalid_ids, padding_idx, sparse)
 
 
 def lookup_checked(

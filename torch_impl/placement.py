@@ -1,4 +1,4 @@
-"""Which rank a module is, of how many."""
+"""Which rank a module is, of how many, and the process group it talks over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from shared.checks import check_rank, check_size
 
-__all__ = ["resolve_rank"]
+__all__ = ["find_group", "resolve_group", "resolve_rank"]
 
 
 def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -33,3 +33,42 @@ def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.P
                 f"leave {name} out to take the group's"
             )
     return group_rank, group_size
+
+
+def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world_size: int) -> str | None:
+    """The group's name, by which a module can be copied and pickled and a compiled graph can hold it.
+
+    Raises:
+        ValueError: there is no group, and ``reduction`` needs one.
+    """
+    if process_group is not None:
+        return str(process_group.group_name)
+    if reduction != "none" and world_size > 1:
+        raise ValueError(
+            f"process_group must be given for reduction={reduction!r} with world_size={world_size}, got None; pass the "
+            f"group that holds the ranks, such as torch.distributed.group.WORLD after init_process_group"
+        )
+    return None
+
+
+def find_group(name: str, rank: int | None, world_size: int) -> dist.ProcessGroup:
+    """The group of that name, once it is known to be the one a module was made for.
+
+    Raises:
+        RuntimeError: this process has no such group (any more), or it gives another rank or size.
+    """
+    from torch._C._distributed_c10d import _resolve_process_group  # absent where torch is built without distributed
+
+    try:
+        group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"the process group {name!r} of this ParallelVocabEmbedding does not exist in this process; "
+            f"build the module after init_process_group, and use it before destroy_process_group"
+        ) from error
+    if group.size() != world_size or rank not in (None, group.rank()):
+        raise RuntimeError(
+            f"the process group {name!r} makes this process rank {group.rank()} of {group.size()}, this "
+            f"ParallelVocabEmbedding was made as rank {rank} of {world_size}; build it anew with the group at hand"
+        )
+    return group

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["take_rows"]
+__all__ = ["lookup_rows", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
 
 
 def take_rows(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:
@@ -36,7 +36,7 @@ class _TracedLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:
-        return _lookup_rows(weight, local, owned)
+        return lookup_rows(weight, local, owned)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +47,7 @@ class _TracedLookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         local, counted = ctx.saved_tensors
-        grad = _sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        grad = sum_rows(grad_outputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
         return grad, None, None, None, None
 
 
@@ -68,7 +68,7 @@ class _Lookup(_TracedLookup):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        return _lookup_rows(grad_inputs[0], *ctx.saved_tensors)
+        return lookup_rows(grad_inputs[0], *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
@@ -90,7 +90,7 @@ class _RowSum(torch.autograd.Function):
     def forward(
         grad_output: Tensor, local: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
     ) -> Tensor:
-        return _sum_rows(grad_output, local, counted, num_rows, device, sparse)
+        return sum_rows(grad_output, local, counted, num_rows, device, sparse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,7 +107,7 @@ class _RowSum(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         local, counted = ctx.saved_tensors
-        return _sum_rows(grad_inputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
+        return sum_rows(grad_inputs[0], local, counted, ctx.num_rows, ctx.device, ctx.sparse)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
@@ -135,7 +135,8 @@ def _owned_rows_only(weight_device: torch.device, *tensors: Tensor) -> bool:
     return "meta" not in devices and (devices == {"cpu"} or len({weight_device, *(t.device for t in tensors)}) > 1)
 
 
-def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+def lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+    """``take_rows`` without a gradient."""
     local_T, owned_T = local.reshape(-1), owned.reshape(-1)
     if not _owned_rows_only(weight_NE.device, weight_NE, local):
         safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)
@@ -152,21 +153,18 @@ def _lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
     return output_TE.view(*local.shape, weight_NE.shape[1])
 
 
-def _sum_rows(
+def sum_rows(
     grad_output: Tensor, local: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
 ) -> Tensor:
+    """For each of ``num_rows`` rows, the sum of its gradients, on ``device``: the transpose of ``lookup_rows``."""
     emb_size = grad_output.shape[-1]
     grad_TE = grad_output.reshape(-1, emb_size)
     local_T, counted_T = local.reshape(-1), counted.reshape(-1)
     if sparse or _owned_rows_only(device, grad_output, local):
         if torch.compiler.is_compiling():
             raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
-        distinct, sums = _sum_distinct(grad_TE, local_T, counted_T)
-        distinct, sums = distinct.to(device), sums.to(device)
-        if sparse:
-            index, size = distinct.unsqueeze(0), (num_rows, emb_size)
-            return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
-        return sums.new_zeros(num_rows, emb_size).index_copy_(0, distinct, sums)
+        distinct, sums = sum_distinct(grad_TE, local_T, counted_T)
+        return row_gradient(distinct.to(device), sums.to(device), num_rows, sparse)
     dtype = grad_TE.dtype
     grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)
     grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)
@@ -174,18 +172,30 @@ def _sum_rows(
     return torch.ops.aten.embedding_dense_backward(grad_TE, safe_T, num_rows, -1, False).to(dtype)
 
 
-def _sum_distinct(grad_TE: Tensor, local_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows asked for, ascending, and the sum of each one's gradients in the order of the tokens."""
+def row_gradient(distinct: Tensor, sums: Tensor, num_rows: int, sparse: bool) -> Tensor:
+    """The gradient ``[num_rows, E]`` whose rows ``distinct``, ascending, are ``sums`` and whose others are zero."""
+    size = (num_rows, sums.shape[1])
+    if sparse:
+        index = distinct.unsqueeze(0)
+        return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
+    return sums.new_zeros(size).index_copy_(0, distinct, sums)
+
+
+def sum_distinct(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """The distinct rows asked for, ascending, and the sum of each one's gradients in the order of the tokens.
+
+    16-bit gradients are summed in float32, and rounded unless the sums are wanted ``wide``.
+    """
+    dtype = torch.float32 if wide and grad_TE.dtype.itemsize < 4 else grad_TE.dtype
     positions = counted_T.nonzero().squeeze(1)
-    rows, order = local_T[positions].sort(stable=True)
+    rows, order = rows_T[positions].sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
     if distinct.numel() == 0:
-        return distinct, grad_TE.new_zeros(0, grad_TE.shape[1])
+        return distinct, grad_TE.new_zeros(0, grad_TE.shape[1], dtype=dtype)
     tokens, offsets = positions[order], counts.cumsum(0) - counts
-    if grad_TE.dtype == torch.bfloat16:
+    if grad_TE.dtype == torch.bfloat16 or dtype != grad_TE.dtype:
         # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
-        rows = grad_TE.index_select(0, tokens).float()
-        return distinct, F.embedding_bag(
-            torch.arange(len(rows), device=rows.device), rows, offsets, mode="sum"
-        ).bfloat16()
+        summands = grad_TE.index_select(0, tokens).float()
+        tokens = torch.arange(len(tokens), device=summands.device)
+        return distinct, F.embedding_bag(tokens, summands, offsets, mode="sum").to(dtype)
     return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shared.agreement import checks_wanted
 from shared.checks import (
+    EXCHANGES,
+    REDUCTIONS,
+    as_int,
     check_choice,
     check_normal,
     check_padding_idx,
@@ -17,8 +22,11 @@ from shared.checks import (
     table_dtype_error,
 )
 from shared.partition import VocabPartition
+from torch_impl.faults import check_agreement
 from torch_impl.functional import lookup_checked
-from torch_impl.placement import resolve_rank
+from torch_impl.ids import as_ids, check_ids
+from torch_impl.placement import find_group, resolve_group, resolve_rank
+from torch_impl.reductions import ReductionOptions, reduce_lookup
 
 __all__ = ["ParallelVocabEmbedding"]
 
@@ -27,7 +35,8 @@ class ParallelVocabEmbedding(nn.Module):
     """Rank ``rank``'s rows of an embedding table whose vocabulary is split over ``world_size`` ranks.
 
     The module keeps rows ``[rank * n, (rank + 1) * n)``, ``n = vocab_size // world_size``, looks up the ids it owns and
-    returns all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding.
+    returns all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding,
+    which ``reduction`` makes of them.
 
     Args:
         vocab_size: rows of the whole table, all ranks together; must be divisible by ``world_size``.
@@ -40,12 +49,22 @@ class ParallelVocabEmbedding(nn.Module):
         init_base_seed: rank r draws its rows from a generator of its own, seeded ``init_base_seed + r``.
         dtype: float16, bfloat16, float32 or float64.
         device: where the table lives; ``"meta"`` builds it without storage (then ``to_empty`` and ``reset_parameters``).
-        reduction: ``"none"``, each rank returns its own incomplete embedding.
+        reduction: ``"none"``, each rank returns its own incomplete embedding ``Er``, without communication;
+            ``"all_reduce"``, every rank returns the embedding ``E``; ``"reduce_scatter"``, each rank returns its
+            ``1 / world_size`` of ``E`` along the sequence. The last two need ``process_group`` where there are several
+            ranks, and all ranks must be given the same ids.
+        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
+            distinct row straight from its owner to who needs it; ``"auto"``, whichever is faster by measured rules
+            (``torch_impl.reductions.choose_exchange``). Values and gradients are the same, to the last bit on a CPU.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError on every rank.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient.
         sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for (not under torch.compile).
         init: ``"per_rank"``, the initialisation described above.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
+        check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
+            they disagree; the environment variable ``PVE_CHECK=1`` does the same. Costs an exchange of a few hundred
+            bytes, and on an accelerator the host waits for the device.
 
     Attributes:
         weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``.
@@ -55,7 +74,7 @@ class ParallelVocabEmbedding(nn.Module):
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size``; ``rank`` or
-            ``world_size`` disagrees with ``process_group``.
+            ``world_size`` disagrees with ``process_group``; a reduction needs a group and there is none.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -86,10 +105,13 @@ class ParallelVocabEmbedding(nn.Module):
         device: torch.device | str = "cpu",
         *,
         reduction: str = "none",
+        exchange: str = "auto",
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         sparse: bool = False,
         init: str = "per_rank",
+        seq_dim: int = -1,
+        check: bool = False,
     ) -> None:
         super().__init__()
         self.rank, world_size = resolve_rank(rank, world_size, process_group)
@@ -99,11 +121,17 @@ class ParallelVocabEmbedding(nn.Module):
         self.init_base_seed = check_seed(init_base_seed, world_size)
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise table_dtype_error(dtype)
-        self.reduction = check_choice("reduction", reduction, ("none",))
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.exchange = check_choice("exchange", exchange, EXCHANGES)
         self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
         self.sparse = bool(sparse)
         self.init = check_choice("init", init, ("per_rank",))
+        self.seq_dim = as_int("seq_dim", seq_dim)
+        self._group_name = resolve_group(process_group, self.reduction, world_size)
+        self.check = checks_wanted(check)
+        if check and world_size > 1 and process_group is None:
+            raise ValueError("check=True compares the ranks of a process_group: pass it")
         # Compiled graphs take the rank as data, so that they are the same on every rank.
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
         self.weight = nn.Parameter(torch.empty(self.partition.rows_per_rank, self.emb_size, dtype=dtype, device=device))
@@ -134,24 +162,67 @@ class ParallelVocabEmbedding(nn.Module):
             self.weight[self.partition.local_ids(self.padding_idx, self.rank)].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up the ids that this rank owns; every other id gets a row of +0.0.
+        """Look ids up.
 
         Args:
-            ids: global ids, any shape, any integer dtype; not modified.
+            ids: global ids, any shape, any integer dtype; not modified. With a reduction, the same on all ranks.
 
         Returns:
-            The incomplete embedding ``Er``, ``[*ids.shape, emb_size]``, on the ids' device in the table's dtype.
+            On the ids' device, in the table's dtype: with ``reduction="none"`` the incomplete embedding ``Er``,
+            ``[*ids.shape, emb_size]``, +0.0 for ids that this rank does not own; with ``"all_reduce"`` the embedding,
+            of the same shape; with ``"reduce_scatter"`` this rank's chunk of it, where the ids' dimension ``seq_dim`` is
+            divided by ``world_size``. Rows are copied bit for bit.
+
+        The gradient of ``"all_reduce"`` is local: every rank must come to the same gradient of ``E``, as it does where
+        all ranks compute the same loss of it.
 
         Raises:
             TypeError: ids are not a tensor of integers.
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
+            ValueError: with ``"reduce_scatter"``, the sequence is not divisible by ``world_size``; with ``check``, the
+                ranks disagree.
+            RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
+        if self.check and self._group_name is not None:
+            ids = self._agreed(ids)
         rank = self._rank_tensor if torch.compiler.is_compiling() else self.rank
-        return lookup_checked(self.weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, self.sparse)
+        if self.reduction == "none":
+            return lookup_checked(
+                self.weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, self.sparse
+            )
+        ids = check_ids(ids, self.vocab_size) if self.invalid_ids == "error" else as_ids(ids)
+        options = ReductionOptions(
+            self.reduction,
+            self.exchange,
+            self.seq_dim,
+            self.padding_idx,
+            self.sparse,
+            self._group_name,
+            None if torch.compiler.is_compiling() else self.rank,
+        )
+        return reduce_lookup(self.weight, ids, self.partition, options)
+
+    def _agreed(self, ids: Tensor) -> Tensor:
+        """The ids, once all ranks are known to look the same ones up in the same way."""
+        assert self._group_name is not None
+        names = ("vocab_size", "emb_size", "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx", "sparse")
+        facts = {name: getattr(self, name) for name in names} | {"dtype": str(self.weight.dtype)}
+        if torch.compiler.is_compiling():
+            return torch.ops.pve.check_agreement(ids, json.dumps(facts), self._group_name, self.world_size)
+        check_agreement(ids, facts, find_group(self._group_name, self.rank, self.world_size))
+        return ids
 
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
-        defaults: dict[str, Any] = {"invalid_ids": "zero", "padding_idx": None, "sparse": False}
+        defaults: dict[str, Any] = {
+            "reduction": "none",
+            "exchange": "auto",
+            "invalid_ids": "zero",
+            "padding_idx": None,
+            "sparse": False,
+            "seq_dim": -1,
+            "check": False,
+        }
         changed = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
         return ", ".join([text, *(f"{name}={value!r}" for name, value in changed.items())])

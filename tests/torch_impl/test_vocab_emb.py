@@ -32,10 +32,13 @@ def test_the_signature_is_the_promised_one():
         "dtype": torch.float32,
         "device": "cpu",
         "reduction": "none",
+        "exchange": "auto",
         "invalid_ids": "zero",
         "padding_idx": None,
         "sparse": False,
         "init": "per_rank",
+        "seq_dim": -1,
+        "check": False,
     }
 
 
@@ -163,7 +166,7 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none', got 'sum'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
         ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
     ],
 )

@@ -1,0 +1,81 @@
+"""Do all ranks compute the same? What they tell each other, and what is said where they differ."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["checks_wanted", "describe_ids", "disagreement", "ids_disagreement"]
+
+_SWITCH = "PVE_CHECK"
+
+
+def checks_wanted(check: bool) -> bool:
+    """Whether the ranks are to compare what they compute: asked for by ``check``, or by ``PVE_CHECK=1``.
+
+    Raises:
+        TypeError: ``check`` is not a bool.
+        ValueError: the variable holds something else than 0 or 1.
+    """
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {check!r}")
+    value = os.environ.get(_SWITCH, "") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable {_SWITCH} must be 0 or 1, got {value!r}")
+    return check or value == "1"
+
+
+def describe_ids(ids: np.ndarray) -> dict[str, Any]:
+    """What must be equal of the ids on all ranks: their shape, their dtype and their values (as a SHA-256).
+
+    Example:
+        >>> import numpy as np
+        >>> from shared.agreement import describe_ids
+        >>> describe_ids(np.array([[1, 2]], np.int32))["shape of the ids"]
+        (1, 2)
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16]
+    return {"shape of the ids": ids.shape, "dtype of the ids": str(ids.dtype), "ids": f"SHA-256 {digest}..."}
+
+
+def disagreement(facts: Sequence[dict[str, Any]]) -> str | None:
+    """What is wrong, if the ranks' facts are not all equal: the first that differs, and who has what.
+
+    Example:
+        >>> from shared.agreement import disagreement
+        >>> disagreement([{"v": 8, "dtype": "float32"}, {"v": 8, "dtype": "float16"}, {"v": 8, "dtype": "float32"}])
+        "the ranks disagree about dtype: 'float32' on ranks 0, 2; 'float16' on rank 1"
+    """
+    names = list(dict.fromkeys(name for known in facts for name in known))
+    for name in names:
+        ranks: dict[str, list[int]] = {}
+        for rank, known in enumerate(facts):
+            ranks.setdefault(repr(known.get(name)), []).append(rank)
+        if len(ranks) > 1:
+            return f"the ranks disagree about {name}: {_who_has_what(ranks)}"
+    return None
+
+
+def ids_disagreement(ids: Sequence[np.ndarray]) -> str | None:
+    """The first position, in row-major order, at which the ranks' ids of one shape differ, and who has what there."""
+    unequal = np.any([other != ids[0] for other in ids[1:]], axis=0)
+    if not unequal.any():
+        return None
+    position = np.unravel_index(int(unequal.argmax()), unequal.shape)
+    ranks: dict[str, list[int]] = {}
+    for rank, mine in enumerate(ids):
+        ranks.setdefault(str(mine[position]), []).append(rank)
+    where = f"ids[{', '.join(map(str, position))}]" if position else "ids"
+    return f"the ranks disagree about the ids: {where} is {_who_has_what(ranks)}; every rank needs the same ids"
+
+
+def _who_has_what(ranks: dict[str, list[int]]) -> str:
+    def on(numbers: list[int]) -> str:
+        shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        return f"on rank{'s' if len(numbers) > 1 else ''} {shown}"
+
+    return "; ".join(f"{value} {on(numbers)}" for value, numbers in ranks.items())

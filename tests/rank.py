@@ -1,0 +1,44 @@
+"""One rank of a test's world of torch processes: runs the functions that it is sent, until there are no more."""
+
+import importlib.util
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from multiprocessing.connection import Client
+
+import torch
+import torch.distributed as dist
+
+
+def load(path, loaded={}):  # noqa: B006
+    if path not in loaded:
+        spec = importlib.util.spec_from_file_location(f"of_rank_{len(loaded)}", path)
+        loaded[path] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded[path])
+    return loaded[path]
+
+
+def main():
+    address, rendezvous, rank, world_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    for message in (".*torch.jit.*", ".*should not be instantiated.*"):  # of torch's own doing
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+    with Client(address, "AF_UNIX") as pipe:
+        pipe.send(rank)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        )
+        while (task := pipe.recv()) is not None:
+            path, name, arguments = task
+            try:
+                result = None, getattr(load(path), name)(*arguments)
+            except BaseException:
+                result = traceback.format_exc(), None
+            pipe.send(result)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

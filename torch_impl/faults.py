@@ -1,0 +1,80 @@
+"""What goes wrong between ranks: a rank that fails, and ranks that do not agree about what they compute."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shared.agreement import describe_ids, disagreement, ids_disagreement
+from torch_impl.placement import find_group
+
+__all__ = ["check_agreement", "naming_the_operation"]
+
+
+@contextlib.contextmanager
+def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Turn the failure of a collective into an error that says which one failed, and where.
+
+    Raises:
+        RuntimeError: a rank of the group has ended, does not answer within the group's timeout, or sent another size.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{operation} failed on rank {group.rank()} of {group.size()}: {error}\n"
+            f"A rank has ended, does not answer, or computes something else (check=True, or PVE_CHECK=1 in the "
+            f"environment, tells which)."
+        ) from error
+
+
+def check_agreement(ids: Any, facts: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Compare what all ranks of the group are about to compute, before any row travels.
+
+    Args:
+        ids: this rank's ids; whatever they are, the other ranks are not left waiting.
+        facts: what else must be equal on all ranks, as plain values by name.
+        group: the ranks.
+
+    Raises:
+        ValueError: on every rank, naming the first thing they disagree about and who has what.
+    """
+    mine = dict(facts)
+    if isinstance(ids, Tensor):
+        mine |= describe_ids(ids.detach().float().cpu().numpy() if ids.is_floating_point() else ids.cpu().numpy())
+        mine["dtype of the ids"] = str(ids.dtype)
+    else:
+        mine["type of the ids"] = type(ids).__name__
+    everyones = _gather(mine, group)
+    found = disagreement(everyones)
+    if found is None:
+        return
+    others_equal = disagreement([{name: known[name] for name in known if name != "ids"} for known in everyones]) is None
+    if others_equal:
+        found = ids_disagreement(_gather(ids.cpu().numpy(), group)) or found
+    raise ValueError(found)
+
+
+@torch.library.custom_op("pve::check_agreement", mutates_args=())
+def _check_agreement(ids: Tensor, facts: str, group_name: str, world_size: int) -> Tensor:
+    """``check_agreement`` as an operator, so that compiled graphs can hold it."""
+    check_agreement(ids, json.loads(facts), find_group(group_name, None, world_size))
+    return ids.clone()
+
+
+@_check_agreement.register_fake
+def _(ids: Tensor, facts: str, group_name: str, world_size: int) -> Tensor:
+    return torch.empty_like(ids)
+
+
+def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    everyones: list[Any] = [None] * group.size()
+    with naming_the_operation("all_gather_object of what each rank is about to compute (check=True)", group):
+        dist.all_gather_object(everyones, mine, group=group)
+    return everyones
