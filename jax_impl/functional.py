@@ -1,4 +1,4 @@
-"""The lookup as a pure function of one rank's rows, for use inside a shard_map."""
+"""The lookup as pure functions of one rank's rows, for use inside a shard_map."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_impl.ids import as_ids
+from jax_impl.reductions import ReductionOptions, reduce_lookup
 from jax_impl.rows import take_rows
-from shared.checks import check_padding_idx
+from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
 from shared.partition import VocabPartition
 
-__all__ = ["partial_lookup"]
+__all__ = ["partial_lookup", "reduced_lookup"]
 
 
 def partial_lookup(
@@ -64,6 +65,89 @@ def partial_lookup(
                [0., 1.],
                [0., 0.]], dtype=float32)
     """
+    _check_arguments(weight, partition, axis_name, padding_idx)
+    rank = jax.lax.axis_index(axis_name)
+    ids = as_ids(ids, partition.vocab_size)
+    # Foreign ids are set aside before anything else: indexing narrows 64-bit indices to 32 bits without a word.
+    local = jnp.where(partition.owns(ids, rank), partition.local_ids(ids, rank), -1).astype(jnp.int32)
+    no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
+    return take_rows(weight, local, no_grad_row)
+
+
+def reduced_lookup(
+    weight: jax.Array,
+    ids: jax.Array,
+    partition: VocabPartition,
+    axis_name: str = "tp",
+    *,
+    reduction: str,
+    exchange: str = "auto",
+    seq_dim: int = -1,
+    padding_idx: int | None = None,
+) -> jax.Array:
+    """Look ids up in a table that is split over the ranks of a mesh axis: the sum of their ``partial_lookup``.
+
+    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+
+    Args:
+        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
+        ids: global ids, any shape, any integer dtype, the same on all ranks of the axis; no dtype wraps.
+        partition: who owns what; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis over which the vocabulary is split.
+        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
+        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
+            from its owner to who needs it, as far as the ids fit a bounded capacity, and densely else; ``"auto"``,
+            whichever is faster by measured rules. The embeddings are equal.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
+        padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
+
+    Returns:
+        ``[*ids.shape, emb_size]`` in the weight's dtype, not varying over ``axis_name``; for ``"reduce_scatter"`` varying
+        over it, with the dimension ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit; ids
+        outside the vocabulary give +0.0.
+
+    The gradient of ``"all_reduce"`` is local. That of ``"reduce_scatter"`` brings each rank what all chunks have for the
+    rows it owns. Sums are float32 for 16-bit tables and rounded once. Forward and reverse mode work to any order.
+
+    Raises:
+        TypeError: ids are not an array of integers.
+        ValueError: an argument is out of range, the ids vary over ``axis_name``, or the sequence is not divisible by
+            ``partition.world_size``.
+
+    Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053) and its sequence parallelism (Korthikanti et al., 2022,
+    arXiv:2205.05198).
+
+    Example:
+        >>> import functools
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jax_impl import reduced_lookup
+        >>> from shared import VocabPartition
+        >>> w = jax.device_count()
+        >>> mesh = jax.make_mesh((w,), ("tp",), (jax.sharding.AxisType.Auto,))
+        >>> partition = VocabPartition(vocab_size=2 * w, world_size=w)
+        >>> embed = functools.partial(reduced_lookup, partition=partition, reduction="all_reduce")
+        >>> embed = jax.jit(jax.shard_map(embed, mesh=mesh, in_specs=(P("tp", None), P()), out_specs=P()))
+        >>> embed(jnp.arange(4.0 * w).reshape(2 * w, 2), jnp.array([1, 0, -1]))
+        Array([[2., 3.],
+               [0., 1.],
+               [0., 0.]], dtype=float32)
+    """
+    _check_arguments(weight, partition, axis_name, padding_idx)
+    check_choice("reduction", reduction, REDUCTIONS[1:])
+    check_choice("exchange", exchange, EXCHANGES)
+    ids = as_ids(ids, partition.vocab_size)
+    if axis_name in jax.typeof(ids).manual_axis_type.varying:
+        raise ValueError(
+            f"ids must be the same on all ranks of the axis {axis_name!r}, but they vary over it: pass them with an "
+            f"in_specs that does not name the axis"
+        )
+    options = ReductionOptions(partition, axis_name, reduction, exchange, as_int("seq_dim", seq_dim), padding_idx)
+    return reduce_lookup(options, weight, ids)
+
+
+def _check_arguments(weight: jax.Array, partition: VocabPartition, axis_name: str, padding_idx: int | None) -> None:
     if weight.ndim != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {weight.shape}"
@@ -75,9 +159,3 @@ def partial_lookup(
             f"the axis has {size}"
         )
     check_padding_idx(padding_idx, partition.vocab_size)
-    rank = jax.lax.axis_index(axis_name)
-    ids = as_ids(ids, partition.vocab_size)
-    # Foreign ids are set aside before anything else: indexing narrows 64-bit indices to 32 bits without a word.
-    local = jnp.where(partition.owns(ids, rank), partition.local_ids(ids, rank), -1).astype(jnp.int32)
-    no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
-    return take_rows(weight, local, no_grad_row)

@@ -7,7 +7,19 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["explicit_axes", "free_axes", "lay_out", "resolve_mesh", "split_over"]
+from shared.sequence import chunk_shape, resolve_seq_dim
+
+__all__ = [
+    "axes_of",
+    "check_sequence",
+    "explicit_axes",
+    "free_axes",
+    "known_split",
+    "lay_out",
+    "resolve_mesh",
+    "restricted",
+    "split_further",
+]
 
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
@@ -57,23 +69,61 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
     return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
-def split_over(array: Any, axes: frozenset[str]) -> PartitionSpec:
-    """How an array is split over some of the axes that its type tells of."""
-    return _restricted(jax.typeof(array).sharding.spec, axes)
+def known_split(ids: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How ids are split over axes of the mesh, as far as that is known: inside jit, over Explicit axes only."""
+    if isinstance(ids, jax.core.Tracer):
+        return restricted(jax.typeof(ids).sharding.spec, explicit_axes(mesh))
+    if isinstance(ids, jax.Array) and isinstance(ids.sharding, NamedSharding) and ids.sharding.mesh == mesh:
+        return ids.sharding.spec
+    return PartitionSpec()
+
+
+def axes_of(spec: PartitionSpec) -> frozenset[str]:
+    """The mesh axes that a spec names."""
+    return frozenset(name for entry in spec for name in _names(entry))
+
+
+def split_further(spec: PartitionSpec, ndim: int, dim: int, axis_name: str) -> PartitionSpec:
+    """A spec for ``ndim`` dimensions and one more, with dimension ``dim`` split over ``axis_name`` too."""
+    entries = [*spec, *[None] * (ndim + 1 - len(spec))]
+    place = resolve_seq_dim(ndim, dim)
+    entries[place] = (*_names(entries[place]), axis_name)
+    return PartitionSpec(*entries)
+
+
+def check_sequence(
+    shape: tuple[int, ...], seq_dim: int, axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> None:
+    """Refuse ids whose sequence cannot be split over ``axis_name``, after the axes that it is split over already.
+
+    Raises:
+        ValueError: naming the sizes.
+    """
+    dim = resolve_seq_dim(len(shape), seq_dim)
+    before = _names(split[dim]) if dim < len(split) else ()
+    ranks = mesh.shape[axis_name]
+    for name in set(before) - {axis_name}:
+        ranks *= mesh.shape[name]
+    chunk_shape(shape, seq_dim, ranks)
 
 
 def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
     """The array split so over the Explicit axes; Auto ones are the compiler's."""
-    visible = _restricted(spec, explicit_axes(mesh))
+    visible = restricted(spec, explicit_axes(mesh))
     if jax.typeof(array).sharding.spec == visible:
         return array
     in_force = jax.sharding.get_abstract_mesh()
     return jax.sharding.reshard(array, NamedSharding(mesh, visible) if in_force.empty else visible)
 
 
-def _restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+def restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """A spec without the axes that are not among ``axes``."""
     kept: list[Any] = []
     for entry in spec:
-        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name in axes)
+        names = tuple(name for name in _names(entry) if name in axes)
         kept.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*kept)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

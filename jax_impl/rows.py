@@ -7,12 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["take_rows"]
+__all__ = ["as_integers", "take_rows", "take_zero_filled", "widened"]
 
 
-def _take(weight: jax.Array, local: jax.Array) -> jax.Array:
+def take_zero_filled(weight: jax.Array, local: jax.Array) -> jax.Array:
+    """Row ``local`` of ``weight`` where there is such a row, zeros elsewhere."""
     # Neither jnp.take nor plain indexing: they wrap negative indices, and give NaN or another row past the end.
     return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def widened(rows: jax.Array) -> jax.Array:
+    """16-bit numbers as float32, others as they are.
+
+    Where reverse mode transposes this, gradients are added up in float32, across devices too, and rounded once. The cast
+    of the whole table is only ever computed in forward mode.
+    """
+    return rows.astype(jnp.float32) if rows.dtype.itemsize < 4 else rows
+
+
+def as_integers(rows: jax.Array) -> jax.Array:
+    """The same bits as unsigned integers."""
+    return jax.lax.bitcast_convert_type(rows, {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[rows.dtype.itemsize])
 
 
 @jax.custom_jvp
@@ -29,18 +44,14 @@ def take_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None
     """
     if weight.dtype == jnp.bfloat16:
         # As integers, or XLA selects in float32 on a CPU, which makes other NaN of NaN.
-        bits = _take(jax.lax.bitcast_convert_type(weight, jnp.uint16), local)
+        bits = take_zero_filled(as_integers(weight), local)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    return _take(weight, local)
+    return take_zero_filled(weight, local)
 
 
 @take_rows.defjvp
 def _take_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     weight, local, no_grad_row = primals
-    weight_dot = tangents[0]
-    # Reverse mode transposes these lines: 16-bit gradients are then added up in float32, across devices too, and rounded
-    # once. The cast of the whole table is only ever computed in forward mode.
-    if weight.dtype.itemsize < 4:
-        weight_dot = weight_dot.astype(jnp.float32)
     counted = local if no_grad_row is None else jnp.where(local == no_grad_row, -1, local)
-    return take_rows(weight, local, no_grad_row), _take(weight_dot, counted).astype(weight.dtype)
+    tangent = take_zero_filled(widened(tangents[0]), counted).astype(weight.dtype)
+    return take_rows(weight, local, no_grad_row), tangent

@@ -11,10 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jax_impl.faults import check_agreement
 from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
-from jax_impl.placement import explicit_axes, free_axes, lay_out, resolve_mesh, split_over
+from jax_impl.placement import (
+    axes_of,
+    check_sequence,
+    explicit_axes,
+    free_axes,
+    known_split,
+    lay_out,
+    resolve_mesh,
+    restricted,
+    split_further,
+)
+from jax_impl.reductions import ReductionOptions, reduce_lookup
+from shared.agreement import checks_wanted
 from shared.checks import (
+    EXCHANGES,
+    REDUCTIONS,
+    as_int,
     check_choice,
     check_normal,
     check_padding_idx,
@@ -23,6 +39,7 @@ from shared.checks import (
     table_dtype_error,
 )
 from shared.partition import VocabPartition
+from shared.sequence import resolve_seq_dim
 
 __all__ = ["ParallelVocabEmbedding"]
 
@@ -33,7 +50,7 @@ class ParallelVocabEmbedding:
 
     Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``,
     looks up the ids it owns and returns all-zero rows for the others. No two ranks' results have a row in common: their
-    sum is the full embedding. Nothing is communicated.
+    sum is the full embedding, which ``reduction`` makes of them.
 
     The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimisers take it as it is.
 
@@ -49,12 +66,21 @@ class ParallelVocabEmbedding:
         init_std: its standard deviation.
         init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``.
         dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
-        reduction: ``"none"``, each rank's own incomplete embedding is returned.
+        reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
+            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
+        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
+            distinct row straight from its owner to who needs it, as far as a batch fits a bounded capacity, and densely
+            else; ``"auto"``, whichever is faster by measured rules (``jax_impl.reductions.choose_exchange``). The
+            embeddings are equal in every bit; sums in gradients may be added in another order.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
         padding_idx: a global id whose row starts as zero and gets no gradient.
         init: ``"per_rank"``, the initialisation described above.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
+        check: where there are several processes, have them compare what they are about to compute, and raise in all of
+            them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
+            The environment variable ``PVE_CHECK=1`` does the same.
 
     Attributes:
         weight: ``jax.Array`` of shape ``[vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
@@ -97,9 +123,12 @@ class ParallelVocabEmbedding:
         dtype: Any = jnp.float32,
         *,
         reduction: str = "none",
+        exchange: str = "auto",
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         init: str = "per_rank",
+        seq_dim: int = -1,
+        check: bool = False,
     ) -> None:
         self.mesh = resolve_mesh(mesh, axis_name)
         self.axis_name = axis_name
@@ -109,10 +138,13 @@ class ParallelVocabEmbedding:
         self.emb_size = check_size("emb_size", emb_size)
         self.init_mean, self.init_std = check_normal(init_mean, init_std)
         self.init_base_seed = check_seed(init_base_seed, self.partition.world_size)
-        self.reduction = check_choice("reduction", reduction, ("none",))
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.exchange = check_choice("exchange", exchange, EXCHANGES)
         self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
         self.init = check_choice("init", init, ("per_rank",))
+        self.seq_dim = as_int("seq_dim", seq_dim)
+        self.check = checks_wanted(check)
         keys = [jax.random.key(self.init_base_seed + rank) for rank in range(self.partition.world_size)]
         rows = _draw_normal(jnp.stack(keys), self.partition, self.emb_size, self.mesh, axis_name, _table_dtype(dtype))
         # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
@@ -132,9 +164,12 @@ class ParallelVocabEmbedding:
         "init_std",
         "init_base_seed",
         "reduction",
+        "exchange",
         "invalid_ids",
         "padding_idx",
         "init",
+        "seq_dim",
+        "check",
     )
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
@@ -177,33 +212,57 @@ class ParallelVocabEmbedding:
         return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
 
     def __call__(self, ids: Any) -> jax.Array:
-        """Look the ids up on every rank, without any communication.
+        """Look ids up.
 
         Args:
             ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank of ``axis_name``
                 needs all of them; over further mesh axes they may be split.
 
         Returns:
-            ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)`` (and as the ids over further
-            axes), in the table's dtype: element r is rank r's incomplete embedding ``Er``.
+            In the table's dtype, split over further axes as the ids are: with ``reduction="none"``
+            ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)``, of which element r is rank r's
+            incomplete embedding ``Er``; with ``"all_reduce"`` the embedding, ``[*ids.shape, emb_size]``, on every rank;
+            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``. Rows are copied bit
+            for bit.
 
         Raises:
             TypeError: ids are not an array of integers.
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
-            ValueError: called inside a shard_map that is manual over ``axis_name``.
+            ValueError: called inside a shard_map that is manual over ``axis_name``; with ``"reduce_scatter"``, the
+                sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
         """
+        if self.check and jax.process_count() > 1:
+            names = ("vocab_size", "emb_size", "axis_name", *self._STATIC[7:])
+            facts = {name: getattr(self, name) for name in names}
+            check_agreement(ids, {**facts, "dtype": str(self.weight.dtype), "mesh": str(self.mesh.shape)})
         if self.invalid_ids == "error":
             check_ids(ids, self.vocab_size)
         ids = as_ids(ids, self.vocab_size)
-        if ids.size == 0 and not any(isinstance(x, jax.core.Tracer) for x in (ids, self.weight)):
-            # jit returns empty arrays whose shards have the whole shape, which NumPy then refuses (jax 0.10.2).
-            empty = np.zeros((self.world_size, *ids.shape, self.emb_size), self.weight.dtype)
-            return jax.device_put(empty, NamedSharding(self.mesh, PartitionSpec(self.axis_name)))
-        lookup = functools.partial(_stacked_partials, self.partition, self.mesh, self.axis_name, self.padding_idx)
-        if self.invalid_ids == "error" and isinstance(ids, jax.core.Tracer):
+        options: ReductionOptions | None = None
+        if self.reduction != "none":
+            options = ReductionOptions(
+                self.partition, self.axis_name, self.reduction, self.exchange, self.seq_dim, self.padding_idx
+            )
+        traced = isinstance(ids, jax.core.Tracer)
+        split = known_split(ids, self.mesh)
+        if options is not None and options.reduction == "reduce_scatter":
+            check_sequence(ids.shape, self.seq_dim, self.axis_name, split, self.mesh)
+        if ids.size == 0 and not (traced or isinstance(self.weight, jax.core.Tracer)):
+            return self._empty(ids.shape)
+        lookup = functools.partial(_lookup, self.partition, self.mesh, self.axis_name, self.padding_idx, options, split)
+        if self.invalid_ids == "error" and traced:
             return _hidden_from_checkify(lookup, self.weight, ids)
         return lookup(self.weight, ids)
+
+    def _empty(self, shape: tuple[int, ...]) -> jax.Array:
+        """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
+        spec = PartitionSpec()
+        if self.reduction == "none":
+            shape, spec = (self.world_size, *shape), PartitionSpec(self.axis_name)
+        elif self.reduction == "reduce_scatter":
+            spec = PartitionSpec(*[None] * resolve_seq_dim(len(shape), self.seq_dim), self.axis_name)
+        return jax.device_put(np.zeros((*shape, self.emb_size), self.weight.dtype), NamedSharding(self.mesh, spec))
 
     def __repr__(self) -> str:
         weight: Any = self.weight  # inside a transformation, anything may stand here
@@ -215,26 +274,38 @@ class ParallelVocabEmbedding:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _stacked_partials(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _lookup(
     partition: VocabPartition,
     mesh: Mesh | AbstractMesh,
     axis_name: str,
     padding_idx: int | None,
+    options: ReductionOptions | None,
+    split: PartitionSpec,
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
-    def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
-        return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
-
+    """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
     free = free_axes(mesh, axis_name)
-    manual = explicit_axes(mesh) & free | {axis_name}
-    rows, tokens = PartitionSpec(axis_name, None), split_over(ids, manual - {axis_name})
+    manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
+    rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
+
+    def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
+        if options is None:
+            return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
+        return reduce_lookup(options, weight, ids)
+
+    if options is None:
+        output = PartitionSpec(axis_name, *tokens, None)
+    elif options.reduction == "all_reduce":
+        output = PartitionSpec(*tokens, None)
+    else:
+        output = split_further(tokens, ids.ndim, options.seq_dim, axis_name)
     mapped = jax.shard_map(
         on_each_rank,
         mesh=mesh if free == set(mesh.axis_names) else None,
         in_specs=(rows, tokens),
-        out_specs=PartitionSpec(axis_name, *tokens, None),
+        out_specs=output,
         axis_names=manual,
     )
     return mapped(lay_out(weight, mesh, rows), lay_out(ids, mesh, tokens))

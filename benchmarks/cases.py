@@ -1,0 +1,74 @@
+"""What is measured: tables, ids and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from shared import VocabPartition
+from shared.sequence import rows_needed
+
+__all__ = ["Case", "make_ids", "traffic"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table and one batch of ids over some ranks.
+
+    Attributes:
+        reduction: what the layer returns.
+        world_size: ranks.
+        ids: how the ids are distributed: ``"uniform"``, or ``"zipf"``, id i with a probability of 1 / (i + 1).
+        batch, sequence: the ids' shape.
+        vocab_size, emb_size, dtype: the table.
+    """
+
+    reduction: str
+    world_size: int
+    ids: str
+    batch: int = 4
+    sequence: int = 2048
+    vocab_size: int = 131072
+    emb_size: int = 1024
+    dtype: str = "float32"
+
+    @property
+    def itemsize(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[self.dtype]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.reduction}, w={self.world_size}, {self.vocab_size} x {self.emb_size} {self.dtype}, "
+            f"{self.batch} x {self.sequence} {self.ids} ids"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_ids(case: Case) -> np.ndarray:
+    """The ids of a case, int64 ``[batch, sequence]``, the same in every process."""
+    rng = np.random.default_rng(0)
+    shape = (case.batch, case.sequence)
+    if case.ids == "uniform":
+        return rng.integers(0, case.vocab_size, shape)
+    mass = 1 / np.arange(1, case.vocab_size + 1)
+    return rng.choice(case.vocab_size, shape, p=mass / mass.sum())
+
+
+def traffic(case: Case) -> dict[str, float]:
+    """Bytes that one rank sends, on average, in a forward: what the exchanges must move.
+
+    ``"dense"`` is a ring's reduce-scatter (twice that for all_reduce): every rank passes all chunks but its own on.
+    ``"routed"`` counts each distinct row once for each other rank that needs it.
+    """
+    w, row = case.world_size, case.emb_size * case.itemsize
+    tokens = case.batch * case.sequence
+    partition = VocabPartition(case.vocab_size, w)
+    ids = make_ids(case)
+    if case.reduction == "all_reduce":
+        return {"dense": 2 * (w - 1) / w * tokens * row, "routed": (w - 1) / w * len(np.unique(ids)) * row}
+    needed = rows_needed(ids, partition)
+    return {"dense": (w - 1) / w * tokens * row, "routed": (needed.sum() - np.trace(needed)) / w * row}

@@ -1,0 +1,340 @@
+"""The embedding itself, over device meshes: every reduction by every exchange, against the unsharded lookup."""
+
+import functools
+import itertools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_impl import ParallelVocabEmbedding, reduced_lookup
+from jax_impl.exchange import capacities, most_worthwhile
+from jax_impl.reductions import choose_exchange
+from shared import VocabPartition
+from shared.bits import unsigned_view
+from shared.generate import exact_gradient, zipf_ids
+from shared.oracle import partial_lookup, weight_grad
+
+REDUCTIONS, EXCHANGES = ["all_reduce", "reduce_scatter"], ["dense", "routed"]
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+_COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(function, *arguments):
+    return dict(Counter(_COLLECTIVE.findall(jax.jit(function).lower(*arguments).compile().as_text())))
+
+
+def on(mesh, array, *spec):
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+
+def table_of(vocab_size, emb_size, dtype):
+    table = np.random.default_rng(vocab_size).standard_normal((vocab_size, emb_size)).astype(dtype)
+    if vocab_size > 4:
+        table[1], table[vocab_size // 2], table[-1] = np.nan, -0.0, -np.inf
+    return table
+
+
+def layer_on(mesh, table, reduction, exchange, **options):
+    emb = ParallelVocabEmbedding(
+        *table.shape, mesh, dtype=table.dtype, reduction=reduction, exchange=exchange, **options
+    )
+    return emb.with_weight(table)
+
+
+def assert_same_bits(found, expected, note):
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype), note
+    np.testing.assert_array_equal(unsigned_view(np.asarray(found)), unsigned_view(expected), err_msg=str(note))
+
+
+def backward(emb, ids, upstream):
+    return jax.vjp(lambda emb: emb(ids), emb)[1](upstream)[0].weight
+
+
+def check_case(mesh, ids, vocab_size, emb_size, dtype, exchanges=EXCHANGES, spec=(), **options):
+    table = table_of(vocab_size, emb_size, dtype)
+    whole = VocabPartition(vocab_size, 1)
+    expected = partial_lookup(table, ids, whole, 0)
+    upstream = exact_gradient(ids, emb_size, np.dtype(dtype), 0)
+    gradient = weight_grad(upstream, ids, whole, 0, options.get("padding_idx"))
+    for reduction, exchange in itertools.product(REDUCTIONS, exchanges):
+        emb = layer_on(mesh, table, reduction, exchange, **options)
+        given = on(mesh, ids.astype(np.int32), *spec) if spec else ids
+        output = emb(given)
+        note = reduction, exchange, ids.shape
+        assert_same_bits(output, expected, note)
+        found = backward(emb, given, jax.device_put(upstream, output.sharding))
+        assert_same_bits(found, gradient, note)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(mesh_of, world_size, dtype):
+    ids = zipf_ids((2, 48), VocabPartition(48, world_size), 0)
+    check_case(mesh_of((world_size,)), ids, 48, 5 if world_size == 3 else 6, dtype)
+
+
+def test_float64(mesh_of, x64):
+    check_case(mesh_of((4,)), zipf_ids((2, 16), VocabPartition(48, 4), 0), 48, 6, np.float64)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.zeros((2, 8), np.int64),
+        np.full((16,), 11),
+        np.arange(16).reshape(1, 16) % 3,
+        np.arange(3, 6).repeat(8),
+        np.full((2, 4), -1),
+        np.array([[5, 12, -7, 2**40]]),
+        np.empty((3, 0), np.int64),
+        np.arange(16, dtype=np.uint8).reshape(2, 2, 4),
+        np.arange(64, dtype=np.int16).reshape(8, 8) % 12,
+    ],
+    ids=[
+        "one id",
+        "all on the last rank",
+        "all on the first ranks",
+        "some ranks own none",
+        "all invalid",
+        "one valid",
+        "no tokens",
+        "three dimensions of bytes",
+        "many duplicates",
+    ],
+)
+def test_lopsided_ids(mesh_of, ids):
+    mesh = mesh_of((4,))
+    check_case(mesh, ids, 12, 5, np.float32)
+    check_case(mesh, ids, 12, 4, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("owned", [1, 20, 64, 200, 256])
+def test_every_capacity_is_taken(mesh_of, owned):
+    """From ids that one rank owns a few of to ids that it owns all of: by routes as far as they fit, and then densely."""
+    mesh, chunk = mesh_of((4,)), 256
+    ids = np.tile(np.concatenate([np.arange(owned), np.full(chunk - owned, 1500)]), (1, 4))
+    sizes = [*capacities(chunk), most_worthwhile(chunk)]
+    assert sizes == [48, 144, 192]
+    check_case(mesh, ids, 2048, 4, np.float32, ["routed"])
+
+
+@pytest.mark.parametrize("seq_dim", [0, 1, -3])
+def test_the_sequence_may_be_any_dimension(mesh_of, seq_dim):
+    ids = zipf_ids((8, 4, 2), VocabPartition(64, 4), 1)
+    mesh = mesh_of((4,))
+    check_case(mesh, ids, 64, 4, np.float32, seq_dim=seq_dim)
+    emb = layer_on(mesh, table_of(64, 4, np.float32), "reduce_scatter", "routed", seq_dim=seq_dim)
+    spec = [None, None, None]
+    spec[seq_dim] = "tp"
+    assert emb(ids).sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), 4)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 17, 47])
+def test_padding_idx_gets_no_gradient(mesh_of, padding_idx):
+    check_case(mesh_of(), zipf_ids((4, 32), VocabPartition(48, 8), 2), 48, 4, np.float32, padding_idx=padding_idx)
+
+
+@pytest.mark.parametrize("spec", [("dp",), (None, "dp"), (("dp", "sp"),), ("dp", "sp"), (None, ("sp", "dp"))])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_ids_split_over_further_axes(mesh_of, spec, dtype):
+    mesh = mesh_of((2, 2, 2), ("dp", "sp", "tp"))
+    ids = np.random.default_rng(0).integers(-2, 50, (4, 16))
+    check_case(mesh, ids, 48, 6, dtype, spec=spec)
+    emb = layer_on(mesh, table_of(48, 6, dtype), "reduce_scatter", "routed")
+    output = emb(on(mesh, ids.astype(np.int32), *spec))
+    first = spec[0]
+    second = (*((spec[1],) if isinstance(spec[1], str) else spec[1]), "tp") if len(spec) > 1 else "tp"
+    assert output.sharding.is_equivalent_to(NamedSharding(mesh, P(first, second)), 3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
+def test_inside_jit_on_a_mesh_with_data(mesh_of, reduction, exchange):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    table, ids = table_of(48, 6, np.float32), np.random.default_rng(0).integers(-2, 50, (4, 16)).astype(np.int32)
+    emb = layer_on(mesh, table, reduction, exchange)
+    split = on(mesh, ids, "dp")
+    output = jax.jit(lambda emb, ids: emb(ids))(emb, split)
+    assert_same_bits(output, partial_lookup(table, ids, VocabPartition(48, 1), 0), exchange)
+    upstream = exact_gradient(ids, 6, np.dtype(np.float32), 0)
+    gradient = jax.jit(backward)(emb, split, jax.device_put(upstream, output.sharding))
+    assert_same_bits(gradient, weight_grad(upstream, ids, VocabPartition(48, 1), 0), exchange)
+
+
+def test_collectives_of_the_dense_exchange(mesh_of):
+    mesh = mesh_of((4,))
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16))
+    forward = lambda emb, ids: emb(ids)  # noqa: E731
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        emb = layer_on(mesh, table_of(48, 6, dtype), "all_reduce", "dense")
+        assert collectives(forward, emb, ids) == {"all-reduce": 1}
+        assert collectives(backward, emb, ids, emb(ids)) == {}
+        emb = layer_on(mesh, table_of(48, 6, dtype), "reduce_scatter", "dense")
+        assert collectives(forward, emb, ids) == {"reduce-scatter": 1}
+        assert collectives(backward, emb, ids, emb(ids)) == {"all-gather": 1}
+
+
+def test_collectives_of_the_routed_exchange(mesh_of):
+    """Each way that a batch may take is in the program once; a run goes one of them."""
+    mesh = mesh_of((4,))
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16))
+    forward = lambda emb, ids: emb(ids)  # noqa: E731
+    emb = layer_on(mesh, table_of(48, 6, np.float32), "reduce_scatter", "routed")
+    assert collectives(forward, emb, ids) == {"all-to-all": 1, "reduce-scatter": 1}
+    ways = len(capacities(64 // 4))
+    assert collectives(backward, emb, ids, emb(ids)) == {"all-to-all": ways, "all-gather": 1}
+    emb = layer_on(mesh, table_of(48, 6, np.float32), "all_reduce", "routed")
+    assert collectives(forward, emb, ids) == {"all-to-all": 1, "all-gather": 1, "all-reduce": 1}
+    assert collectives(backward, emb, ids, emb(ids)) == {}
+
+
+def test_collectives_with_data_ranks(mesh_of):
+    """The data ranks' gradients are added up, once; over the ranks of the table nothing is sent for all_reduce."""
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16), "dp")
+    forward = lambda emb, ids: emb(ids)  # noqa: E731
+    emb = layer_on(mesh, table_of(4096, 6, np.float32), "all_reduce", "dense")
+    assert collectives(forward, emb, ids) == {"all-reduce": 1}
+    found = jax.jit(backward).lower(emb, ids, emb(ids)).compile().as_text()
+    groups = set(re.findall(r"(?:all-reduce|all-gather)[^\n]*replica_groups=(\S+?),? (?:use|chan|metadata|dim)", found))
+    # Devices 0 to 3 hold the table for one data rank, 4 to 7 for the other: only i and i + 4 talk.
+    assert groups
+    assert groups <= {"{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)"}, groups
+
+
+def test_the_sequence_parallel_output_needs_no_further_collective(mesh_of):
+    mesh = mesh_of((4,))
+    ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16))
+    emb = layer_on(mesh, table_of(48, 6, np.float32), "reduce_scatter", "dense")
+    norm = lambda emb, ids: emb(ids) * 2 + jnp.mean(emb(ids), axis=-1, keepdims=True)  # noqa: E731
+    assert set(collectives(norm, emb, ids)) == {"reduce-scatter"}
+
+
+def test_forward_mode_second_derivatives_and_vmap(mesh_of):
+    mesh = mesh_of((4,))
+    table = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
+    ids = np.arange(32).reshape(2, 16) * 5 % 48
+    for reduction, exchange in itertools.product(REDUCTIONS, EXCHANGES):
+        emb = layer_on(mesh, table, reduction, exchange)
+        primal, tangent = jax.jvp(lambda emb: emb(ids), (emb,), (emb,))  # noqa: B023
+        np.testing.assert_array_equal(tangent, primal)
+        loss = lambda emb: (emb(ids) ** 3).sum()  # noqa: B023, E731
+        gradient, second = jax.jvp(jax.grad(loss), (emb,), (jax.tree.map(jnp.ones_like, emb),))
+        counts = np.bincount(ids.ravel(), minlength=48)[:, None]
+        np.testing.assert_allclose(gradient.weight, 3 * counts * table**2, rtol=1e-5)
+        np.testing.assert_allclose(second.weight, 6 * counts * table, rtol=1e-5)
+        stacked = jnp.stack([jnp.asarray(ids), jnp.asarray(ids)[::-1]])
+        if reduction == "all_reduce" or exchange == "dense":
+            np.testing.assert_array_equal(jax.vmap(emb)(stacked), table[np.asarray(stacked)])
+
+
+def test_inside_a_shard_map_of_ones_own(mesh_of):
+    mesh = mesh_of((4,))
+    partition, table = VocabPartition(48, 4), table_of(48, 6, np.float32)
+    weight, ids = on(mesh, table, "tp"), on(mesh, np.arange(48, dtype=np.int32).reshape(2, 24))
+    for reduction, exchange in itertools.product(REDUCTIONS, [*EXCHANGES, "auto"]):
+        lookup = functools.partial(reduced_lookup, partition=partition, reduction=reduction, exchange=exchange)
+        output = P() if reduction == "all_reduce" else P(None, "tp")
+        mapped = jax.jit(jax.shard_map(lookup, mesh=mesh, in_specs=(P("tp", None), P()), out_specs=output))
+        assert_same_bits(mapped(weight, ids), table[np.asarray(ids)], (reduction, exchange))
+    ids = on(mesh, ids, None, "tp")
+    varying = jax.shard_map(lookup, mesh=mesh, in_specs=(P("tp", None), P(None, "tp")), out_specs=P("tp"))
+    with pytest.raises(ValueError, match="ids must be the same on all ranks of the axis 'tp', but they vary over it"):
+        varying(weight, ids)
+
+
+def test_bad_arguments(mesh_of):
+    mesh = mesh_of((4,))
+    table, ids = table_of(48, 6, np.float32), np.arange(10).reshape(2, 5)
+    emb = layer_on(mesh, table, "reduce_scatter", "dense")
+    for call in (emb, jax.jit(emb)):
+        with pytest.raises(
+            ValueError, match=r"ids of shape \(2, 5\) have 5 positions along dimension 1, which leaves 1"
+        ):
+            call(ids)
+        with pytest.raises(ValueError, match="seq_dim must name a dimension of the ids"):
+            call(np.int32(3))
+    with pytest.raises(ValueError, match="seq_dim must name a dimension of the ids"):
+        layer_on(mesh, table, "reduce_scatter", "dense", seq_dim=2)(ids)
+    with pytest.raises(TypeError, match="seq_dim must be an integer"):
+        layer_on(mesh, table, "reduce_scatter", "dense", seq_dim=1.0)
+    with pytest.raises(ValueError, match="exchange must be 'auto' or 'dense' or 'routed', got 'p2p'"):
+        layer_on(mesh, table, "all_reduce", "p2p")
+    with pytest.raises(IndexError, match=r"ids\[0, 1\] = 48 is outside the vocabulary"):
+        layer_on(mesh, table, "all_reduce", "dense", invalid_ids="error")(np.array([[3, 48]]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_invalid_ids_inside_jit(mesh_of, reduction, exchange):
+    emb = layer_on(mesh_of((4,)), table_of(48, 6, np.float32), reduction, exchange, invalid_ids="error")
+    checked = jax.jit(jax.experimental.checkify.checkify(lambda emb, ids: emb(ids)))
+    ids = np.arange(8).reshape(1, 8)
+    error, output = checked(emb, ids)
+    assert error.get() is None
+    np.testing.assert_array_equal(output, np.asarray(emb.weight)[ids])
+    ids[0, 3] = 99
+    assert "ids[0, 3] = 99 is outside the vocabulary" in checked(emb, ids)[0].get()
+
+
+def ragged_on_a_cpu(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What ``jax.lax.ragged_all_to_all`` is documented to do, for a platform that does not have it."""
+    rank = jax.lax.axis_index(axis_name)
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+    operands, starts, sizes, places = map(gather, (operand, input_offsets, send_sizes, output_offsets))
+    k = jnp.arange(operand.shape[0])
+    for source in range(operands.shape[0]):
+        inside = (k >= starts[source, rank]) & (k < starts[source, rank] + sizes[source, rank])
+        place = jnp.where(inside, places[source, rank] + k - starts[source, rank], output.shape[0])
+        output = output.at[place].set(operands[source], mode="drop", unique_indices=True)
+    return output
+
+
+@pytest.mark.parametrize("ids", ["uniform", "zipf", "one rank's"])
+def test_the_ragged_exchange(monkeypatch, ids):
+    """The way that accelerators go: its arithmetic is tried with a stand-in for the collective that CPUs lack."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_on_a_cpu)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((4,), ("tp",), (AxisType.Auto,), devices=devices)
+    jax.clear_caches()
+    rng = np.random.default_rng(3)
+    given = {
+        "uniform": rng.integers(-2, 4098, (2, 64)),
+        "zipf": zipf_ids((2, 64), VocabPartition(4096, 4), 0),
+        "one rank's": rng.integers(1024, 2048, (2, 64)),
+    }[ids]
+    try:
+        check_case(mesh, given, 4096, 4, np.float32, ["routed"])
+        check_case(mesh, given, 4096, 4, ml_dtypes.bfloat16, ["routed"], padding_idx=int(given.max() % 4096))
+    finally:
+        jax.clear_caches()
+
+
+def test_the_ragged_exchange_is_what_accelerators_get():
+    """The program for a TPU and a GPU holds the ragged collective, forward and backward, and no bounded one."""
+    mesh = jax.make_mesh((4,), ("tp",), (AxisType.Auto,), devices=jax.devices()[:4])
+    emb = layer_on(mesh, table_of(48, 6, np.float32), "reduce_scatter", "routed")
+    ids = np.arange(64, dtype=np.int32).reshape(4, 16)
+    for function, arguments in ((lambda emb, ids: emb(ids), (emb, ids)), (backward, (emb, ids, emb(ids)))):
+        for platform in ("tpu", "cuda"):
+            lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+            assert "ragged_all_to_all" in lowered
+            # Its transpose exchanges the offsets, a number a rank; no rows.
+            assert not re.search(r'"stablehlo.all_to_all"[^\n]*xf(32|16|64)', lowered)
+
+
+def test_auto_is_one_of_the_two():
+    for reduction, tokens, world_size in itertools.product(REDUCTIONS, (1, 64, 8192), (2, 8)):
+        assert choose_exchange("auto", reduction, tokens, 4096, world_size) in EXCHANGES
+        assert choose_exchange("routed", reduction, tokens, 4096, world_size) == "routed"
