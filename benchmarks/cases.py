@@ -10,7 +10,7 @@ import numpy as np
 from shared import VocabPartition
 from shared.sequence import rows_needed
 
-__all__ = ["Case", "make_ids", "traffic"]
+__all__ = ["Case", "make_ids", "traffic", "warm_pages"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,11 @@ def traffic(case: Case) -> dict[str, float]:
         return {"dense": 2 * (w - 1) / w * tokens * row, "routed": (w - 1) / w * len(np.unique(ids)) * row}
     needed = rows_needed(ids, partition)
     return {"dense": (w - 1) / w * tokens * row, "routed": (needed.sum() - np.trace(needed)) / w * row}
+
+
+def warm_pages() -> None:
+    """Fault memory in and free it again: a virtual machine may hand free pages back to its host after a while.
+
+    Without this a candidate's time depends on how much memory the one before it has left warm.
+    """
+    np.empty(2**28, np.uint8).fill(1)

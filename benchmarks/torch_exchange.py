@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids
+from benchmarks.cases import Case, make_ids, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -90,14 +90,6 @@ def _candidates(case: Case, wanted: list[str]) -> dict[str, nn.Module]:
     return {name: _with_rows(makers[name](), rows) for name in wanted}
 
 
-def _warm_pages() -> None:
-    """Fault memory in and free it again: a virtual machine may hand free pages back to its host after a while.
-
-    Without this a candidate's time depends on how much memory the one before it has left warm.
-    """
-    torch.empty(2**28, dtype=torch.uint8).fill_(1)
-
-
 def _sent_bytes() -> int:
     """Bytes that this machine has sent over its loopback interface."""
     for line in Path("/proc/net/dev").read_text().splitlines():
@@ -117,7 +109,7 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):  # the first is not counted
         for place, (name, module) in enumerate(modules.items()):
             module.weight.grad = None
-            _warm_pages()
+            warm_pages()
             dist.barrier()
             before = _sent_bytes()
             start = time.perf_counter()

@@ -6,16 +6,18 @@ ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_impl.rows import take_zero_filled
+from jax_impl.rows import as_integers, take_zero_filled
 from shared.partition import VocabPartition
 
 __all__ = [
     "ChunkRoutes",
+    "Take",
     "capacities",
     "most_worthwhile",
     "plan_routes",
@@ -23,6 +25,9 @@ __all__ = [
     "send_in_blocks",
     "send_ragged",
 ]
+
+Take = Callable[[jax.Array, jax.Array], jax.Array]
+"""``take_rows`` or ``take_zero_filled``."""
 
 
 class ChunkRoutes(NamedTuple):
@@ -79,7 +84,7 @@ def capacities(chunk: int) -> tuple[int, ...]:
 
     The first suits uniformly distributed ids, the others ids of which one rank owns the most.
     """
-    return tuple(sorted({-(-chunk * sixteenths // 16) for sixteenths in (3, 9)}))
+    return tuple(sorted({-(-chunk * sixteenths // 16) for sixteenths in (3, 8, 10)}))
 
 
 def most_worthwhile(chunk: int) -> int:
@@ -106,6 +111,7 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
         (len(routes.mine_C), weight.shape[1]),
     )
     block = max(1, min(chunk, 2**18 // (emb_size * weight.dtype.itemsize)))
+    as_bits = weight.dtype.itemsize == 2  # XLA selects among, and sends, 16-bit floats as float32 on a CPU
     needed, within = routes.counts.max(), jnp.arange(block, dtype=jnp.int32)
     wanted = jnp.pad(routes.wanted_WC, ((0, 0), (0, block)))
 
@@ -115,22 +121,29 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
         for destination in range(w):
             start = routes.bounds[destination, rank] + sent
             ids = jax.lax.dynamic_slice(wanted[destination], (start,), (block,))
-            # Past the last row that is needed, any row will do: it is dropped where it arrives.
+            # Past the last row that is needed, any row will do: it is not kept where it arrives.
             local = jnp.clip(partition.local_ids(ids, rank), 0, partition.rows_per_rank - 1)
-            rows.append(weight.at[local].get(mode="promise_in_bounds"))
+            block_rows = weight.at[local].get(mode="promise_in_bounds")
+            rows.append(as_integers(block_rows) if as_bits else block_rows)
         recv = jax.lax.all_to_all(jnp.stack(rows), axis_name, split_axis=0, concat_axis=0, tiled=True)
-        place = routes.bounds[rank, :w, None] + sent + within
-        place = jnp.where(place < routes.bounds[rank, 1:, None], place, chunk)
-        received = received.at[place.reshape(-1)].set(recv.reshape(w * block, emb_size), mode="drop")
+        for owner in range(w):
+            start, stop = routes.bounds[rank, owner] + sent, routes.bounds[rank, owner + 1]
+            start = jnp.minimum(start, chunk)  # of an owner that is done, nothing is kept
+            present = jax.lax.dynamic_slice(received, (start, 0), (block, emb_size))
+            kept = jnp.where((start + within < stop)[:, None], recv[owner], present)
+            received = jax.lax.dynamic_update_slice(received, kept, (start, 0))
         return sent + block, received
 
-    varying = tuple(jax.typeof(weight[:1, :1] + routes.mine_C[0].astype(weight.dtype)).manual_axis_type.varying)
-    received = jax.lax.pcast(jnp.zeros((chunk, emb_size), weight.dtype), varying, to="varying")
+    dtype = jnp.uint16 if as_bits else weight.dtype
+    varying = jax.typeof(weight).manual_axis_type.varying | jax.typeof(routes.mine_C).manual_axis_type.varying
+    received = jax.lax.pcast(jnp.zeros((chunk + block, emb_size), dtype), tuple(varying), to="varying")
     _, received = jax.lax.while_loop(lambda state: state[0] < needed, one_block, (jnp.zeros_like(needed), received))
-    return take_zero_filled(received, jnp.where(routes.mine_C < partition.vocab_size, routes.places_C, -1))
+    output = take_zero_filled(received, jnp.where(routes.mine_C < partition.vocab_size, routes.places_C, -1))
+    return jax.lax.bitcast_convert_type(output, weight.dtype) if as_bits else output
 
 
 def send_bounded(
+    take: Take,
     weight: jax.Array,
     routes: ChunkRoutes,
     partition: VocabPartition,
@@ -141,6 +154,7 @@ def send_bounded(
     """The rows of this rank's chunk, ``[C, E]``, by an ``all_to_all`` of ``capacity`` rows from each rank to each.
 
     Args:
+        take: looks rows up.
         weight: the rank's own rows.
         routes: who sends which rows to whom; none more than ``capacity``.
         partition: who owns what.
@@ -155,7 +169,7 @@ def send_bounded(
     local_WK = jnp.where(place < routes.bounds[:, rank + 1, None], partition.local_ids(wanted_WK, rank), -1)
     if no_grad_row is not None:
         local_WK = jnp.where(local_WK == no_grad_row, -1, local_WK)
-    rows_WKE = take_zero_filled(weight, local_WK)
+    rows_WKE = take(weight, local_WK)
     recv = jax.lax.all_to_all(rows_WKE, axis_name, split_axis=0, concat_axis=0, tiled=True)
     owner_C = routes.mine_C // partition.rows_per_rank
     within_C = routes.places_C - jnp.take(routes.bounds[rank], owner_C, mode="clip")
@@ -164,6 +178,7 @@ def send_bounded(
 
 
 def send_ragged(
+    take: Take,
     weight: jax.Array,
     routes: ChunkRoutes,
     partition: VocabPartition,
@@ -174,7 +189,7 @@ def send_ragged(
     """The same by a ``ragged_all_to_all`` of just the rows that are needed.
 
     Args:
-        weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
+        take, weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
         capacity: how many rows one rank may send in all.
     """
     rank, n, w = jax.lax.axis_index(axis_name), partition.rows_per_rank, partition.world_size
@@ -191,8 +206,8 @@ def send_ragged(
     local = jnp.where(inside, partition.local_ids(wanted, rank), -1)
     if no_grad_row is not None:
         local = jnp.where(local == no_grad_row, -1, local)
-    rows = take_zero_filled(weight, local)
-    recv = jnp.zeros((routes.mine_C.shape[0], weight.shape[1]), weight.dtype)
+    rows = take(weight, local)
+    recv = jnp.zeros((routes.mine_C.shape[0], weight.shape[1]), rows.dtype)
     recv = jax.lax.ragged_all_to_all(
         rows,
         jax.lax.pcast(recv, tuple(jax.typeof(rows).manual_axis_type.varying), to="varying"),

@@ -22,7 +22,7 @@ from jax_impl.exchange import (
     send_in_blocks,
     send_ragged,
 )
-from jax_impl.rows import as_integers, take_zero_filled, widened
+from jax_impl.rows import take_bits, take_zero_filled, widened
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 
@@ -71,17 +71,16 @@ def reduce_lookup(options: ReductionOptions, weight: jax.Array, ids: jax.Array) 
 
     Rows travel as integers: no addition turns -0.0 into 0.0, flushes a subnormal number or makes another NaN of NaN.
     """
-    bits = as_integers(weight)
-    if options.reduction == "all_reduce":
-        output = _all_reduce(options, bits, ids)
-    else:
-        output = _reduce_scatter(options, bits, ids, None)
-    return jax.lax.bitcast_convert_type(output, weight.dtype)
+    if ids.size == 0:
+        return _nothing(options, ids, weight)
+    return (_all_reduce if options.reduction == "all_reduce" else _reduce_scatter)(options, weight, ids)
 
 
 @reduce_lookup.defjvp
 def _reduce_lookup_jvp(options: ReductionOptions, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (weight, ids), weight_dot = primals, tangents[0]
+    if ids.size == 0:
+        return _nothing(options, ids, weight), _nothing(options, ids, weight)
     # Reverse mode transposes these lines. That of all_reduce is then local, whatever way the rows went.
     no_grad_row = None
     if options.padding_idx is not None:
@@ -95,6 +94,16 @@ def _reduce_lookup_jvp(options: ReductionOptions, primals: Any, tangents: Any) -
     return reduce_lookup(options, weight, ids), tangent
 
 
+def _nothing(options: ReductionOptions, ids: jax.Array, weight: jax.Array) -> jax.Array:
+    """The embedding of no ids."""
+    varying, shape = set(jax.typeof(ids).manual_axis_type.varying), ids.shape
+    if options.reduction == "reduce_scatter":
+        varying.add(options.axis_name)
+        shape = chunk_shape(shape, options.seq_dim, options.partition.world_size)
+    zeros = jnp.zeros((*shape, weight.shape[1]), weight.dtype)
+    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+
 def _local(options: ReductionOptions, ids: jax.Array, no_grad_row: jax.Array | None) -> jax.Array:
     """Row numbers in this rank's table, -1 where it has no such row."""
     partition, rank = options.partition, jax.lax.axis_index(options.axis_name)
@@ -102,14 +111,14 @@ def _local(options: ReductionOptions, ids: jax.Array, no_grad_row: jax.Array | N
     return local if no_grad_row is None else jnp.where(local == no_grad_row, -1, local)
 
 
-def _all_reduce(options: ReductionOptions, rows: jax.Array, ids: jax.Array) -> jax.Array:
+def _all_reduce(options: ReductionOptions, weight: jax.Array, ids: jax.Array) -> jax.Array:
+    """The rows of all ids, on every rank."""
     w, tokens = options.partition.world_size, ids.size
 
     def dense() -> jax.Array:
-        partial = take_zero_filled(rows, _local(options, ids, None))
-        return _in_pairs(partial, lambda partial: jax.lax.psum(partial, options.axis_name))
+        return _added_up(weight, _local(options, ids, None), lambda bits: jax.lax.psum(bits, options.axis_name))
 
-    if _exchange(options, rows, ids) == "dense":
+    if _exchange(options, weight, ids) == "dense":
         return dense()
     # Each rank collects the rows of a chunk, and gives them to all.
     chunk = -(-tokens // w)
@@ -117,54 +126,67 @@ def _all_reduce(options: ReductionOptions, rows: jax.Array, ids: jax.Array) -> j
 
     def whole(chunk_CE: jax.Array) -> jax.Array:
         everything = jax.lax.all_gather(chunk_CE, options.axis_name, tiled=True, to="invarying")
-        return everything[:tokens].reshape(*ids.shape, rows.shape[1])
+        return everything[:tokens].reshape(*ids.shape, weight.shape[1])
 
-    return _routed(options, rows, ids_WC, None, whole, dense)
+    return _routed(options, weight, ids_WC, whole, dense)
 
 
 def _reduce_scatter(
-    options: ReductionOptions, rows: jax.Array, ids: jax.Array, no_grad_row: jax.Array | None, dtype: Any = None
+    options: ReductionOptions,
+    weight: jax.Array,
+    ids: jax.Array,
+    no_grad_row: jax.Array | None = None,
+    tangent_dtype: Any = None,
 ) -> jax.Array:
-    """This rank's chunk, cast to ``dtype``; 16-bit numbers that are added up travel in float32 only where they must."""
+    """The rows of this rank's chunk; with a ``tangent_dtype`` in operations that can be transposed, and cast to it."""
     w = options.partition.world_size
     shape = chunk_shape(ids.shape, options.seq_dim, w)
     dim = resolve_seq_dim(ids.ndim, options.seq_dim)
     ids_by_chunk = jnp.moveaxis(ids.reshape(*ids.shape[:dim], w, shape[dim], *ids.shape[dim + 1 :]), dim, 0)
     ids_WC = ids_by_chunk.reshape(w, ids.size // w)
-    output_dtype = rows.dtype if dtype is None else dtype
+
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=options.axis_name, scatter_dimension=0, tiled=True)
 
     def finish(chunk_CE: jax.Array) -> jax.Array:
-        return chunk_CE.astype(output_dtype).reshape(*shape, rows.shape[1])
+        chunk_CE = chunk_CE if tangent_dtype is None else chunk_CE.astype(tangent_dtype)
+        return chunk_CE.reshape(*shape, weight.shape[1])
 
     def dense() -> jax.Array:
-        partial_TE = take_zero_filled(rows, _local(options, ids_WC, no_grad_row).reshape(-1)).astype(output_dtype)
-        scatter = functools.partial(jax.lax.psum_scatter, axis_name=options.axis_name, scatter_dimension=0, tiled=True)
-        return finish(_in_pairs(partial_TE, scatter))
+        local_T = _local(options, ids_WC, no_grad_row).reshape(-1)
+        if tangent_dtype is None:
+            return finish(_added_up(weight, local_T, scatter))
+        # Cast before the sum, so that 16-bit gradients travel as such.
+        return finish(scatter(take_zero_filled(weight, local_T).astype(tangent_dtype)))
 
-    if _exchange(options, rows, ids) == "dense":
+    if _exchange(options, weight, ids) == "dense":
         return dense()
-    return _routed(options, rows, ids_WC, no_grad_row, finish, dense, differentiable=dtype is not None)
+    return _routed(options, weight, ids_WC, finish, dense, no_grad_row, transposable=tangent_dtype is not None)
 
 
-def _in_pairs(rows: jax.Array, collective: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A sum over ranks of which all but one have zeros; 16-bit integers in pairs, which XLA would widen on a CPU."""
-    if rows.dtype != jnp.uint16 or rows.shape[-1] % 2:
-        return collective(rows)
-    pairs = rows.reshape(*rows.shape[:-1], rows.shape[-1] // 2, 2)
-    output = jax.lax.bitcast_convert_type(collective(jax.lax.bitcast_convert_type(pairs, jnp.uint32)), jnp.uint16)
-    return output.reshape(*output.shape[:-2], rows.shape[-1])
+def _added_up(weight: jax.Array, local: jax.Array, collective: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The sum over ranks of rows that all but one of them have as zeros, by integers, 16-bit ones two at a time.
+
+    XLA would widen the latter on a CPU.
+    """
+    bits = take_bits(weight, local)
+    if bits.dtype != jnp.uint16 or bits.shape[-1] % 2:
+        return jax.lax.bitcast_convert_type(collective(bits), weight.dtype)
+    pairs = bits.reshape(*bits.shape[:-1], bits.shape[-1] // 2, 2)
+    output = jax.lax.bitcast_convert_type(collective(jax.lax.bitcast_convert_type(pairs, jnp.uint32)), weight.dtype)
+    return output.reshape(*output.shape[:-2], bits.shape[-1])
 
 
 def _routed(
     options: ReductionOptions,
-    rows: jax.Array,
+    weight: jax.Array,
     ids_WC: jax.Array,
-    no_grad_row: jax.Array | None,
     finish: Callable[[jax.Array], jax.Array],
     dense: Callable[[], jax.Array],
-    differentiable: bool = False,
+    no_grad_row: jax.Array | None = None,
+    transposable: bool = False,
 ) -> jax.Array:
     """The exchange of the least capacity that the ids fit in, or else the dense one: the same on every device."""
+    take = take_zero_filled if transposable else _take_unchanged
     partition, axis_name, (w, chunk) = options.partition, options.axis_name, ids_WC.shape
     routes = plan_routes(ids_WC, partition, jax.lax.axis_index(axis_name))
 
@@ -174,20 +196,24 @@ def _routed(
         return jax.lax.switch(sum((needed > bound).astype(jnp.int32) for bound in bounds), [*programs, dense])
 
     def in_blocks(routes: ChunkRoutes) -> jax.Array:
-        send = lambda _: send_in_blocks(rows, routes, partition, axis_name)  # noqa: E731
+        send = lambda _: send_in_blocks(weight, routes, partition, axis_name)  # noqa: E731
         return choose(send, (most_worthwhile(chunk),), routes.counts.max())
 
     def bounded(routes: ChunkRoutes) -> jax.Array:
-        send = lambda bound: send_bounded(rows, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
+        send = lambda bound: send_bounded(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
         return choose(send, capacities(chunk), routes.counts.max())
 
     def ragged(routes: ChunkRoutes) -> jax.Array:
-        send = lambda bound: send_ragged(rows, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
+        send = lambda bound: send_ragged(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
         return choose(send, (-(-chunk * w // 2),), routes.counts.sum(axis=0).max())
 
     # XLA has no ragged_all_to_all for CPUs.
-    on_cpu = bounded if differentiable else in_blocks
+    on_cpu = bounded if transposable else in_blocks
     return jax.lax.platform_dependent(routes, cpu=on_cpu, default=ragged)
+
+
+def _take_unchanged(weight: jax.Array, local: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(take_bits(weight, local), weight.dtype)
 
 
 def _the_most_of_all(count: jax.Array, axis_name: str) -> jax.Array:
@@ -196,8 +222,6 @@ def _the_most_of_all(count: jax.Array, axis_name: str) -> jax.Array:
     return jax.lax.pmax(count, others) if others else count
 
 
-def _exchange(options: ReductionOptions, rows: jax.Array, ids: jax.Array) -> str:
-    if ids.size == 0:
-        return "dense"
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
+def _exchange(options: ReductionOptions, weight: jax.Array, ids: jax.Array) -> str:
+    row_bytes = weight.shape[1] * weight.dtype.itemsize
     return choose_exchange(options.exchange, options.reduction, ids.size, row_bytes, options.partition.world_size)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["as_integers", "take_rows", "take_zero_filled", "widened"]
+__all__ = ["as_integers", "take_bits", "take_rows", "take_zero_filled", "widened"]
 
 
 def take_zero_filled(weight: jax.Array, local: jax.Array) -> jax.Array:
@@ -23,6 +23,16 @@ def widened(rows: jax.Array) -> jax.Array:
     of the whole table is only ever computed in forward mode.
     """
     return rows.astype(jnp.float32) if rows.dtype.itemsize < 4 else rows
+
+
+def take_bits(weight: jax.Array, local: jax.Array) -> jax.Array:
+    """The same rows as unsigned integers, which nothing rounds, flushes or makes another NaN of.
+
+    The rows are converted, not the table, which XLA would copy for it; and before zeros are filled in, for on a CPU it
+    selects among 16-bit floats as float32.
+    """
+    bits = as_integers(weight.at[jnp.clip(local, 0, weight.shape[0] - 1)].get(mode="promise_in_bounds"))
+    return jnp.where(((local >= 0) & (local < weight.shape[0]))[..., None], bits, jnp.zeros((), bits.dtype))
 
 
 def as_integers(rows: jax.Array) -> jax.Array:
@@ -42,11 +52,7 @@ def take_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None
     Returns:
         ``[*local.shape, e]``.
     """
-    if weight.dtype == jnp.bfloat16:
-        # As integers, or XLA selects in float32 on a CPU, which makes other NaN of NaN.
-        bits = take_zero_filled(as_integers(weight), local)
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    return take_zero_filled(weight, local)
+    return jax.lax.bitcast_convert_type(take_bits(weight, local), weight.dtype)
 
 
 @take_rows.defjvp

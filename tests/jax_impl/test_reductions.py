@@ -76,62 +76,69 @@ def check_case(mesh, ids, vocab_size, emb_size, dtype, exchanges=EXCHANGES, spec
         assert_same_bits(found, gradient, note)
 
 
+def one_mesh(kind="Auto", shape=(4,), names=("tp",)):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, (getattr(AxisType, kind),) * len(shape), devices=devices)
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(mesh_of, world_size, dtype):
-    ids = zipf_ids((2, 48), VocabPartition(48, world_size), 0)
-    check_case(mesh_of((world_size,)), ids, 48, 5 if world_size == 3 else 6, dtype)
+def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(world_size, dtype):
+    ids = zipf_ids((2, 24), VocabPartition(48, world_size), 0)
+    check_case(one_mesh("Auto", (world_size,)), ids, 48, 5 if world_size == 3 else 6, dtype)
 
 
-def test_float64(mesh_of, x64):
-    check_case(mesh_of((4,)), zipf_ids((2, 16), VocabPartition(48, 4), 0), 48, 6, np.float64)
+def test_on_an_explicit_mesh(mesh_of):
+    check_case(mesh_of((4,)), zipf_ids((2, 24), VocabPartition(48, 4), 0), 48, 6, np.float32)
+
+
+def test_float64(x64):
+    check_case(one_mesh(), zipf_ids((2, 16), VocabPartition(48, 4), 0), 48, 6, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_lopsided_ids(dtype):
+    """One mesh and one shape, so that one program a mode runs them all."""
+    lopsided = {
+        "one id": np.zeros(16),
+        "all on the last rank": np.full(16, 11),
+        "all on the first ranks": np.arange(16) % 3,
+        "some ranks own none": np.arange(3, 7).repeat(4),
+        "all invalid": np.full(16, -1),
+        "one valid": np.array([5, 12, -7, -(2**31), 2**31 - 1] + [99] * 11),
+        "many duplicates": np.arange(16) // 5,
+    }
+    for ids in lopsided.values():
+        check_case(one_mesh(), ids.astype(np.int32).reshape(2, 8), 12, 5, dtype)
 
 
 @pytest.mark.parametrize(
     "ids",
     [
-        np.zeros((2, 8), np.int64),
-        np.full((16,), 11),
-        np.arange(16).reshape(1, 16) % 3,
-        np.arange(3, 6).repeat(8),
-        np.full((2, 4), -1),
-        np.array([[5, 12, -7, 2**40]]),
         np.empty((3, 0), np.int64),
         np.arange(16, dtype=np.uint8).reshape(2, 2, 4),
-        np.arange(64, dtype=np.int16).reshape(8, 8) % 12,
+        np.array([[5, 12, -7, 2**40]]),
     ],
-    ids=[
-        "one id",
-        "all on the last rank",
-        "all on the first ranks",
-        "some ranks own none",
-        "all invalid",
-        "one valid",
-        "no tokens",
-        "three dimensions of bytes",
-        "many duplicates",
-    ],
+    ids=["no tokens", "three dimensions of bytes", "64 bits"],
 )
-def test_lopsided_ids(mesh_of, ids):
-    mesh = mesh_of((4,))
-    check_case(mesh, ids, 12, 5, np.float32)
-    check_case(mesh, ids, 12, 4, ml_dtypes.bfloat16)
+def test_ids_of_other_shapes_and_dtypes(ids):
+    check_case(one_mesh(), ids, 12, 4, np.float32)
 
 
 @pytest.mark.parametrize("owned", [1, 20, 64, 200, 256])
-def test_every_capacity_is_taken(mesh_of, owned):
+def test_every_capacity_is_taken(owned):
     """From ids that one rank owns a few of to ids that it owns all of: by routes as far as they fit, and then densely."""
-    mesh, chunk = mesh_of((4,)), 256
+    mesh, chunk = one_mesh(), 256
     ids = np.tile(np.concatenate([np.arange(owned), np.full(chunk - owned, 1500)]), (1, 4))
     sizes = [*capacities(chunk), most_worthwhile(chunk)]
     assert sizes == [48, 144, 192]
     check_case(mesh, ids, 2048, 4, np.float32, ["routed"])
 
 
-@pytest.mark.parametrize("seq_dim", [0, 1, -3])
-def test_the_sequence_may_be_any_dimension(mesh_of, seq_dim):
+@pytest.mark.parametrize("seq_dim", [0, 1])
+def test_the_sequence_may_be_any_dimension(seq_dim):
     ids = zipf_ids((8, 4, 2), VocabPartition(64, 4), 1)
-    mesh = mesh_of((4,))
+    mesh = one_mesh()
     check_case(mesh, ids, 64, 4, np.float32, seq_dim=seq_dim)
     emb = layer_on(mesh, table_of(64, 4, np.float32), "reduce_scatter", "routed", seq_dim=seq_dim)
     spec = [None, None, None]
@@ -139,13 +146,20 @@ def test_the_sequence_may_be_any_dimension(mesh_of, seq_dim):
     assert emb(ids).sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), 4)
 
 
-@pytest.mark.parametrize("padding_idx", [0, 17, 47])
-def test_padding_idx_gets_no_gradient(mesh_of, padding_idx):
-    check_case(mesh_of(), zipf_ids((4, 32), VocabPartition(48, 8), 2), 48, 4, np.float32, padding_idx=padding_idx)
+@pytest.mark.parametrize("padding_idx", [0, 17])
+def test_padding_idx_gets_no_gradient(padding_idx):
+    check_case(one_mesh(), zipf_ids((4, 16), VocabPartition(48, 4), 2), 48, 4, np.float32, padding_idx=padding_idx)
 
 
-@pytest.mark.parametrize("spec", [("dp",), (None, "dp"), (("dp", "sp"),), ("dp", "sp"), (None, ("sp", "dp"))])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (("dp",), np.float32),
+        ((None, "dp"), ml_dtypes.bfloat16),
+        (("dp", "sp"), np.float32),
+        ((None, ("sp", "dp")), np.float32),
+    ],
+)
 def test_ids_split_over_further_axes(mesh_of, spec, dtype):
     mesh = mesh_of((2, 2, 2), ("dp", "sp", "tp"))
     ids = np.random.default_rng(0).integers(-2, 50, (4, 16))
@@ -158,7 +172,7 @@ def test_ids_split_over_further_axes(mesh_of, spec, dtype):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_inside_jit_on_a_mesh_with_data(mesh_of, reduction, exchange):
     mesh = mesh_of((2, 4), ("dp", "tp"))
     table, ids = table_of(48, 6, np.float32), np.random.default_rng(0).integers(-2, 50, (4, 16)).astype(np.int32)
@@ -220,15 +234,15 @@ def test_the_sequence_parallel_output_needs_no_further_collective(mesh_of):
     assert set(collectives(norm, emb, ids)) == {"reduce-scatter"}
 
 
-def test_forward_mode_second_derivatives_and_vmap(mesh_of):
-    mesh = mesh_of((4,))
+def test_forward_mode_second_derivatives_and_vmap():
+    mesh = one_mesh()
     table = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
     ids = np.arange(32).reshape(2, 16) * 5 % 48
     for reduction, exchange in itertools.product(REDUCTIONS, EXCHANGES):
         emb = layer_on(mesh, table, reduction, exchange)
-        primal, tangent = jax.jvp(lambda emb: emb(ids), (emb,), (emb,))  # noqa: B023
+        primal, tangent = jax.jvp(lambda emb: emb(ids), (emb,), (emb,))
         np.testing.assert_array_equal(tangent, primal)
-        loss = lambda emb: (emb(ids) ** 3).sum()  # noqa: B023, E731
+        loss = lambda emb: (emb(ids) ** 3).sum()  # noqa: E731
         gradient, second = jax.jvp(jax.grad(loss), (emb,), (jax.tree.map(jnp.ones_like, emb),))
         counts = np.bincount(ids.ravel(), minlength=48)[:, None]
         np.testing.assert_allclose(gradient.weight, 3 * counts * table**2, rtol=1e-5)
@@ -242,7 +256,7 @@ def test_inside_a_shard_map_of_ones_own(mesh_of):
     mesh = mesh_of((4,))
     partition, table = VocabPartition(48, 4), table_of(48, 6, np.float32)
     weight, ids = on(mesh, table, "tp"), on(mesh, np.arange(48, dtype=np.int32).reshape(2, 24))
-    for reduction, exchange in itertools.product(REDUCTIONS, [*EXCHANGES, "auto"]):
+    for reduction, exchange in itertools.product(REDUCTIONS, EXCHANGES):
         lookup = functools.partial(reduced_lookup, partition=partition, reduction=reduction, exchange=exchange)
         output = P() if reduction == "all_reduce" else P(None, "tp")
         mapped = jax.jit(jax.shard_map(lookup, mesh=mesh, in_specs=(P("tp", None), P()), out_specs=output))
@@ -276,8 +290,8 @@ def test_bad_arguments(mesh_of):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_invalid_ids_inside_jit(mesh_of, reduction, exchange):
-    emb = layer_on(mesh_of((4,)), table_of(48, 6, np.float32), reduction, exchange, invalid_ids="error")
+def test_invalid_ids_inside_jit(reduction, exchange):
+    emb = layer_on(one_mesh(), table_of(48, 6, np.float32), reduction, exchange, invalid_ids="error")
     checked = jax.jit(jax.experimental.checkify.checkify(lambda emb, ids: emb(ids)))
     ids = np.arange(8).reshape(1, 8)
     error, output = checked(emb, ids)
@@ -300,25 +314,21 @@ def ragged_on_a_cpu(operand, output, input_offsets, send_sizes, output_offsets, 
     return output
 
 
-@pytest.mark.parametrize("ids", ["uniform", "zipf", "one rank's"])
-def test_the_ragged_exchange(monkeypatch, ids):
+def test_the_ragged_exchange(monkeypatch):
     """The way that accelerators go: its arithmetic is tried with a stand-in for the collective that CPUs lack."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_on_a_cpu)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    devices = jax.devices()[:4]
-    mesh = jax.make_mesh((4,), ("tp",), (AxisType.Auto,), devices=devices)
-    jax.clear_caches()
-    rng = np.random.default_rng(3)
-    given = {
-        "uniform": rng.integers(-2, 4098, (2, 64)),
-        "zipf": zipf_ids((2, 64), VocabPartition(4096, 4), 0),
-        "one rank's": rng.integers(1024, 2048, (2, 64)),
-    }[ids]
-    try:
-        check_case(mesh, given, 4096, 4, np.float32, ["routed"])
-        check_case(mesh, given, 4096, 4, ml_dtypes.bfloat16, ["routed"], padding_idx=int(given.max() % 4096))
-    finally:
-        jax.clear_caches()
+    mesh, rng = (
+        one_mesh(names=("ragged",)),
+        np.random.default_rng(3),
+    )  # a name of its own: no program made before is used
+    for ids in (
+        rng.integers(-2, 4098, (2, 64)),
+        zipf_ids((2, 64), VocabPartition(4096, 4), 0),
+        rng.integers(1024, 2048, (2, 64)),
+    ):
+        check_case(mesh, ids, 4096, 4, np.float32, ["routed"], axis_name="ragged", padding_idx=1500)
+        check_case(mesh, ids, 4096, 4, ml_dtypes.bfloat16, ["routed"], axis_name="ragged")
 
 
 def test_the_ragged_exchange_is_what_accelerators_get():
