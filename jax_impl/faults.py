@@ -26,14 +26,14 @@ def check_agreement(ids: Any, facts: dict[str, Any]) -> None:
     Raises:
         ValueError: in every process, naming the first thing they disagree about and who has what.
     """
-    mine = dict(facts)
+    mine = {name: str(value) for name, value in facts.items()}
     if isinstance(ids, jax.core.Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_replicated):
-        mine |= {"shape of the ids": ids.shape, "dtype of the ids": str(ids.dtype)}
+        mine |= {"shape of the ids": str(ids.shape), "dtype of the ids": str(ids.dtype)}
     elif isinstance(ids, (jax.Array, np.ndarray)):
         mine |= describe_ids(np.asarray(ids))
     else:
         mine["type of the ids"] = type(ids).__name__
-    text = json.dumps(mine, default=str).encode()[:_LIMIT]
+    text = json.dumps(mine).encode()[:_LIMIT]
     everyones = multihost_utils.process_allgather(np.frombuffer(text.ljust(_LIMIT), np.uint8))
     found = disagreement([json.loads(bytes(row)) for row in np.asarray(everyones)])
     if found is not None:

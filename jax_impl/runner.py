@@ -19,7 +19,7 @@ __all__ = ["run"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
-    """Record every rank's ``Er`` and gradient, and the sum.
+    """Record what every rank returns and its gradient, and the whole embedding.
 
     Raises:
         RuntimeError: the platform has fewer devices than the case has ranks. CPUs are made up to be enough.
@@ -38,20 +38,24 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     emb = _layer(case, mesh)
     ids = case.batch_array("ids")
     progress("forward", 1, 4)
-    partials, pull_back = jax.vjp(lambda emb: emb(ids), emb)
-    total = jax.jit(lambda partials: jnp.sum(partials, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))(
-        partials
-    )
+    output, pull_back = jax.vjp(lambda emb: emb(ids), emb)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    total: Any = output
+    if case.reduction == "none":
+        total = jax.jit(lambda partials: jnp.sum(partials, axis=0), out_shardings=replicated)(output)
     progress("gradient", 2, 4)
     grad_output = case.batch_array("grad_output")
-    split = NamedSharding(mesh, PartitionSpec("tp"))
-    stacked = jax.make_array_from_callback(partials.shape, split, lambda _: grad_output[None])
-    (gradient,) = pull_back(stacked)
+    if case.reduction == "none":
+        split = NamedSharding(mesh, PartitionSpec("tp"))
+        upstream = jax.make_array_from_callback(output.shape, split, lambda _: grad_output[None])
+    else:
+        upstream = jax.device_put(grad_output, output.sharding)
+    (gradient,) = pull_back(upstream)
     progress("record", 3, 4)
-    for rank, partial in enumerate(_shards(partials)):
-        record.add(f"forward.{rank}", partial[0])
+    for rank, part in enumerate(_shards(output, mesh)):
+        record.add(f"forward.{rank}", part[0] if case.reduction == "none" else part)
     # The gradient of an empty batch is a constant, which lies on one device.
-    for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding))):
+    for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding), mesh)):
         record.add(f"gradient.{rank}", rows)
     record.add("sum", np.asarray(total))
 
@@ -60,7 +64,14 @@ def _layer(case: Case, mesh: jax.sharding.Mesh) -> ParallelVocabEmbedding:
     """The layer with the case's table, whose rows go from the file to the device that owns them, a shard at a time."""
     emb = jax.eval_shape(
         lambda: ParallelVocabEmbedding(
-            case.vocab_size, case.emb_size, mesh, dtype=jnp.dtype(case.dtype), padding_idx=case.padding_idx
+            case.vocab_size,
+            case.emb_size,
+            mesh,
+            dtype=jnp.dtype(case.dtype),
+            reduction=case.reduction,
+            exchange=case.exchange,
+            padding_idx=case.padding_idx,
+            seq_dim=case.seq_dim,
         )
     )
 
@@ -73,10 +84,10 @@ def _layer(case: Case, mesh: jax.sharding.Mesh) -> ParallelVocabEmbedding:
     return jax.tree.map(lambda _: weight, emb)
 
 
-def _shards(array: jax.Array) -> list[Any]:
+def _shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:
     """The shards as NumPy arrays, in the order of the ranks."""
-    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return [np.asarray(shard.data) for shard in shards]
+    by_device = {shard.device: shard.data for shard in array.addressable_shards}
+    return [np.asarray(by_device[device]) for device in mesh.devices.flat]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,32 +28,32 @@ def checks_wanted(check: bool) -> bool:
     return check or value == "1"
 
 
-def describe_ids(ids: np.ndarray) -> dict[str, Any]:
+def describe_ids(ids: np.ndarray) -> dict[str, str]:
     """What must be equal of the ids on all ranks: their shape, their dtype and their values (as a SHA-256).
 
     Example:
         >>> import numpy as np
         >>> from shared.agreement import describe_ids
         >>> describe_ids(np.array([[1, 2]], np.int32))["shape of the ids"]
-        (1, 2)
+        '(1, 2)'
     """
     digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16]
-    return {"shape of the ids": ids.shape, "dtype of the ids": str(ids.dtype), "ids": f"SHA-256 {digest}..."}
+    return {"shape of the ids": str(ids.shape), "dtype of the ids": str(ids.dtype), "ids": f"SHA-256 {digest}..."}
 
 
-def disagreement(facts: Sequence[dict[str, Any]]) -> str | None:
+def disagreement(facts: Sequence[dict[str, str]]) -> str | None:
     """What is wrong, if the ranks' facts are not all equal: the first that differs, and who has what.
 
     Example:
         >>> from shared.agreement import disagreement
-        >>> disagreement([{"v": 8, "dtype": "float32"}, {"v": 8, "dtype": "float16"}, {"v": 8, "dtype": "float32"}])
-        "the ranks disagree about dtype: 'float32' on ranks 0, 2; 'float16' on rank 1"
+        >>> disagreement([{"v": "8", "dtype": "float32"}, {"v": "8", "dtype": "float16"}, {"v": "8", "dtype": "float32"}])
+        'the ranks disagree about dtype: float32 on ranks 0, 2; float16 on rank 1'
     """
     names = list(dict.fromkeys(name for known in facts for name in known))
     for name in names:
         ranks: dict[str, list[int]] = {}
         for rank, known in enumerate(facts):
-            ranks.setdefault(repr(known.get(name)), []).append(rank)
+            ranks.setdefault(known.get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
             return f"the ranks disagree about {name}: {_who_has_what(ranks)}"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shared.bits import DTYPES, dtype_named
-from shared.checks import check_padding_idx, check_size
+from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
 from shared.generate import exact_gradient, table_chunks, zipf_ids
 from shared.ids import widen
 from shared.partition import VocabPartition
+from shared.sequence import chunk_shape, resolve_seq_dim
 from shared.table_file import TableFile, open_safetensors
 
-__all__ = ["Case", "CaseOptions", "build_case", "sha256"]
+__all__ = ["FACTS", "Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -37,6 +38,7 @@ class CaseOptions:
         vocab_size, emb_size, dtype: of a made-up table; with ``weights``, the sizes it must have and what to cast to.
         world_size: ranks to split over.
         padding_idx: an id that gets no gradient.
+        reduction, exchange, seq_dim: what the layers make of the ranks' incomplete embeddings, and how.
         seed: of all that is made up.
     """
 
@@ -50,42 +52,75 @@ class CaseOptions:
     dtype: str | None = None
     world_size: int = 8
     padding_idx: int | None = None
+    reduction: str = "none"
+    exchange: str = "auto"
+    seq_dim: int = -1
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Case:
-    """A case on disk; ``case.json`` in its folder is this, and every process reads it from there.
+class CaseFacts:
+    """What a case is, wherever its files are.
 
     Attributes:
-        weights, tensor: the safetensors file with the table, and the tensor's name.
-        batch: the safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
-        vocab_size, emb_size, dtype, world_size, padding_idx: what the layer is built with.
+        vocab_size, emb_size, dtype, world_size, padding_idx, reduction, exchange, seq_dim: what the layer is built with.
         ids_shape: the ids' shape.
         source: where table and ids came from, in words.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
     """
 
-    weights: str
-    tensor: str
-    batch: str
     vocab_size: int
     emb_size: int
     dtype: str
     world_size: int
     padding_idx: int | None
+    reduction: str
+    exchange: str
+    seq_dim: int
     ids_shape: tuple[int, ...]
     source: str
     checksums: dict[str, str]
 
-    @classmethod
-    def load(cls, folder: Path) -> Case:
-        fields = json.loads((folder / "case.json").read_text())
-        return cls(**{**fields, "ids_shape": tuple(fields["ids_shape"])})
-
-    @cached_property
+    @property
     def partition(self) -> VocabPartition:
         return VocabPartition(self.vocab_size, self.world_size)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of the ids that one rank's result is for."""
+        if self.reduction != "reduce_scatter":
+            return self.ids_shape
+        return chunk_shape(self.ids_shape, self.seq_dim, self.world_size)
+
+    def part_of(self, array: np.ndarray, rank: int) -> np.ndarray:
+        """The part of an array, shaped as the ids or as their embedding, that is one rank's result."""
+        if self.reduction != "reduce_scatter":
+            return array
+        dim = resolve_seq_dim(len(self.ids_shape), self.seq_dim)
+        return np.ascontiguousarray(np.split(array, self.world_size, axis=dim)[rank])
+
+
+FACTS = tuple(field.name for field in fields(CaseFacts))
+"""The names of a case's facts."""
+
+
+@dataclass(frozen=True)
+class Case(CaseFacts):
+    """A case on disk; ``case.json`` in its folder is this, and every process reads it from there.
+
+    Attributes:
+        weights, tensor: the safetensors file with the table, and the tensor's name.
+        batch: the safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
+    """
+
+    weights: str
+    tensor: str
+    batch: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Case:
+        stored = json.loads((folder / "case.json").read_text())
+        return cls(**{**stored, "ids_shape": tuple(stored["ids_shape"])})
 
     @cached_property
     def table(self) -> TableFile:
@@ -112,6 +147,12 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
     Raises:
         ValueError, TypeError, IndexError: an option is out of range, a file is not what it should be, or they disagree.
     """
+    reduction = check_choice("--reduction", options.reduction, REDUCTIONS)
+    exchange, seq_dim = check_choice("--exchange", options.exchange, EXCHANGES), as_int("--seq-dim", options.seq_dim)
+    if reduction == "none" and exchange != "auto":
+        raise ValueError(
+            "--exchange says how a reduction's rows travel: pass --reduction all_reduce or reduce_scatter too"
+        )
     ids = _given_ids(options)
     if options.weights is None:
         table, table_source = _made_up_table(options, folder, progress)
@@ -126,6 +167,8 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         ids, ids_source = zipf_ids((4, 2048), partition, options.seed), f"Zipf-distributed ids, seed {options.seed}"
     else:
         ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+    if reduction == "reduce_scatter":
+        chunk_shape(ids.shape, seq_dim, partition.world_size)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
     batch = folder / "batch.safetensors"
     save_file({"ids": ids, "grad_output": grad_output, "row_hashes": row_hashes}, batch)
@@ -138,6 +181,9 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         dtype=table.dtype,
         world_size=partition.world_size,
         padding_idx=padding_idx,
+        reduction=reduction,
+        exchange=exchange,
+        seq_dim=seq_dim,
         ids_shape=ids.shape,
         source=f"{table_source}; {ids_source}",
         checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class DifferingRow:
     """One row that differs.
 
     Attributes:
-        index: forward: the position in the ids; gradient: the row of the whole table.
+        index: forward: the position in the ids, of all ranks together; gradient: the row of the whole table.
         id: the id looked up there.
         owner: the rank that owns the id; -1 for ids outside the vocabulary.
         kind: one of ``shared.classify.KINDS``.
@@ -96,9 +97,9 @@ class _Pair:
 
     def __init__(self, left: Record, right: Record) -> None:
         self.records = (left, right)
-        self.partition, self.ids_shape, self.padding_idx = left.partition, left.ids_shape, left.padding_idx
+        self.facts, self.partition, self.padding_idx = left, left.partition, left.padding_idx
         self.ids, self.table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
-        if self.ids.dtype != np.int64 or len(self.ids) != int(np.prod(self.ids_shape)):
+        if self.ids.dtype != np.int64 or len(self.ids) != math.prod(left.ids_shape):
             raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
         if self.table_hashes.shape != (left.vocab_size,) or self.table_hashes.dtype != np.uint64:
             raise ValueError(f"{left.path}: a damaged record, its row hashes do not fit the table")
@@ -114,18 +115,23 @@ class _Pair:
         differing = _differing(a, b, arithmetic=rank is None)
         if not len(differing):
             return self._comparison("forward", rank, a)
-        ids = self.ids[differing]
-        expected = np.asarray(self.partition.is_valid(ids) if rank is None else self.partition.owns(ids, rank))
+        positions = np.arange(len(self.ids)).reshape(self.facts.ids_shape)
+        if rank is not None:
+            positions = self.facts.part_of(positions, rank)
+        positions = positions.reshape(-1)[differing]
+        ids = self.ids[positions]
+        whole = rank is None or self.facts.reduction != "none"
+        expected = np.asarray(self.partition.is_valid(ids) if whole else self.partition.owns(ids, rank))
         sides = (Side(a.take(differing), self.table_hashes), Side(b.take(differing), self.table_hashes))
         kinds = classify(ids, sides, self.partition, None, expected)
         if self._another_ranks("forward", rank, a, b):
             kinds[:] = "ranks swapped"
-        positions = [np.unravel_index(p, self.ids_shape) for p in differing[:_EXAMPLES]]
-        return self._differences("forward", rank, a, ids, positions, sides, kinds)
+        indices = [np.unravel_index(p, self.facts.ids_shape) for p in positions[:_EXAMPLES]]
+        return self._differences("forward", rank, a, ids, indices, sides, kinds)
 
     def _another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
         """Whether one side has, for this rank, just what the other side has for another rank."""
-        if rank is None:
+        if rank is None or (what == "forward" and self.facts.reduction == "all_reduce"):  # there, all ranks' are alike
             return False
         for other in set(range(self.partition.world_size)) - {rank}:
             theirs = [record.rows(f"{what}.{other}") for record in self.records]

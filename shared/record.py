@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
-from shared.case import Case, sha256
-from shared.checks import check_padding_idx, check_size
+from shared.case import FACTS, Case, CaseFacts, sha256
+from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
 from shared.partition import VocabPartition
 from shared.rows import Rows
 from shared.table_file import open_safetensors
@@ -22,7 +23,7 @@ from shared.table_file import open_safetensors
 __all__ = ["Record", "RecordWriter", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
-_VERSION = 1
+_VERSION = 2
 
 
 def writable_file(path: Path) -> Path:
@@ -53,12 +54,12 @@ class RecordWriter:
             "backend": backend,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
             "machine": platform.machine(),
-            **{name: getattr(case, name) for name in _CASE_FIELDS},
+            **{name: getattr(case, name) for name in FACTS},
         }
         self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Keep an array: ``forward.R`` is ``[*ids.shape, e]``, ``gradient.R`` ``[n, e]``, ``sum`` ``[*ids.shape, e]``."""
+        """Keep an array: ``forward.R``, what rank R returns, ``gradient.R`` ``[n, e]``, ``sum`` ``[*ids.shape, e]``."""
         rows = Rows.of(array)
         self._tensors[f"{name}.index"], self._tensors[f"{name}.values"] = rows.index, rows.values
 
@@ -82,29 +83,18 @@ class RecordWriter:
             temporary.unlink(missing_ok=True)
 
 
-_CASE_FIELDS = ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "source", "checksums")
-
-
 def _names(world_size: int) -> list[str]:
     return [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(CaseFacts):
     """A record file, its header checked; its tensors are read and verified when they are asked for."""
 
     path: Path
     backend: str
     versions: dict[str, str]
     machine: str
-    vocab_size: int
-    emb_size: int
-    dtype: str
-    world_size: int
-    padding_idx: int | None
-    ids_shape: tuple[int, ...]
-    source: str
-    checksums: dict[str, str]
     sha256: dict[str, str]
 
     @classmethod
@@ -137,6 +127,10 @@ class Record:
             raise ValueError(f"dtype {self.dtype!r}")
         if not all(type(size) is int and size >= 0 for size in self.ids_shape):
             raise ValueError(f"ids_shape {self.ids_shape}")
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("exchange", self.exchange, EXCHANGES)
+        as_int("seq_dim", self.seq_dim)
+        assert self.output_shape is not None  # a sequence that cannot be split is a ValueError
         if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
             raise ValueError("backend, machine or source is no text")
         for facts in (self.versions, self.checksums, self.sha256):
@@ -149,10 +143,6 @@ class Record:
         if not tensors == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
 
-    @property
-    def partition(self) -> VocabPartition:
-        return VocabPartition(self.vocab_size, self.world_size)
-
     def array(self, name: str) -> np.ndarray:
         """One tensor, verified against its checksum."""
         with open_safetensors(self.path) as file:
@@ -163,8 +153,10 @@ class Record:
 
     def rows(self, name: str) -> Rows:
         """The rows of ``forward.R``, ``gradient.R`` or ``sum``."""
-        tokens = int(np.prod(self.ids_shape))
-        total = self.partition.rows_per_rank if name.startswith("gradient") else tokens
+        if name.startswith("gradient"):
+            total = self.partition.rows_per_rank
+        else:
+            total = math.prod(self.output_shape if name.startswith("forward") else self.ids_shape)
         index, values = self.array(f"{name}.index"), self.array(f"{name}.values")
         if (
             index.dtype != np.int64
@@ -177,7 +169,9 @@ class Record:
 
     def same_case(self, other: Record) -> None:
         """Raise ValueError, saying what differs, unless both records are of one case."""
-        for field in ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "checksums"):
+        for field in FACTS:
+            if field in ("exchange", "source"):  # by whatever exchange, the values are the same
+                continue
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 what = {"checksums": "weights, ids or gradient"}.get(field, field)

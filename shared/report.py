@@ -11,20 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.case import Case
+from shared.case import FACTS, CaseFacts
 from shared.classify import KINDS
 from shared.diff import Comparison
-from shared.record import Record
 
 __all__ = ["as_json", "print_report"]
 
-_FACTS = ("vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape", "source", "checksums")
 _SHOWN = 3
 Versions = dict[str, dict[str, str]]
 
 
 def as_json(
-    case: Case | Record, versions: Versions, comparisons: Sequence[Comparison], missing: Sequence[str]
+    case: CaseFacts, versions: Versions, comparisons: Sequence[Comparison], missing: Sequence[str]
 ) -> dict[str, Any]:
     """A comparison as plain values. Distances without a finite number are strings, as in ``"inf"``."""
 
@@ -37,7 +35,7 @@ def as_json(
 
     return {
         "equal": not any(comparison.differing for comparison in comparisons),
-        "case": {name: getattr(case, name) for name in _FACTS},
+        "case": {name: getattr(case, name) for name in FACTS},
         "backends": versions,
         "missing": list(missing),
         "comparisons": [plain(asdict(comparison)) for comparison in comparisons],
@@ -46,7 +44,7 @@ def as_json(
 
 def print_report(
     console: Console,
-    case: Case | Record,
+    case: CaseFacts,
     versions: Versions,
     comparisons: Sequence[Comparison],
     missing: Sequence[str],
@@ -58,7 +56,8 @@ def print_report(
         console.print(Text(text, style), soft_wrap=True)
 
     ids = "x".join(map(str, case.ids_shape)) or "one"
-    say(f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks, ids {ids}", "bold")
+    how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"
+    say(f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks, ids {ids}{how}", "bold")
     say(case.source)
     for name, found in versions.items():
         say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
@@ -86,10 +85,10 @@ def print_report(
         say(f"EQUAL: {len(comparisons)} comparisons of {rows} rows in all, max ULP 0, max abs 0{time}", "bold green")
 
 
-def _overview(case: Case | Record, pairs: list[list[Comparison]]) -> Table:
+def _overview(case: CaseFacts, pairs: list[list[Comparison]]) -> Table:
     """A row a rank: what it owns, how much of it the ids asked for, and whether each pair of backends agrees."""
     table = Table()
-    for column in ("rank", "owns ids", "looked up", "with gradient"):
+    for column in ("rank", "owns ids", "looked up" if case.reduction == "none" else "returns", "with gradient"):
         table.add_column(column, justify="right")
     for pair in pairs:
         table.add_column(f"{pair[0].left} = {pair[0].right}")

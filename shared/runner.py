@@ -15,16 +15,22 @@ __all__ = ["run"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
-    """Record every rank's ``Er`` and gradient, and the sum, as NumPy computes them."""
+    """Record what every rank returns and its gradient, and the whole embedding, as NumPy computes them."""
     ids, grad_output = case.batch_array("ids"), case.batch_array("grad_output")
-    total: np.ndarray | None = None
+    total = np.zeros_like(grad_output)
     for rank in range(case.world_size):
         progress(f"rank {rank}", rank, case.world_size)
         partial = partial_lookup(case.rank_rows(rank), ids, case.partition, rank)
-        total = partial if total is None else sum_partials([total, partial])
-        record.add(f"forward.{rank}", partial)
+        if case.reduction == "none":
+            record.add(f"forward.{rank}", partial)
+            total = partial if rank == 0 else sum_partials([total, partial])
+        else:  # the embedding is a copy, whatever way its rows go: nothing makes 0.0 of -0.0
+            owned = np.asarray(case.partition.owns(ids, rank))
+            total[owned] = partial[owned]
         record.add(f"gradient.{rank}", weight_grad(grad_output, ids, case.partition, rank, case.padding_idx))
-    assert total is not None
+    if case.reduction != "none":
+        for rank in range(case.world_size):
+            record.add(f"forward.{rank}", case.part_of(total, rank))
     record.add("sum", total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -71,8 +72,10 @@ class World:
 
     def __call__(self, function, *arguments):
         """What each rank's call returned; an AssertionError with their tracebacks if any failed."""
+        self.broken = True  # until all have answered
+        task = pickle.dumps((inspect.getfile(function), function.__name__, arguments))
         for pipe in self.pipes:
-            pipe.send((inspect.getfile(function), function.__name__, arguments))
+            pipe.send_bytes(task)
         results = [self._result(rank, pipe) for rank, pipe in enumerate(self.pipes)]
         failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
         self.broken = bool(failures)
@@ -81,14 +84,14 @@ class World:
 
     @staticmethod
     def _result(rank, pipe):
-        return pipe.recv() if pipe.poll(180) else ("no answer within three minutes", None)
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(180) else ("no answer within three minutes", None)
 
     def end(self):
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if self.broken:
                 process.kill()
             else:
-                pipe.send(None)
+                pipe.send_bytes(pickle.dumps(None))
             process.wait(30)
             pipe.close()
 

@@ -1,6 +1,7 @@
 """One rank of a test's world of torch processes: runs the functions that it is sent, until there are no more."""
 
 import importlib.util
+import pickle
 import sys
 import traceback
 import warnings
@@ -30,13 +31,13 @@ def main():
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
-        while (task := pipe.recv()) is not None:
+        while (task := pickle.loads(pipe.recv_bytes())) is not None:
             path, name, arguments = task
             try:
                 result = None, getattr(load(path), name)(*arguments)
             except BaseException:
                 result = traceback.format_exc(), None
-            pipe.send(result)
+            pipe.send_bytes(pickle.dumps(result))
         dist.destroy_process_group()
 
 

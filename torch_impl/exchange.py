@@ -7,9 +7,11 @@ ranks, C tokens of a chunk, E columns, K distinct rows that this rank's chunk ne
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.partition import VocabPartition
@@ -35,8 +37,8 @@ class ChunkRoutes:
         cuts = torch.arange(w + 1, device=ids_WC.device) * n
         # Ids outside the vocabulary become v: one more row, the last, which stays zero.
         mine_C = ids_WC[rank]
-        wanted_K, self.slots_C = torch.where(partition.is_valid(mine_C), mine_C, v).unique(return_inverse=True)
-        self._slots = len(wanted_K)
+        wanted_K, self._slots_C = torch.where(partition.is_valid(mine_C), mine_C, v).unique(return_inverse=True)
+        self._num_slots = len(wanted_K)
         destinations = torch.arange(w, device=ids_WC.device).unsqueeze(1)
         keys = (destinations * n + partition.local_ids(ids_WC, rank))[partition.owns(ids_WC, rank)].unique()
         self.rows_to_send = keys % n
@@ -45,20 +47,20 @@ class ChunkRoutes:
         self._recv_counts, self._send_counts = bounds.diff().tolist()
         self._num_wanted = sum(self._recv_counts)
 
-    def gather(self, weight: Tensor) -> Tensor:
-        """The rows of this rank's chunk, ``[C, E]``."""
-        recv_KE = weight.new_empty(self._slots, weight.shape[1])
+    def gather(self, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """The rows of this rank's chunk, ``[*shape, E]``."""
+        recv_KE = weight.new_empty(self._num_slots, weight.shape[1])
         recv_KE[self._num_wanted :] = 0
         send = weight.index_select(0, self.rows_to_send)
         with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", self._group):
             dist.all_to_all_single(
                 recv_KE[: self._num_wanted], send, self._recv_counts, self._send_counts, group=self._group
             )
-        return recv_KE.index_select(0, self.slots_C)
+        return F.embedding(self._slots_C.view(*shape), recv_KE)
 
     def scatter(self, grad_CE: Tensor) -> Tensor:
         """For each of ``rows_to_send``, the sum of its gradients over the chunk it went to; float32 for 16-bit ones."""
-        _slots, sums_KE = sum_distinct(grad_CE, self.slots_C, self.slots_C < self._num_wanted, wide=True)
+        _slots, sums_KE = sum_distinct(grad_CE, self._slots_C, self._slots_C < self._num_wanted, wide=True)
         recv = sums_KE.new_empty(len(self.rows_to_send), sums_KE.shape[1])
         with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", self._group):
             dist.all_to_all_single(recv, sums_KE, self._send_counts, self._recv_counts, group=self._group)
@@ -88,4 +90,4 @@ def gather_everywhere(
         ]
         for work in under_way:
             work.wait()
-    return rows.index_select(0, slots.reshape(-1)).view(*ids.shape, weight.shape[1])
+    return F.embedding(slots, rows)

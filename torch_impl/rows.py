@@ -138,20 +138,21 @@ def _owned_rows_only(weight_device: torch.device, *tensors: Tensor) -> bool:
 
 def lookup_rows(weight_NE: Tensor, local: Tensor, owned: Tensor) -> Tensor:
     """``take_rows`` without a gradient."""
-    local_T, owned_T = local.reshape(-1), owned.reshape(-1)
+    # None of these ends in a view: FSDP2 warns of modules that return one.
     if not _owned_rows_only(weight_NE.device, weight_NE, local):
-        safe_T = local_T.masked_fill(~owned_T, 0).to(weight_NE.device)
-        rows = weight_NE.index_select(0, safe_T).to(local.device)
-        output_TE = rows.masked_fill(~owned_T.unsqueeze(1), 0)
-    elif weight_NE.device == local.device and 2 * int(owned_T.count_nonzero()) > owned_T.numel():
+        safe = local.masked_fill(~owned, 0).to(weight_NE.device)
+        return F.embedding(safe, weight_NE).to(local.device).masked_fill(~owned.unsqueeze(-1), 0)
+    owned_T = owned.reshape(-1)
+    if weight_NE.device == local.device and 2 * int(owned_T.count_nonzero()) > owned_T.numel():
         # Mostly owned, as on rank 0 with real text: one gather of everything, then wipe the few foreign rows.
-        output_TE = weight_NE.index_select(0, local_T.masked_fill(~owned_T, 0))
-        output_TE.index_fill_(0, (~owned_T).nonzero().squeeze(1), 0)
-    else:
-        positions = owned_T.nonzero().squeeze(1)
-        rows = weight_NE.index_select(0, local_T[positions].to(weight_NE.device)).to(local.device)
-        output_TE = rows.new_zeros(local_T.numel(), weight_NE.shape[1]).index_copy_(0, positions, rows)
-    return output_TE.view(*local.shape, weight_NE.shape[1])
+        output = F.embedding(local.masked_fill(~owned, 0), weight_NE)
+        output.view(-1, weight_NE.shape[1]).index_fill_(0, (~owned_T).nonzero().squeeze(1), 0)
+        return output
+    positions = owned_T.nonzero().squeeze(1)
+    rows = weight_NE.index_select(0, local.reshape(-1)[positions].to(weight_NE.device)).to(local.device)
+    output = rows.new_zeros(*local.shape, weight_NE.shape[1])
+    output.view(-1, weight_NE.shape[1]).index_copy_(0, positions, rows)
+    return output
 
 
 def sum_rows(

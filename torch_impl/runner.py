@@ -1,46 +1,99 @@
-"""The PyTorch layer on a case: one module per rank, in turn, each given only its own rows."""
+"""The PyTorch layer on a case: one module per rank, each given only its own rows.
+
+Without a reduction the ranks take turns in this process; with one, each is a process of a gloo group.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from shared.case import Case
 from shared.harness import serve
 from shared.record import RecordWriter
+from shared.table_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["run"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
-    """Record every rank's ``Er`` and gradient, and the sum."""
-    ids, grad_output = _tensor(case.batch_array("ids")), _tensor(case.batch_array("grad_output"))
+    """Record what every rank returns and its gradient, and the whole embedding."""
+    if case.reduction == "none":
+        _in_turn(case, record, progress)
+    else:
+        _in_a_group(case, record, progress)
+
+
+def _in_turn(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
     total: Tensor | None = None
     for rank in range(case.world_size):
         progress(f"rank {rank}", rank, case.world_size)
-        emb = ParallelVocabEmbedding(
-            case.vocab_size,
-            case.emb_size,
-            rank,
-            case.world_size,
-            dtype=grad_output.dtype,
-            device="meta",
-            padding_idx=case.padding_idx,
-        )
-        emb.load_state_dict({"weight": _tensor(case.rank_rows(rank))}, assign=True)
-        partial = emb(ids)
-        partial.backward(grad_output)
-        total = partial.detach() if total is None else total + partial.detach()
-        record.add(f"forward.{rank}", _array(partial.detach()))
-        assert emb.weight.grad is not None
-        record.add(f"gradient.{rank}", _array(emb.weight.grad))
+        partial, gradient = _forward_and_backward(case, rank, None)
+        total = partial if total is None else total + partial
+        record.add(f"forward.{rank}", _array(partial))
+        record.add(f"gradient.{rank}", _array(gradient))
     assert total is not None
     record.add("sum", _array(total))
+
+
+def _in_a_group(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
+    progress(f"{case.world_size} processes", 0, 2)
+    with tempfile.TemporaryDirectory(prefix="pve-") as temporary:
+        spawn(_one_process, (case, temporary), nprocs=case.world_size)
+        progress("record", 1, 2)
+        parts = []
+        for rank in range(case.world_size):
+            with open_safetensors(Path(temporary) / f"{rank}.safetensors") as file:
+                parts.append(np.asarray(file.get_tensor("forward")))
+                record.add(f"forward.{rank}", parts[-1])
+                record.add(f"gradient.{rank}", np.asarray(file.get_tensor("gradient")))
+    scattered = case.reduction == "reduce_scatter"
+    record.add("sum", np.concatenate(parts, axis=case.seq_dim % len(case.ids_shape)) if scattered else parts[0])
+
+
+def _one_process(rank: int, case: Case, folder: str) -> None:
+    """One rank of the group; its results go to a file."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=case.world_size)
+    try:
+        forward, gradient = _forward_and_backward(case, rank, dist.group.WORLD)
+        save_file({"forward": forward.contiguous(), "gradient": gradient}, f"{folder}/{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    ids, grad_output = case.batch_array("ids"), case.part_of(case.batch_array("grad_output"), rank)
+    upstream = _tensor(grad_output)
+    emb = ParallelVocabEmbedding(
+        case.vocab_size,
+        case.emb_size,
+        rank,
+        case.world_size,
+        group,
+        dtype=upstream.dtype,
+        device="meta",
+        reduction=case.reduction,
+        exchange=case.exchange,
+        padding_idx=case.padding_idx,
+        seq_dim=case.seq_dim,
+    )
+    emb.load_state_dict({"weight": _tensor(case.rank_rows(rank))}, assign=True)
+    output = emb(_tensor(ids))
+    output.backward(upstream)
+    assert emb.weight.grad is not None
+    return output.detach(), emb.weight.grad
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -207,9 +206,9 @@ class ParallelVocabEmbedding(nn.Module):
         """The ids, once all ranks are known to look the same ones up in the same way."""
         assert self._group_name is not None
         names = ("vocab_size", "emb_size", "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx", "sparse")
-        facts = {name: getattr(self, name) for name in names} | {"dtype": str(self.weight.dtype)}
+        facts = [f"dtype={self.weight.dtype}", *[f"{name}={getattr(self, name)}" for name in names]]
         if torch.compiler.is_compiling():
-            return torch.ops.pve.check_agreement(ids, json.dumps(facts), self._group_name, self.world_size)
+            return torch.ops.pve.check_agreement(ids, "\n".join(facts), self._group_name, self.world_size)
         check_agreement(ids, facts, find_group(self._group_name, self.rank, self.world_size))
         return ids
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared.bits import DTYPES
 from shared.case import CaseOptions
+from shared.checks import EXCHANGES, REDUCTIONS
 
 __all__ = ["add_case_arguments", "case_options"]
 
@@ -28,6 +29,27 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     layer = parser.add_argument_group("the layer")
     layer.add_argument("--world-size", type=int, default=8, metavar="W", help="ranks; must divide V (default 8)")
     layer.add_argument("--padding-idx", type=int, metavar="ID", help="an id whose row gets no gradient")
+    layer.add_argument(
+        "--reduction",
+        choices=[*REDUCTIONS],
+        default="none",
+        help="what the ranks return: their incomplete embeddings (none, the default), the embedding (all_reduce), or each "
+        "its part of the sequence (reduce_scatter). torch then runs a process per rank, JAX a device",
+    )
+    layer.add_argument(
+        "--exchange",
+        choices=[*EXCHANGES],
+        default="auto",
+        help="how a reduction's rows travel: by the dense collective, routed from their owner to who needs them, or "
+        "whichever is faster (auto, the default); the values are the same",
+    )
+    layer.add_argument(
+        "--seq-dim",
+        type=int,
+        default=-1,
+        metavar="D",
+        help="the dimension of the ids that is split (default -1, the last)",
+    )
     layer.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is made up (default 0)")
 
 

@@ -22,8 +22,10 @@ _DESCRIPTION = """\
 Prove that the PyTorch and the JAX layer compute the same.
 
 The table and the ids are written to files. Each backend runs in a process of its own, reads them, splits the table over
-the ranks and records every rank's incomplete embedding, the sum over the ranks, and every rank's gradient. So does an
-oracle in NumPy. Then the records are compared, bit by bit: backend against backend, and each against the oracle.
+the ranks and records what every rank returns, the whole embedding, and every rank's gradient. So does an oracle in NumPy.
+Then the records are compared, bit by bit: backend against backend, and each against the oracle.
+
+With --reduction the ranks talk: torch runs one process per rank in a gloo group, JAX one device per rank.
 
 The gradient that is fed in is made so that its sums are exact in every order: there is no tolerance anywhere.
 
@@ -31,6 +33,7 @@ examples:
   pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
   pve compare --world-size 3 --vocab-size 96 --emb-size 16 --dtype float32
   pve compare --weights model.safetensors --tensor model.embed_tokens.weight --world-size 4
+  pve compare --reduction reduce_scatter --exchange routed --world-size 4
   pve compare --weights table.safetensors --tokenizer tokenizer.json --text README.md --json
 
 exit status: 0 equal, 1 different, 2 bad input"""

@@ -144,10 +144,10 @@ def test_only_regular_files_are_replaced_and_links_are_followed(case, tmp_path, 
 
 def test_other_versions_and_missing_headers_are_refused(make_record):
     path = make_record("left").path
-    rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
-    with pytest.raises(ValueError, match="a record of version 2"):
+    rewrite(path, lambda tensors, metadata: metadata.update(version="3"))
+    with pytest.raises(ValueError, match="a record of version 3"):
         Record.open(path)
-    rewrite(path, lambda tensors, metadata: (metadata.update(version="1"), metadata.pop("header")))
+    rewrite(path, lambda tensors, metadata: (metadata.update(version="2"), metadata.pop("header")))
     with pytest.raises(ValueError, match="damaged record"):
         Record.open(path)
 
