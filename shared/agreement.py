@@ -41,7 +41,7 @@ def describe_ids(ids: np.ndarray) -> dict[str, str]:
     return {"shape of the ids": str(ids.shape), "dtype of the ids": str(ids.dtype), "ids": f"SHA-256 {digest}..."}
 
 
-def disagreement(facts: Sequence[dict[str, str]]) -> str | None:
+def disagreement(facts: Sequence[dict[str, str]], member: str = "rank", members: str = "ranks") -> str | None:
     """What is wrong, if the ranks' facts are not all equal: the first that differs, and who has what.
 
     Example:
@@ -55,7 +55,7 @@ def disagreement(facts: Sequence[dict[str, str]]) -> str | None:
         for rank, known in enumerate(facts):
             ranks.setdefault(known.get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
-            return f"the ranks disagree about {name}: {_who_has_what(ranks)}"
+            return f"the {members} disagree about {name}: {_who_has_what(ranks, member, members)}"
     return None
 
 
@@ -69,12 +69,13 @@ def ids_disagreement(ids: Sequence[np.ndarray]) -> str | None:
     for rank, mine in enumerate(ids):
         ranks.setdefault(str(mine[position]), []).append(rank)
     where = f"ids[{', '.join(map(str, position))}]" if position else "ids"
-    return f"the ranks disagree about the ids: {where} is {_who_has_what(ranks)}; every rank needs the same ids"
+    found = _who_has_what(ranks, "rank", "ranks")
+    return f"the ranks disagree about the ids: {where} is {found}; every rank needs the same ids"
 
 
-def _who_has_what(ranks: dict[str, list[int]]) -> str:
+def _who_has_what(ranks: dict[str, list[int]], member: str, members: str) -> str:
     def on(numbers: list[int]) -> str:
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return f"on rank{'s' if len(numbers) > 1 else ''} {shown}"
+        return f"on {members if len(numbers) > 1 else member} {shown}"
 
     return "; ".join(f"{value} {on(numbers)}" for value, numbers in ranks.items())

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding
+from shared import VocabPartition
+from shared.generate import exact_gradient
 from shared.oracle import partial_lookup, weight_grad
 
 
@@ -43,6 +45,47 @@ def check(mesh, dtype, rng):
         np.testing.assert_array_equal(shard.data, 2 * table[shard.index])
 
 
+def check_reductions(mesh, dtype, rng):
+    """Every reduction by every exchange: each shard is the unsharded lookup's, and the gradient the oracle's."""
+    w = mesh.shape["tp"]
+    table = rng.standard_normal((12 * w, 6)).astype(dtype)
+    ids = rng.integers(-3, 12 * w + 3, (4, 8)).astype(np.int32)
+    whole = VocabPartition(12 * w, 1)
+    expected, upstream = partial_lookup(table, ids, whole, 0), exact_gradient(ids, 6, np.dtype(dtype), 0)
+    gradient = weight_grad(upstream, ids, whole, 0, padding_idx=3)
+    spec = P("dp") if "dp" in mesh.axis_names else P()
+    split = jax.make_array_from_callback(ids.shape, NamedSharding(mesh, spec), lambda index: ids[index])
+    for reduction in ("all_reduce", "reduce_scatter"):
+        for exchange in ("dense", "routed"):
+            emb = ParallelVocabEmbedding(
+                12 * w, 6, mesh, dtype=dtype, padding_idx=3, reduction=reduction, exchange=exchange, check=True
+            ).with_weight(table)
+            output, back = jax.vjp(lambda emb: emb(split), emb)
+            for shard in output.addressable_shards:
+                np.testing.assert_array_equal(shard.data, expected[shard.index])
+            cotangent = jax.make_array_from_callback(output.shape, output.sharding, lambda index: upstream[index])
+            for shard in back(cotangent)[0].weight.addressable_shards:
+                np.testing.assert_array_equal(shard.data, gradient[shard.index])
+
+
+def check_disagreement(mesh):
+    """With ``check``, processes that differ are told so in both, and nothing is left waiting."""
+    emb = ParallelVocabEmbedding(48, 6, mesh, reduction="all_reduce", check=True)
+    ids = np.arange(8)
+    with pytest.raises(ValueError, match="the processes disagree about ids: SHA-256"):
+        emb(ids + jax.process_index())
+    with pytest.raises(
+        ValueError, match=r"the processes disagree about shape of the ids: \(8,\) on process 0; \(7,\) on"
+    ):
+        emb(ids[jax.process_index() :])
+    reduction = ("all_reduce", "reduce_scatter")[jax.process_index()]
+    other = ParallelVocabEmbedding(48, 6, mesh, reduction=reduction, check=True)
+    with pytest.raises(
+        ValueError, match="disagree about reduction: all_reduce on process 0; reduce_scatter on process 1"
+    ):
+        other(ids)
+
+
 def main():
     process, port = int(sys.argv[1]), sys.argv[2]
     jax.config.update("jax_num_cpu_devices", 2)
@@ -56,6 +99,9 @@ def main():
             with jax.set_mesh(mesh):
                 for dtype in (jnp.float32, jnp.bfloat16):
                     check(mesh, dtype, rng)
+                if kind == AxisType.Auto and names != ("tp", "dp"):
+                    check_reductions(mesh, jnp.float32 if shape == (4,) else jnp.bfloat16, rng)
+    check_disagreement(mesh)
     print("all equal")
 
 
