@@ -120,7 +120,7 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
         rows = []
         for destination in range(w):
             start = routes.bounds[destination, rank] + sent
-            ids = jax.lax.dynamic_slice(wanted[destination], (start,), (block,))
+            ids = jax.lax.dynamic_slice_in_dim(wanted[destination], start, block)
             # Past the last row that is needed, any row will do: it is not kept where it arrives.
             local = jnp.clip(partition.local_ids(ids, rank), 0, partition.rows_per_rank - 1)
             block_rows = weight.at[local].get(mode="promise_in_bounds")
@@ -129,9 +129,9 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
         for owner in range(w):
             start, stop = routes.bounds[rank, owner] + sent, routes.bounds[rank, owner + 1]
             start = jnp.minimum(start, chunk)  # of an owner that is done, nothing is kept
-            present = jax.lax.dynamic_slice(received, (start, 0), (block, emb_size))
+            present = jax.lax.dynamic_slice_in_dim(received, start, block)
             kept = jnp.where((start + within < stop)[:, None], recv[owner], present)
-            received = jax.lax.dynamic_update_slice(received, kept, (start, 0))
+            received = jax.lax.dynamic_update_slice_in_dim(received, kept, start, axis=0)
         return sent + block, received
 
     dtype = jnp.uint16 if as_bits else weight.dtype

@@ -69,6 +69,48 @@ def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
     assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
 
 
+@pytest.mark.parametrize("reduction", ["all_reduce", "reduce_scatter"])
+@pytest.mark.parametrize("exchange", ["dense", "routed"])
+def test_reductions_in_real_processes(capsys, tmp_path, rng, reduction, exchange):
+    """A user's own table, an odd number of columns, ids of [s, b], three torch processes and three JAX devices."""
+    save_file({"emb": rng.standard_normal((42, 5)).astype(ml_dtypes.bfloat16)}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "ids.npy", rng.integers(-2, 45, (6, 4)))
+    arguments = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy"), "--world-size", "3"]
+    options = ["--reduction", reduction, "--exchange", exchange, "--seq-dim", "0", "--padding-idx", "7"]
+    assert main(["compare", *arguments, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    case = result["case"]
+    assert (case["reduction"], case["exchange"], case["seq_dim"]) == (reduction, exchange, 0)
+    rows = {c["rows"] for c in result["comparisons"] if c["what"] == "forward" and c["rank"] is not None}
+    assert rows == {24 if reduction == "all_reduce" else 8}
+    assert {(c["left"], c["right"]) for c in result["comparisons"]} == {
+        ("torch", "jax"),
+        ("torch", "oracle"),
+        ("jax", "oracle"),
+    }
+
+
+def test_records_by_different_exchanges_are_of_one_case(capsys, tmp_path):
+    """The exchange is no part of what must come out: dense torch against routed JAX."""
+    common = [*SMALL, "--reduction", "reduce_scatter", "--dtype", "float32", "--ids", str(tmp_path / "ids.npy")]
+    np.save(tmp_path / "ids.npy", np.arange(96).reshape(2, 48))
+    for backend, exchange in (("torch", "dense"), ("jax", "routed")):
+        output = str(tmp_path / f"{backend}.record")
+        assert main(["record", "--backend", backend, "-o", output, *common, "--exchange", exchange]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path / "torch.record"), str(tmp_path / "jax.record")]) == 0
+    assert "96 x 16 float32 over 3 ranks, ids 2x48, reduce_scatter" in capsys.readouterr().out
+
+
+def test_reductions_that_cannot_be_are_refused(capsys, tmp_path):
+    np.save(tmp_path / "ids.npy", np.zeros((2, 4), np.int64))
+    ids = ["--ids", str(tmp_path / "ids.npy"), "--reduction", "reduce_scatter"]
+    refused(capsys, "4 positions along dimension 1, which leaves 1 over with world_size=3", "compare", *SMALL, *ids)
+    refused(capsys, "seq_dim must name a dimension of the ids", "compare", *SMALL, *ids, "--seq-dim", "2")
+    refused(capsys, "--exchange says how a reduction's rows travel", "compare", *SMALL, "--exchange", "dense")
+    refused(capsys, "invalid choice: 'sum'", "compare", *SMALL, "--reduction", "sum")
+
+
 @pytest.mark.parametrize(("shape", "world_size"), [((), 1), ((), 4), ((1,), 4), ((0,), 1), ((2, 0, 3), 4)])
 def test_ids_of_any_shape(capsys, tmp_path, rng, shape, world_size):
     save_file({"emb": rng.standard_normal((4, 3)).astype(np.float32)}, tmp_path / "t.safetensors")
@@ -111,8 +153,8 @@ import torch_impl.rows as rows_of
 from shared.harness import serve
 from torch_impl.runner import run
 
-lookup = rows_of._lookup_rows
-rows_of._lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
+lookup = rows_of.lookup_rows
+rows_of.lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
 serve("torch", {}, run)
 """
 

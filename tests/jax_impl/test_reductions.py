@@ -22,7 +22,6 @@ from shared.generate import exact_gradient, zipf_ids
 from shared.oracle import partial_lookup, weight_grad
 
 REDUCTIONS, EXCHANGES = ["all_reduce", "reduce_scatter"], ["dense", "routed"]
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 _COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
@@ -81,8 +80,10 @@ def one_mesh(kind="Auto", shape=(4,), names=("tp",)):
     return jax.make_mesh(shape, names, (getattr(AxisType, kind),) * len(shape), devices=devices)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("world_size", "dtype"),
+    [(1, np.float32), (3, np.float16), (8, ml_dtypes.bfloat16), (8, np.float32), (3, ml_dtypes.bfloat16)],
+)
 def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(world_size, dtype):
     ids = zipf_ids((2, 24), VocabPartition(48, world_size), 0)
     check_case(one_mesh("Auto", (world_size,)), ids, 48, 5 if world_size == 3 else 6, dtype)
@@ -125,13 +126,13 @@ def test_ids_of_other_shapes_and_dtypes(ids):
     check_case(one_mesh(), ids, 12, 4, np.float32)
 
 
-@pytest.mark.parametrize("owned", [1, 20, 64, 200, 256])
+@pytest.mark.parametrize("owned", [1, 100, 150, 170, 250])
 def test_every_capacity_is_taken(owned):
     """From ids that one rank owns a few of to ids that it owns all of: by routes as far as they fit, and then densely."""
     mesh, chunk = one_mesh(), 256
     ids = np.tile(np.concatenate([np.arange(owned), np.full(chunk - owned, 1500)]), (1, 4))
     sizes = [*capacities(chunk), most_worthwhile(chunk)]
-    assert sizes == [48, 144, 192]
+    assert sizes == [48, 128, 160, 192]
     check_case(mesh, ids, 2048, 4, np.float32, ["routed"])
 
 

@@ -8,6 +8,14 @@ from shared.case import CaseOptions, build_case
 from shared.classify import KINDS
 from shared.diff import compare_records
 from shared.record import Record, RecordWriter
+from shared.runner import run
+
+
+class Arrays(dict):
+    """Takes what a runner records, as the arrays themselves."""
+
+    def add(self, name, array):
+        self[name] = array.copy()
 
 
 def found(make_record, change):
@@ -239,3 +247,65 @@ def test_records_of_different_cases_are_refused(make_record, case, tmp_path):
         writer.write(folder / "record")
         with pytest.raises(ValueError, match=f"different cases: .*{next(iter(change))}|different cases: weights"):
             compare_records(left, Record.open(folder / "record"))
+
+
+def reduced_records(tmp_path, reduction, change):
+    """Two records of a case with a reduction, the second one changed."""
+    folder = tmp_path / reduction
+    folder.mkdir()
+    np.save(tmp_path / "ids.npy", np.array([[0, 9, 10, 19, 20, 29], [5, 5, 12, 12, 13, -1]]))
+    case = build_case(
+        CaseOptions(
+            ids=tmp_path / "ids.npy", vocab_size=30, emb_size=6, dtype="float32", world_size=3, reduction=reduction
+        ),
+        folder,
+    )
+    records = []
+    for name in ("left", "right"):
+        arrays = Arrays()
+        run(case, arrays, lambda *_: None)
+        if name == "right":
+            change(arrays)
+        writer = RecordWriter(case, name, {})
+        for key, array in arrays.items():
+            writer.add(key, array)
+        writer.write(folder / name)
+        records.append(Record.open(folder / name))
+    return case, {(c.what, c.rank): c for c in compare_records(*records) if c.differing}
+
+
+def test_a_chunk_of_the_sequence_is_named_by_its_place_in_all_of_it(tmp_path):
+    def zero(arrays):
+        arrays["forward.1"][1, 1] = 0
+
+    case, differing = reduced_records(tmp_path, "reduce_scatter", zero)
+    assert case.output_shape == (2, 2)
+    ((where, comparison),) = differing.items()
+    assert where == ("forward", 1)
+    assert (comparison.rows, comparison.kinds) == (4, {"zeroed": 1})
+    (row,) = comparison.examples
+    assert (row.index, row.id, row.owner) == ((1, 3), 12, 1)
+
+
+def test_chunks_that_went_to_each_others_ranks(tmp_path):
+    def swap(arrays):
+        arrays["forward.0"], arrays["forward.2"] = arrays["forward.2"], arrays["forward.0"]
+
+    _, differing = reduced_records(tmp_path, "reduce_scatter", swap)
+    assert {where: set(c.kinds) for where, c in differing.items()} == {
+        ("forward", 0): {"ranks swapped"},
+        ("forward", 2): {"ranks swapped"},
+    }
+
+
+def test_an_embedding_that_one_rank_has_wrong(tmp_path):
+    """Every rank owns every position of an embedding that is on all ranks: a zero row is missing, not foreign."""
+
+    def spoil(arrays):
+        arrays["forward.2"][0, 0] = 0
+        arrays["forward.2"][1, 5] = 1
+
+    _, differing = reduced_records(tmp_path, "all_reduce", spoil)
+    ((where, comparison),) = differing.items()
+    assert where == ("forward", 2)
+    assert comparison.kinds == {"zeroed": 1, "padding only": 1}
