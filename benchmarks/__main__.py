@@ -36,6 +36,7 @@ examples:
   python -m benchmarks --quick
   python -m benchmarks --only jax --output results"""
 
+_ROOT = Path(__file__).parents[1]
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
 _SPAN = {"batch": 4, "sequence": 2048}
 
@@ -81,7 +82,7 @@ def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, 
             commands = [[*command, str(rank), spec, str(result)] for rank in range(world_size)]
         errors = [files.enter_context(open(f"{folder}/{number}.err", "w+")) for number in range(len(commands))]
         processes = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True)
+            files.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True, cwd=_ROOT))
             for command, error in zip(commands, errors, strict=True)
         ]
         assert processes[0].stdout is not None
@@ -117,7 +118,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="w=4 for torch and w=8 for JAX, large batches only")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each, of which the median counts")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args()
     console, results = Console(), []

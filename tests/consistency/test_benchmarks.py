@@ -10,6 +10,7 @@ from benchmarks.__main__ import _rows, _run
 from benchmarks.cases import Case, make_ids, traffic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_every_candidate_is_measured(framework):
     case = Case("reduce_scatter", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
@@ -33,7 +34,7 @@ def test_what_must_be_sent():
     sent = traffic(case)
     assert sent["dense"] == 3 / 4 * 8192 * 4096
     distinct = sum(len(np.unique(chunk)) for chunk in np.split(ids, 4, axis=1))
-    assert sent["routed"] < distinct * 4096 / 4
-    assert sent["routed"] <= sent["dense"] * distinct / (4 * 8192) * 4
+    # A quarter of the rows that a chunk needs are its own rank's; the rest are sent once each.
+    np.testing.assert_allclose(sent["routed"] / sent["dense"], distinct / (4 * 8192), rtol=0.05)
     everywhere = traffic(Case("all_reduce", 4, "uniform"))
     assert everywhere["routed"] <= everywhere["dense"] / 2

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def start(port):
     script = Path(__file__).with_name("one_of_two_processes.py")
@@ -12,6 +14,7 @@ def start(port):
     return [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices():
     for attempt in range(3):
         with socket.socket() as probe:  # JAX takes a port, not a file: another program may take it before JAX does

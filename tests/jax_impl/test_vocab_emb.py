@@ -35,9 +35,12 @@ def test_the_signature_is_the_promised_one():
         "init_base_seed": 42,
         "dtype": jnp.float32,
         "reduction": "none",
+        "exchange": "auto",
         "invalid_ids": "zero",
         "padding_idx": None,
         "init": "per_rank",
+        "seq_dim": -1,
+        "check": False,
     }
 
 
@@ -154,7 +157,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none', got 'sum'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
         ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
     ],
 )
