@@ -23,7 +23,8 @@ from benchmarks.cases import Case, traffic
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Measure the exchanges of both layers beside their peers: in one run, candidate after candidate, round after round, medians.
+Measure the exchanges of both layers beside their peers: in one run, all candidates in each
+round, in an order that changes, and medians.
 
   torch: Megatron-core's VocabParallelEmbedding and DTensor's RowwiseParallel, w gloo processes on this machine.
          (pip install --no-deps megatron-core==0.16.1; without it, Megatron is left out)

@@ -10,7 +10,7 @@ import numpy as np
 from shared import VocabPartition
 from shared.sequence import rows_needed
 
-__all__ = ["Case", "make_ids", "traffic", "warm_pages"]
+__all__ = ["Case", "make_ids", "shuffled", "traffic", "warm_pages"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def traffic(case: Case) -> dict[str, float]:
         return {"dense": 2 * (w - 1) / w * tokens * row, "routed": (w - 1) / w * len(np.unique(ids)) * row}
     needed = rows_needed(ids, partition)
     return {"dense": (w - 1) / w * tokens * row, "routed": (needed.sum() - np.trace(needed)) / w * row}
+
+
+def shuffled(count: int, turn: int) -> list[int]:
+    """The order of the candidates in a round, the same in every process: who comes after whom changes."""
+    return [int(place) for place in np.random.default_rng(turn).permutation(count)]
 
 
 def warm_pages() -> None:

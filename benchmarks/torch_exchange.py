@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids, warm_pages
+from benchmarks.cases import Case, make_ids, shuffled, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -104,10 +104,12 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
     outputs = {name: module(ids) for name, module in modules.items()}
     upstream = {name: torch.randn_like(output) for name, output in outputs.items()}
     del outputs
+    names = list(modules)
     times = np.zeros((rounds + 1, len(modules), 2))
     sent = dict.fromkeys(modules, 0.0)
     for turn in range(rounds + 1):  # the first is not counted
-        for place, (name, module) in enumerate(modules.items()):
+        for place in shuffled(len(modules), turn):
+            name, module = names[place], modules[names[place]]
             module.weight.grad = None
             warm_pages()
             dist.barrier()
