@@ -87,7 +87,7 @@ class _AllReduce:
         self._partition, self._options = partition, options
         self._group = _group(partition, options)
         self._rank = 0 if self._group is None else self._group.rank()
-        self._ids, self._output_device = ids.to(device), ids.device
+        self._ids, self._output_device = ids.to(device, copy=True), ids.device  # the caller may write over them
         self._exchange = exchange
 
     def gather(self, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class _ReduceScatter:
         w = partition.world_size
         self._shape = chunk_shape(ids.shape, options.seq_dim, w)
         dim = resolve_seq_dim(ids.dim(), options.seq_dim)
-        ids_by_chunk = ids.to(device).unflatten(dim, (w, self._shape[dim])).movedim(dim, 0)
+        ids_by_chunk = ids.to(device, copy=True).unflatten(dim, (w, self._shape[dim])).movedim(dim, 0)
         self._ids_WC = ids_by_chunk.reshape(w, ids.numel() // w)
         self._routes: ChunkRoutes | None = None
         if ids.numel() and exchange == "routed":

@@ -253,6 +253,41 @@ def test_sparse_gradients(world):
     world(4)(check_sparse, torch.bfloat16)
 
 
+def check_reused_buffer():
+    """Ids that are written over before backward, as in loops with a static input buffer, do not change the gradient."""
+    for reduction, exchange, seq_dim in itertools.product(REDUCTIONS, ("dense", "routed"), (0, 1)):
+        gradients = []
+        for overwrite in (False, True):
+            emb = layer(reduction, exchange, seq_dim=seq_dim)
+            ids = torch.arange(16).view(2, 8) * 3 % 48
+            output = emb(ids)
+            if overwrite:
+                ids.fill_(7)
+            output.backward(torch.ones_like(output))
+            gradients.append(emb.weight.grad)
+        assert equal_bits(*gradients), (reduction, exchange)
+
+
+def test_ids_that_are_written_over(world):
+    world(2)(check_reused_buffer)
+
+
+def check_one_id():
+    """A single id without dimensions."""
+    for exchange in EXCHANGES:
+        emb = layer("all_reduce", exchange, emb_size=3)
+        table = torch.cat(
+            [ParallelVocabEmbedding(48, 3, r, emb.world_size).weight.detach() for r in range(emb.world_size)]
+        )
+        for number in (0, 29, 47, 48, -1):
+            output = emb(torch.tensor(number))
+            assert equal_bits(output, table[number] if 0 <= number < 48 else torch.zeros(3))
+
+
+def test_one_id(world):
+    world(2)(check_one_id)
+
+
 def check_errors():
     """What is refused, is refused on every rank, before anything is sent."""
     world_size = dist.get_world_size()
