@@ -58,7 +58,7 @@ def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
     if axis_name not in free:
         raise ValueError(
             f"the layer opens a shard_map of its own over {axis_name!r}, which is manual already; "
-            f"inside your own shard_map call jax_impl.functional.partial_lookup"
+            f"inside your own shard_map call jax_impl.functional.partial_lookup or reduced_lookup"
         )
     return free
 

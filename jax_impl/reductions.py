@@ -72,7 +72,8 @@ def choose_exchange(exchange: str, num_tokens: int, row_bytes: int) -> str:
 def reduce_lookup(options: ReductionOptions, weight: jax.Array, ids: jax.Array) -> jax.Array:
     """The embedding of ``ids``: whole for all_reduce, this rank's chunk for reduce_scatter.
 
-    Rows travel as integers: no addition turns -0.0 into 0.0, flushes a subnormal number or makes another NaN of NaN.
+    Where rows are added to zeros, they are integers: no addition turns -0.0 into 0.0, flushes a subnormal number or makes
+    another NaN of NaN.
     """
     if ids.size == 0:
         return _nothing(options, ids, weight)

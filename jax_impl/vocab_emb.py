@@ -233,9 +233,9 @@ class ParallelVocabEmbedding:
                 sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
         """
         if self.check and jax.process_count() > 1:
-            names = ("vocab_size", "emb_size", "axis_name", *self._STATIC[7:])
-            facts = {name: getattr(self, name) for name in names}
-            check_agreement(ids, {**facts, "dtype": str(self.weight.dtype), "mesh": str(self.mesh.shape)})
+            names = ("vocab_size", "emb_size", "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx")
+            facts = {name: getattr(self, name) for name in names} | {"dtype": self.weight.dtype}
+            check_agreement(ids, {**facts, "axis_name": self.axis_name, "mesh": dict(self.mesh.shape)})
         if self.invalid_ids == "error":
             check_ids(ids, self.vocab_size)
         ids = as_ids(ids, self.vocab_size)
