@@ -105,6 +105,7 @@ def assert_follows(losses, expected, exactly, note):
         np.testing.assert_allclose(losses, expected, rtol=2e-4, err_msg=str(note))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_training_follows_the_unsharded_run(world, optimizer):
     torch_losses = train_torch(optimizer)
