@@ -92,7 +92,9 @@ def most_worthwhile(chunk: int) -> int:
     return -(-3 * chunk // 4)
 
 
-def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabPartition, axis_name: str) -> jax.Array:
+def send_in_blocks(
+    weight: jax.Array, routes: ChunkRoutes, partition: VocabPartition, axis_name: str, needed: jax.Array
+) -> jax.Array:
     """The rows of this rank's chunk, ``[C, E]``, by ``all_to_all`` of a block of rows from each rank to each, until done.
 
     Blocks of a quarter of a megabyte stay in the cache and are written over by the next; one large exchange faults new
@@ -104,6 +106,7 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
         routes: who sends which rows to whom.
         partition: who owns what.
         axis_name: the mesh axis.
+        needed: the most rows that one rank sends to another, the same on all devices.
     """
     rank, w, (chunk, emb_size) = (
         jax.lax.axis_index(axis_name),
@@ -112,7 +115,7 @@ def send_in_blocks(weight: jax.Array, routes: ChunkRoutes, partition: VocabParti
     )
     block = max(1, min(chunk, 2**18 // (emb_size * weight.dtype.itemsize)))
     as_bits = weight.dtype.itemsize == 2  # XLA selects among, and sends, 16-bit floats as float32 on a CPU
-    needed, within = routes.counts.max(), jnp.arange(block, dtype=jnp.int32)
+    within = jnp.arange(block, dtype=jnp.int32)
     wanted = jnp.pad(routes.wanted_WC, ((0, 0), (0, block)))
 
     def one_block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -196,20 +196,20 @@ def _routed(
 
     def choose(send: Callable[[int], jax.Array], bounds: tuple[int, ...], needed: jax.Array) -> jax.Array:
         programs = [lambda bound=bound: finish(send(bound)) for bound in bounds]
-        needed = _the_most_of_all(needed, axis_name)
         return jax.lax.switch(sum((needed > bound).astype(jnp.int32) for bound in bounds), [*programs, dense])
 
     def in_blocks(routes: ChunkRoutes) -> jax.Array:
-        send = lambda _: send_in_blocks(weight, routes, partition, axis_name)  # noqa: E731
-        return choose(send, (most_worthwhile(chunk),), routes.counts.max())
+        needed = _the_most_of_all(routes.counts.max(), axis_name)
+        send = lambda _: send_in_blocks(weight, routes, partition, axis_name, needed)  # noqa: E731
+        return choose(send, (most_worthwhile(chunk),), needed)
 
     def bounded(routes: ChunkRoutes) -> jax.Array:
         send = lambda bound: send_bounded(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
-        return choose(send, capacities(chunk), routes.counts.max())
+        return choose(send, capacities(chunk), _the_most_of_all(routes.counts.max(), axis_name))
 
     def ragged(routes: ChunkRoutes) -> jax.Array:
         send = lambda bound: send_ragged(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
-        return choose(send, (-(-chunk * w // 2),), routes.counts.sum(axis=0).max())
+        return choose(send, (-(-chunk * w // 2),), _the_most_of_all(routes.counts.sum(axis=0).max(), axis_name))
 
     # XLA has no ragged_all_to_all for CPUs.
     on_cpu = bounded if transposable else in_blocks
@@ -222,9 +222,19 @@ def _take_unchanged(weight: jax.Array, local: jax.Array) -> jax.Array:
 
 
 def _the_most_of_all(count: jax.Array, axis_name: str) -> jax.Array:
-    """The largest of the devices' counts, so that all of them take the same branch; without the axis they agree over."""
+    """The largest of the devices' counts and of a vmap's, so that all take the same branch; they agree over the axis."""
     others = tuple(jax.typeof(count).manual_axis_type.varying - {axis_name})
-    return jax.lax.pmax(count, others) if others else count
+    return _the_most_of_a_batch(jax.lax.pmax(count, others) if others else count)
+
+
+@jax.custom_batching.custom_vmap
+def _the_most_of_a_batch(count: jax.Array) -> jax.Array:
+    return count
+
+
+@_the_most_of_a_batch.def_vmap
+def _(_size: int, _batched: Any, counts: jax.Array) -> tuple[jax.Array, bool]:
+    return _the_most_of_a_batch(counts.max(axis=0)), False
 
 
 def _exchange(options: ReductionOptions, weight: jax.Array, ids: jax.Array) -> str:

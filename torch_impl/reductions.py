@@ -52,8 +52,8 @@ class ReductionOptions:
 def choose_exchange(exchange: str, num_tokens: int, row_bytes: int, device: str) -> str:
     """``"dense"`` or ``"routed"``: what ``"auto"`` stands for, the same on every rank.
 
-    Routed, where the embedding of all tokens has 1 MiB or more: from there on it was faster over gloo for w = 2 and 4,
-    uniform and Zipf-distributed ids, float32 and bfloat16, forward by up to 6 times, and never behind by more than a
+    Routed, where the embedding of all tokens has 1 MiB or more: from there on it was faster over gloo for w = 2, 4 and 8,
+    uniform and Zipf-distributed ids, float32 and bfloat16, forward by up to 9 times, and never behind by more than a
     tenth; below, now one and now the other was faster. (``python -m benchmarks`` measures it again.) On accelerators,
     where nothing has been measured and where routing makes the host wait for the device, ``"auto"`` stands for dense.
 
