@@ -253,7 +253,7 @@ def test_forward_mode_second_derivatives_and_vmap():
         np.testing.assert_allclose(second.weight, 6 * counts * table, rtol=1e-5)
         stacked = jnp.stack([jnp.asarray(ids), jnp.asarray(ids)[::-1]])
         np.testing.assert_array_equal(jax.vmap(emb)(stacked), table[np.asarray(stacked)])
-        gradient = jax.grad(lambda emb: jax.vmap(emb)(stacked).sum())(emb)
+        gradient = jax.grad(lambda emb, stacked=stacked: jax.vmap(emb)(stacked).sum())(emb)
         np.testing.assert_array_equal(gradient.weight, np.broadcast_to(2 * counts, (48, 6)))
 
 
