@@ -39,34 +39,22 @@ examples:
 
 _ROOT = Path(__file__).parents[1]
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
-_SPAN = {"batch": 4, "sequence": 2048}
+_LARGE = (4, 2048)
 
 
 def _cases(quick: bool) -> dict[str, list[Case]]:
-    reductions = ("reduce_scatter", "all_reduce")
-    torch_cases = [
-        Case(reduction, w, ids, **_SPAN)
-        for w in ((4,) if quick else (2, 4, 8))
-        for reduction in reductions
-        for ids in ("zipf", "uniform")
-    ]
-    jax_cases = [
-        Case(reduction, w, ids, **_SPAN)
-        for w in ((8,) if quick else (2, 4, 8))
-        for reduction in reductions
-        for ids in ("zipf", "uniform")
-    ]
-    if not quick:
-        small = [
-            Case(reduction, w, ids, 1, sequence)
-            for w in (2, 4, 8)
-            for reduction in reductions
+    def cases(world_sizes: tuple[int, ...], *shapes: tuple[int, int]) -> list[Case]:
+        return [
+            Case(reduction, w, ids, *shape)
+            for w in world_sizes
+            for reduction in ("reduce_scatter", "all_reduce")
             for ids in ("zipf", "uniform")
-            for sequence in (64, 512)
+            for shape in shapes
         ]
-        torch_cases += small
-        jax_cases += small
-    return {"torch": torch_cases, "jax": jax_cases}
+
+    if quick:
+        return {"torch": cases((4,), _LARGE), "jax": cases((8,), _LARGE)}
+    return dict.fromkeys(("torch", "jax"), cases((2, 4, 8), _LARGE, (1, 64), (1, 512)))
 
 
 def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Take = Callable[[jax.Array, jax.Array], jax.Array]
-"""``take_rows`` or ``take_zero_filled``."""
+"""Rows of a table by their number: bit for bit, or so that reverse mode can transpose it."""
 
 
 class ChunkRoutes(NamedTuple):
@@ -146,7 +146,6 @@ def send_in_blocks(
 
 
 def send_bounded(
-    take: Take,
     weight: jax.Array,
     routes: ChunkRoutes,
     partition: VocabPartition,
@@ -156,8 +155,9 @@ def send_bounded(
 ) -> jax.Array:
     """The rows of this rank's chunk, ``[C, E]``, by an ``all_to_all`` of ``capacity`` rows from each rank to each.
 
+    All of it can be transposed.
+
     Args:
-        take: looks rows up.
         weight: the rank's own rows.
         routes: who sends which rows to whom; none more than ``capacity``.
         partition: who owns what.
@@ -172,7 +172,7 @@ def send_bounded(
     local_WK = jnp.where(place < routes.bounds[:, rank + 1, None], partition.local_ids(wanted_WK, rank), -1)
     if no_grad_row is not None:
         local_WK = jnp.where(local_WK == no_grad_row, -1, local_WK)
-    rows_WKE = take(weight, local_WK)
+    rows_WKE = take_zero_filled(weight, local_WK)
     recv = jax.lax.all_to_all(rows_WKE, axis_name, split_axis=0, concat_axis=0, tiled=True)
     owner_C = routes.mine_C // partition.rows_per_rank
     within_C = routes.places_C - jnp.take(routes.bounds[rank], owner_C, mode="clip")
@@ -192,7 +192,8 @@ def send_ragged(
     """The same by a ``ragged_all_to_all`` of just the rows that are needed.
 
     Args:
-        take, weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
+        take: looks rows up.
+        weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
         capacity: how many rows one rank may send in all.
     """
     rank, n, w = jax.lax.axis_index(axis_name), partition.rows_per_rank, partition.world_size

@@ -22,7 +22,7 @@ from jax_impl.exchange import (
     send_in_blocks,
     send_ragged,
 )
-from jax_impl.rows import take_bits, take_zero_filled, widened
+from jax_impl.rows import take_bits, take_rows, take_zero_filled, widened
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 
@@ -190,7 +190,6 @@ def _routed(
     transposable: bool = False,
 ) -> jax.Array:
     """The exchange of the least capacity that the ids fit in, or else the dense one: the same on every device."""
-    take = take_zero_filled if transposable else _take_unchanged
     partition, axis_name, (w, chunk) = options.partition, options.axis_name, ids_WC.shape
     routes = plan_routes(ids_WC, partition, jax.lax.axis_index(axis_name))
 
@@ -204,10 +203,11 @@ def _routed(
         return choose(send, (most_worthwhile(chunk),), needed)
 
     def bounded(routes: ChunkRoutes) -> jax.Array:
-        send = lambda bound: send_bounded(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
+        send = lambda bound: send_bounded(weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
         return choose(send, capacities(chunk), _the_most_of_all(routes.counts.max(), axis_name))
 
     def ragged(routes: ChunkRoutes) -> jax.Array:
+        take = take_zero_filled if transposable else functools.partial(take_rows, no_grad_row=None)
         send = lambda bound: send_ragged(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
         return choose(send, (-(-chunk * w // 2),), _the_most_of_all(routes.counts.sum(axis=0).max(), axis_name))
 
@@ -215,10 +215,6 @@ def _routed(
     on_cpu = bounded if transposable else in_blocks
     elsewhere = ragged if options.exchange == "routed" else lambda _: dense()
     return jax.lax.platform_dependent(routes, cpu=on_cpu, default=elsewhere)
-
-
-def _take_unchanged(weight: jax.Array, local: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(take_bits(weight, local), weight.dtype)
 
 
 def _the_most_of_all(count: jax.Array, axis_name: str) -> jax.Array:

@@ -130,7 +130,7 @@ class Record(CaseFacts):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("exchange", self.exchange, EXCHANGES)
         as_int("seq_dim", self.seq_dim)
-        assert self.output_shape is not None  # a sequence that cannot be split is a ValueError
+        _ = self.output_shape  # a sequence that cannot be split is a ValueError
         if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
             raise ValueError("backend, machine or source is no text")
         for facts in (self.versions, self.checksums, self.sha256):

@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 from shared.case import Case
 from shared.harness import serve
 from shared.record import RecordWriter
+from shared.sequence import resolve_seq_dim
 from shared.table_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
@@ -58,7 +59,9 @@ def _in_a_group(case: Case, record: RecordWriter, progress: Callable[[str, int, 
                 record.add(f"forward.{rank}", parts[-1])
                 record.add(f"gradient.{rank}", np.asarray(file.get_tensor("gradient")))
     scattered = case.reduction == "reduce_scatter"
-    record.add("sum", np.concatenate(parts, axis=case.seq_dim % len(case.ids_shape)) if scattered else parts[0])
+    record.add(
+        "sum", np.concatenate(parts, axis=resolve_seq_dim(len(case.ids_shape), case.seq_dim)) if scattered else parts[0]
+    )
 
 
 def _one_process(rank: int, case: Case, folder: str) -> None:
