@@ -1,7 +1,17 @@
 """The vocabulary-parallel embedding in JAX. Never imports torch."""
 
+from jax_impl.checkpoint import restore_args
 from jax_impl.functional import partial_lookup, reduced_lookup
 from jax_impl.ids import as_ids
+from jax_impl.interchange import array_from_dlpack, from_dlpack
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 
-__all__ = ["ParallelVocabEmbedding", "as_ids", "partial_lookup", "reduced_lookup"]
+__all__ = [
+    "ParallelVocabEmbedding",
+    "array_from_dlpack",
+    "as_ids",
+    "from_dlpack",
+    "partial_lookup",
+    "reduced_lookup",
+    "restore_args",
+]

@@ -34,9 +34,9 @@ class ChunkRoutes(NamedTuple):
     """Which distinct rows each chunk of the ids needs; the same on all ranks but for ``mine_C``.
 
     Attributes:
-        wanted_WC: the distinct ids of each chunk, ascending, and past them the size of the vocabulary.
+        wanted_WC: the distinct ids of each chunk, ascending, and past them the padded size of the vocabulary.
         bounds: ``[W, W + 1]``: those that rank o owns are ``wanted_WC[d, bounds[d, o] : bounds[d, o + 1]]``.
-        mine_C: this rank's chunk of the ids; invalid ones are the size of the vocabulary.
+        mine_C: this rank's chunk of the ids; invalid ones are its padded size.
         places_C: where each of them is among the distinct ones.
     """
 
@@ -59,11 +59,11 @@ def plan_routes(ids_WC: jax.Array, partition: VocabPartition, rank: jax.Array) -
         partition: who owns what.
         rank: this rank.
     """
-    n, w, v = partition.rows_per_rank, partition.world_size, partition.vocab_size
-    ids_WC = jnp.where(partition.is_valid(ids_WC), ids_WC, v).astype(jnp.int32)
+    n, w = partition.rows_per_rank, partition.world_size
+    ids_WC = jnp.where(partition.is_valid(ids_WC), ids_WC, n * w).astype(jnp.int32)
     sorted_WC = jnp.sort(ids_WC, axis=1)
     place_WC = _places(sorted_WC)
-    wanted_WC = jnp.full_like(sorted_WC, v).at[jnp.arange(w)[:, None], place_WC].set(sorted_WC)
+    wanted_WC = jnp.full_like(sorted_WC, n * w).at[jnp.arange(w)[:, None], place_WC].set(sorted_WC)
     # jnp.searchsorted would be the word, but fails inside a shard_map that leaves axes to the compiler (jax 0.10.2).
     cuts = (jnp.arange(w + 1) * n).astype(jnp.int32)
     bounds = jnp.sum(wanted_WC[:, None, :] < cuts[:, None], axis=2, dtype=jnp.int32)
@@ -141,7 +141,7 @@ def send_in_blocks(
     varying = jax.typeof(weight).manual_axis_type.varying | jax.typeof(routes.mine_C).manual_axis_type.varying
     received = jax.lax.pcast(jnp.zeros((chunk + block, emb_size), dtype), tuple(varying), to="varying")
     _, received = jax.lax.while_loop(lambda state: state[0] < needed, one_block, (jnp.zeros_like(needed), received))
-    output = take_zero_filled(received, jnp.where(routes.mine_C < partition.vocab_size, routes.places_C, -1))
+    output = take_zero_filled(received, jnp.where(routes.mine_C < partition.padded_vocab_size, routes.places_C, -1))
     return jax.lax.bitcast_convert_type(output, weight.dtype) if as_bits else output
 
 
@@ -196,7 +196,7 @@ def send_ragged(
         weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
         capacity: how many rows one rank may send in all.
     """
-    rank, n, w = jax.lax.axis_index(axis_name), partition.rows_per_rank, partition.world_size
+    rank, w = jax.lax.axis_index(axis_name), partition.world_size
     counts = routes.counts
     send_sizes, recv_sizes = counts[:, rank], counts[rank]
     input_offsets = jnp.cumsum(send_sizes) - send_sizes
@@ -218,4 +218,4 @@ def send_ragged(
         *(x.astype(jnp.int32) for x in (input_offsets, send_sizes, routes.bounds[:, rank], recv_sizes)),
         axis_name=axis_name,
     )
-    return take_zero_filled(recv, jnp.where(routes.mine_C < n * w, routes.places_C, -1))
+    return take_zero_filled(recv, jnp.where(routes.mine_C < partition.padded_vocab_size, routes.places_C, -1))

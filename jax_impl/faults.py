@@ -12,9 +12,7 @@ from jax.experimental import multihost_utils
 
 from shared.agreement import describe_ids, disagreement
 
-__all__ = ["check_agreement"]
-
-_LIMIT = 4096
+__all__ = ["check_agreement", "gather_objects"]
 
 
 def check_agreement(ids: Any, facts: dict[str, Any]) -> None:
@@ -34,16 +32,22 @@ def check_agreement(ids: Any, facts: dict[str, Any]) -> None:
         mine |= describe_ids(np.asarray(ids))
     else:
         mine["type of the ids"] = type(ids).__name__
-    text = json.dumps(mine).encode()
-    assert len(text) <= _LIMIT
-    everyones = _gather(np.frombuffer(text.ljust(_LIMIT), np.uint8))
-    found = disagreement([json.loads(bytes(row)) for row in everyones], "process", "processes")
+    found = disagreement(gather_objects(mine), "process", "processes")
     if found is not None:
         raise ValueError(found)
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What every process passed, of what JSON can hold, in every process."""
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = _gather(np.array([len(text)], np.int32))
+    rows = _gather(np.pad(text, (0, int(lengths.max()) - len(text))))
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths.reshape(-1), strict=True)]
 
 
 def _gather(row: np.ndarray) -> np.ndarray:
     """Every process's row."""
     # In a thread of its own: what is being traced and the mesh that is set are this thread's, and JAX refuses there.
     with ThreadPoolExecutor(1) as thread:
-        return np.asarray(thread.submit(multihost_utils.process_allgather, row).result())
+        rows = np.asarray(thread.submit(multihost_utils.process_allgather, row).result())
+    return rows.reshape(jax.process_count(), -1)

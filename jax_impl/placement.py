@@ -13,6 +13,7 @@ __all__ = [
     "axes_of",
     "check_sequence",
     "explicit_axes",
+    "first_row",
     "free_axes",
     "known_split",
     "lay_out",
@@ -43,6 +44,11 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be an axis of the mesh, one of {tuple(mesh.axis_names)}, got {axis_name!r}")
     return mesh
+
+
+def first_row(index: Any) -> int:
+    """The row of a table at which a shard begins, of the index that JAX gives for it."""
+    return index[0].start or 0
 
 
 def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:

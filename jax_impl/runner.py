@@ -35,7 +35,17 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((case.world_size,), ("tp",), auto, devices=devices[: case.world_size])
     progress("table", 0, 4)
-    emb = _layer(case, mesh)
+    emb = ParallelVocabEmbedding.from_table(
+        case.weights,
+        case.tensor,
+        mesh,
+        vocab_size=case.vocab_size,
+        reduction=case.reduction,
+        exchange=case.exchange,
+        padding_idx=case.padding_idx,
+        padded_vocab_size=case.padded_vocab_size,
+        seq_dim=case.seq_dim,
+    )
     ids = case.batch_array("ids")
     progress("forward", 1, 4)
     output, pull_back = jax.vjp(lambda emb: emb(ids), emb)
@@ -58,30 +68,6 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding), mesh)):
         record.add(f"gradient.{rank}", rows)
     record.add("sum", np.asarray(total))
-
-
-def _layer(case: Case, mesh: jax.sharding.Mesh) -> ParallelVocabEmbedding:
-    """The layer with the case's table, whose rows go from the file to the device that owns them, a shard at a time."""
-    emb = jax.eval_shape(
-        lambda: ParallelVocabEmbedding(
-            case.vocab_size,
-            case.emb_size,
-            mesh,
-            dtype=jnp.dtype(case.dtype),
-            reduction=case.reduction,
-            exchange=case.exchange,
-            padding_idx=case.padding_idx,
-            seq_dim=case.seq_dim,
-        )
-    )
-
-    def rows(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(case.vocab_size)
-        return case.table.rows(start, stop)
-
-    sharding = NamedSharding(mesh, PartitionSpec("tp", None))
-    weight = jax.make_array_from_callback(emb.weight.shape, sharding, rows)
-    return jax.tree.map(lambda _: weight, emb)
 
 
 def _shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:

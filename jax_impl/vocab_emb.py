@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax_impl.faults import check_agreement
 from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
+from jax_impl.initial import draw_normal
 from jax_impl.placement import (
     axes_of,
     check_sequence,
@@ -26,9 +28,12 @@ from jax_impl.placement import (
     split_further,
 )
 from jax_impl.reductions import ReductionOptions, reduce_lookup
+from jax_impl.table import array_from_table, write_table
 from shared.agreement import checks_wanted
+from shared.bits import DTYPES
 from shared.checks import (
     EXCHANGES,
+    INITS,
     REDUCTIONS,
     as_int,
     check_choice,
@@ -38,6 +43,7 @@ from shared.checks import (
     check_size,
     table_dtype_error,
 )
+from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
 from shared.sequence import resolve_seq_dim
 
@@ -48,14 +54,15 @@ __all__ = ["ParallelVocabEmbedding"]
 class ParallelVocabEmbedding:
     """An embedding table whose vocabulary is split over the ``world_size`` ranks of a mesh axis.
 
-    Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``,
-    looks up the ids it owns and returns all-zero rows for the others. No two ranks' results have a row in common: their
-    sum is the full embedding, which ``reduction`` makes of them.
+    Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``
+    (``padded_vocab_size`` in the place of ``vocab_size`` where there is padding), looks up the ids it owns and returns
+    all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding, which
+    ``reduction`` makes of them.
 
     The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimisers take it as it is.
 
     Args:
-        vocab_size: rows of the whole table; must be divisible by the size of the axis, and at most ``2**31 - 1``.
+        vocab_size: rows of the whole table; must be divisible by the size of the axis, unless it is padded.
         emb_size: columns of the table.
         mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes, or None for the one set with ``jax.set_mesh``. Inside
             ``jit`` or ``eval_shape`` None finds only the shape of that mesh, and the layer made there is another pytree
@@ -76,21 +83,25 @@ class ParallelVocabEmbedding:
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
         padding_idx: a global id whose row starts as zero and gets no gradient.
-        init: ``"per_rank"``, the initialisation described above.
+        padded_vocab_size: rows with those of padding, which the size of the axis divides, or ``"even"`` for the least such
+            size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``. Padding comes last: zero, no id's,
+            without a gradient, never written to a file. Left out, there is none.
+        init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
+            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         check: where there are several processes, have them compare what they are about to compute, and raise in all of
             them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
             The environment variable ``PVE_CHECK=1`` does the same.
 
     Attributes:
-        weight: ``jax.Array`` of shape ``[vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
+        weight: ``jax.Array`` of shape ``[padded_vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
         partition: the ``shared.VocabPartition``, who owns what.
         mesh, axis_name: where the table lies.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range; ``vocab_size`` is not divisible by the size of the axis; the mesh has no
-            such axis, or there is none.
+        ValueError: an argument is out of range; ``vocab_size`` is not divisible by the size of the axis and not padded;
+            the mesh has no such axis, or there is none.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -126,15 +137,18 @@ class ParallelVocabEmbedding:
         exchange: str = "auto",
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
+        padded_vocab_size: int | str | None = None,
         init: str = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
     ) -> None:
         self.mesh = resolve_mesh(mesh, axis_name)
         self.axis_name = axis_name
-        self.partition = VocabPartition(vocab_size, self.mesh.shape[axis_name])
-        if self.partition.vocab_size >= 2**31:
-            raise ValueError(f"vocab_size must fit JAX's int32 indices, below 2**31, got {vocab_size}")
+        self.partition = VocabPartition(vocab_size, self.mesh.shape[axis_name], padded_vocab_size)
+        if self.partition.padded_vocab_size >= 2**31:
+            raise ValueError(
+                f"vocab_size must fit JAX's int32 indices, below 2**31, got {self.partition.padded_vocab_size}"
+            )
         self.emb_size = check_size("emb_size", emb_size)
         self.init_mean, self.init_std = check_normal(init_mean, init_std)
         self.init_base_seed = check_seed(init_base_seed, self.partition.world_size)
@@ -142,18 +156,107 @@ class ParallelVocabEmbedding:
         self.exchange = check_choice("exchange", exchange, EXCHANGES)
         self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
-        self.init = check_choice("init", init, ("per_rank",))
+        self.init = check_choice("init", init, INITS)
         self.seq_dim = as_int("seq_dim", seq_dim)
         self.check = checks_wanted(check)
-        keys = [jax.random.key(self.init_base_seed + rank) for rank in range(self.partition.world_size)]
-        rows = _draw_normal(jnp.stack(keys), self.partition, self.emb_size, self.mesh, axis_name, _table_dtype(dtype))
-        # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
-        rows = self.init_std * rows
-        rows = self.init_mean + rows
-        if self.padding_idx is not None:
-            rows = _zero_row(rows, self.padding_idx, self.partition, self.mesh, axis_name)
+        rows = draw_normal(
+            self.partition,
+            self.emb_size,
+            self.mesh,
+            axis_name,
+            _table_dtype(dtype),
+            self.init,
+            self.init_mean,
+            self.init_std,
+            self.init_base_seed,
+            self.padding_idx,
+        )
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
+
+    @classmethod
+    def from_table(
+        cls,
+        path: Paths,
+        tensor_name: str | None = None,
+        mesh: Mesh | None = None,
+        axis_name: str = "tp",
+        *,
+        vocab_size: int | None = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> Self:
+        """A layer with a table from files, of which each process reads the rows of its own devices and no others.
+
+        Args:
+            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
+                a folder that holds one of these, or Megatron-style parts (``shared.find_table.open_table`` has it all).
+            tensor_name: the tensor; left out, the one that looks like an input embedding.
+            mesh, axis_name: as for the class.
+            vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
+            dtype: what to cast the rows to, rounding once; left out, the dtype they are stored in, which must then be one
+                that a layer can have (float8 is not).
+            **options: what else the class takes by name: ``padded_vocab_size`` where the axis does not divide the
+                vocabulary, ``reduction`` and so on.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: there is no such table, the choice is not clear, a file is damaged, or an argument is out of range.
+
+        A damaged or hostile file is refused; nothing is ever unpickled. Source: the safetensors format.
+
+        Example:
+            >>> import tempfile, jax, numpy as np
+            >>> from safetensors.numpy import save_file
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> folder = tempfile.mkdtemp()
+            >>> table = np.arange(20.0, dtype=np.float32).reshape(10, 2)
+            >>> save_file({"model.embed_tokens.weight": table}, f"{folder}/model.safetensors")
+            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+            >>> emb = ParallelVocabEmbedding.from_table(folder, mesh=mesh, padded_vocab_size="even")
+            >>> bool((np.asarray(emb.weight)[:10] == table).all())
+            True
+        """
+        table = open_table(path, tensor_name, vocab_size)
+        if dtype is None:
+            if table.dtype not in DTYPES:
+                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as jnp.bfloat16")
+            dtype = DTYPES[table.dtype]
+        mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
+        if not isinstance(mesh, Mesh):
+            raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
+        dtype = _table_dtype(dtype)
+        empty = jax.eval_shape(lambda: cls(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options))
+        weight = array_from_table(table, empty.partition, empty._sharding, dtype)
+        return jax.tree.unflatten(jax.tree.structure(empty), [weight])
+
+    def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
+        """Write the table to files; every process writes the rows of its devices, and none writes padding.
+
+        All processes call this. What was written is read back. The new table is there whole or not at all; the old one stays
+        until it is.
+
+        Args:
+            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All processes
+                must see it.
+            tensor_name: what to call the tensor.
+            force: replace what is there.
+
+        Raises:
+            ValueError: in every process: the path exists and ``force`` is not given, or it cannot be written.
+
+        Example:
+            >>> import tempfile, jax
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+            >>> emb = ParallelVocabEmbedding(10, 4, mesh, padded_vocab_size="even")
+            >>> path = f"{tempfile.mkdtemp()}/table.safetensors"
+            >>> emb.save_table(path)
+            >>> again = ParallelVocabEmbedding.from_table(path, mesh=mesh, padded_vocab_size="even")
+            >>> bool((again.weight == emb.weight).all())
+            True
+        """
+        write_table(self.weight, self.partition, path, tensor_name, force)
 
     _STATIC = (
         "partition",
@@ -189,6 +292,11 @@ class ParallelVocabEmbedding:
         return self.partition.vocab_size
 
     @property
+    def padded_vocab_size(self) -> int:
+        """The same with the rows of padding."""
+        return self.partition.padded_vocab_size
+
+    @property
     def world_size(self) -> int:
         """Number of ranks: the size of the mesh axis."""
         return self.partition.world_size
@@ -201,7 +309,8 @@ class ParallelVocabEmbedding:
         """The same layer with another table.
 
         Args:
-            weight: ``[vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy; laid out as the layer needs it.
+            weight: ``[padded_vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy; laid out as the layer needs
+                it.
 
         Raises:
             ValueError: its shape or dtype is another.
@@ -233,7 +342,8 @@ class ParallelVocabEmbedding:
                 sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
         """
         if self.check and jax.process_count() > 1:
-            names = ("vocab_size", "emb_size", "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx")
+            sizes = ("vocab_size", "padded_vocab_size", "emb_size")
+            names = (*sizes, "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx")
             facts = {name: getattr(self, name) for name in names} | {"dtype": self.weight.dtype}
             check_agreement(ids, {**facts, "axis_name": self.axis_name, "mesh": dict(self.mesh.shape)})
         if self.invalid_ids == "error":
@@ -326,37 +436,6 @@ def _hidden_from_checkify(lookup: Callable[..., jax.Array], weight: jax.Array, i
     return jax.custom_derivatives.linear_call(
         lambda residuals, weight: lookup(weight, residuals[1]), transpose, residuals, weight
     )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _draw_normal(
-    keys: jax.Array,
-    partition: VocabPartition,
-    emb_size: int,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
-    dtype: np.dtype[Any],
-) -> jax.Array:
-    """``[v, e]`` standard normal numbers, each rank's from its own of the ``[w]`` keys."""
-
-    def on_each_rank(keys: jax.Array) -> jax.Array:
-        key = keys[jax.lax.axis_index(axis_name)]
-        return jax.random.normal(key, (partition.rows_per_rank, emb_size), dtype)
-
-    split = PartitionSpec(axis_name, None)
-    return jax.shard_map(on_each_rank, mesh=mesh, in_specs=PartitionSpec(), out_specs=split)(keys)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), donate_argnums=0)
-def _zero_row(
-    weight: jax.Array, index: int, partition: VocabPartition, mesh: Mesh | AbstractMesh, axis_name: str
-) -> jax.Array:
-    def on_each_rank(rows: jax.Array) -> jax.Array:
-        local = partition.local_ids(index, jax.lax.axis_index(axis_name))
-        return rows.at[local].set(0, mode="drop", wrap_negative_indices=False)
-
-    split = PartitionSpec(axis_name, None)
-    return jax.shard_map(on_each_rank, mesh=mesh, in_specs=split, out_specs=split)(weight)
 
 
 def _table_dtype(dtype: Any) -> np.dtype[Any]:

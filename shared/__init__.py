@@ -3,6 +3,6 @@
 Nothing here imports torch or jax.
 """
 
-from shared.partition import VocabPartition
+from shared.partition import VocabPartition, pad_vocab_size
 
-__all__ = ["VocabPartition"]
+__all__ = ["VocabPartition", "pad_vocab_size"]

@@ -7,7 +7,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DTYPES", "canonical_nan", "dtype_named", "ordered_integers", "row_hashes", "ulp_distance", "unsigned_view"]
+__all__ = [
+    "DTYPES",
+    "STORED_DTYPES",
+    "canonical_nan",
+    "cast",
+    "dtype_named",
+    "ordered_integers",
+    "row_hashes",
+    "ulp_distance",
+    "unsigned_view",
+]
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -17,12 +27,44 @@ DTYPES = {
 }
 """The dtypes that a table can have, by the names both frameworks use."""
 
+STORED_DTYPES = {
+    **DTYPES,
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""The dtypes that a table in a file can have besides, which a layer looks up only once they are cast."""
+
 
 def dtype_named(name: str) -> np.dtype[Any]:
     """The dtype of one of the names in ``DTYPES``."""
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
+
+
+def cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """The values rounded to ``dtype``, once; what leaves its range becomes what it has for that, infinity or NaN.
+
+    The values themselves where they have that dtype already.
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        if values.dtype == np.float64 and dtype.itemsize < 4 and dtype != np.float16:
+            values = _rounded_to_odd(values)  # ml_dtypes goes by way of float32, and would round twice
+        return values.astype(dtype)
+
+
+def _rounded_to_odd(values: np.ndarray) -> np.ndarray:
+    """float64 as float32, what does not fit rounded to the neighbour whose last bit is 1: rounding that once more is safe.
+
+    Source: Boldo and Melquiond, Emulation of a FMA and correctly rounded sums (2008).
+    """
+    nearest = np.ascontiguousarray(values.astype(np.float32))
+    back, bits = nearest.astype(np.float64), nearest.view(np.uint32)
+    bits -= np.abs(back) > np.abs(values)
+    bits |= back != values
+    return nearest
 
 
 def unsigned_view(values: np.ndarray) -> np.ndarray:

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from shared.bits import DTYPES, dtype_named
+from shared.bits import DTYPES, cast, dtype_named
 from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
+from shared.find_table import open_table
 from shared.generate import exact_gradient, table_chunks, zipf_ids
 from shared.ids import widen
+from shared.padding_rules import padded_by_rule
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
-from shared.table_file import TableFile, open_safetensors
+from shared.table_file import TableFile
+from shared.tensor_file import open_safetensors
 
 __all__ = ["FACTS", "Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
 
@@ -37,6 +40,7 @@ class CaseOptions:
         tokenizer, text: a ``tokenizer.json`` and a text file for it.
         vocab_size, emb_size, dtype: of a made-up table; with ``weights``, the sizes it must have and what to cast to.
         world_size: ranks to split over.
+        padded_vocab_size: a rule of ``shared.padding_rules``; None pads nothing.
         padding_idx: an id that gets no gradient.
         reduction, exchange, seq_dim: what the layers make of the ranks' incomplete embeddings, and how.
         seed: of all that is made up.
@@ -51,6 +55,7 @@ class CaseOptions:
     emb_size: int | None = None
     dtype: str | None = None
     world_size: int = 8
+    padded_vocab_size: str | None = None
     padding_idx: int | None = None
     reduction: str = "none"
     exchange: str = "auto"
@@ -63,7 +68,8 @@ class CaseFacts:
     """What a case is, wherever its files are.
 
     Attributes:
-        vocab_size, emb_size, dtype, world_size, padding_idx, reduction, exchange, seq_dim: what the layer is built with.
+        vocab_size, emb_size, dtype, world_size, padded_vocab_size, padding_idx, reduction, exchange, seq_dim: what the
+            layer is built with.
         ids_shape: the ids' shape.
         source: where table and ids came from, in words.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
@@ -73,6 +79,7 @@ class CaseFacts:
     emb_size: int
     dtype: str
     world_size: int
+    padded_vocab_size: int
     padding_idx: int | None
     reduction: str
     exchange: str
@@ -83,7 +90,7 @@ class CaseFacts:
 
     @property
     def partition(self) -> VocabPartition:
-        return VocabPartition(self.vocab_size, self.world_size)
+        return VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -124,11 +131,11 @@ class Case(CaseFacts):
 
     @cached_property
     def table(self) -> TableFile:
-        return TableFile(Path(self.weights), self.tensor)
+        return open_table(Path(self.weights), self.tensor, self.vocab_size)
 
     def rank_rows(self, rank: int) -> np.ndarray:
-        """The rows of the table that ``rank`` owns."""
-        return self.table.rows(self.partition.start(rank), self.partition.stop(rank))
+        """The rows that ``rank`` keeps, those of padding included."""
+        return self.table.padded_rows(self.partition, rank, DTYPES[self.dtype])
 
     def batch_array(self, name: str) -> np.ndarray:
         """``ids``, ``grad_output`` or ``row_hashes``."""
@@ -158,7 +165,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         table, table_source = _made_up_table(options, folder, progress)
     else:
         table, table_source = _given_table(options, folder, progress)
-    partition = VocabPartition(table.vocab_size, options.world_size)
+    partition = _partition(table.vocab_size, options)
     padding_idx = check_padding_idx(options.padding_idx, table.vocab_size)
     progress("checksums", 0, 1)
     weights_sum, row_hashes = table.fingerprint()
@@ -180,6 +187,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         emb_size=table.emb_size,
         dtype=table.dtype,
         world_size=partition.world_size,
+        padded_vocab_size=partition.padded_vocab_size,
         padding_idx=padding_idx,
         reduction=reduction,
         exchange=exchange,
@@ -192,33 +200,40 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
     return case
 
 
+def _partition(vocab_size: int, options: CaseOptions) -> VocabPartition:
+    return VocabPartition(
+        vocab_size, options.world_size, padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
+    )
+
+
 def _made_up_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
     if options.tensor is not None:
         raise ValueError("--tensor names a tensor of --weights: pass the file too")
     vocab_size = check_size("vocab_size", 131072 if options.vocab_size is None else options.vocab_size)
     emb_size = check_size("emb_size", 1024 if options.emb_size is None else options.emb_size)
     dtype = dtype_named(options.dtype or "bfloat16")
-    VocabPartition(vocab_size, options.world_size)
+    _partition(vocab_size, options)
     chunks = table_chunks(vocab_size, emb_size, dtype, options.seed)
     path = _write_table(folder, chunks, vocab_size, emb_size, dtype, progress)
-    return TableFile(path, "weight"), f"made-up table, seed {options.seed}"
+    return open_table(path, "weight"), f"made-up table, seed {options.seed}"
 
 
 def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
     assert options.weights is not None
-    table = TableFile(options.weights, options.tensor)
-    for name in ("vocab_size", "emb_size"):
-        asked, found = getattr(options, name), getattr(table, name)
-        if asked is not None and asked != found:
-            raise ValueError(f"{name} must be that of the table: asked for {asked}, {table.path} has {found}")
-    source = f"{table.tensor} of {table.path.name}"
-    if options.dtype is None or options.dtype == table.dtype:
+    table = open_table(options.weights, options.tensor, options.vocab_size)
+    if options.emb_size not in (None, table.emb_size):
+        raise ValueError(
+            f"emb_size must be that of the table: asked for {options.emb_size}, {table.path} has {table.emb_size}"
+        )
+    source = f"{table.tensor} of {options.weights.name}"
+    if options.dtype is None and table.dtype not in DTYPES:
+        raise ValueError(f"--dtype must say what to cast a table of {table.dtype} to: one of {', '.join(DTYPES)}")
+    if options.dtype in (None, table.dtype):
         return table, source
-    dtype = dtype_named(options.dtype)
-    with np.errstate(over="ignore"):  # what leaves the range becomes an infinity, for all backends alike
-        chunks = (chunk.astype(dtype) for chunk in table.chunks())
-        path = _write_table(folder, chunks, table.vocab_size, table.emb_size, dtype, progress)
-    return TableFile(path, "weight"), f"{source}, cast to {options.dtype}"
+    dtype = dtype_named(options.dtype or table.dtype)
+    chunks = (cast(chunk, dtype) for chunk in table.chunks())
+    path = _write_table(folder, chunks, table.vocab_size, table.emb_size, dtype, progress)
+    return open_table(path, "weight"), f"{source}, cast to {options.dtype}"
 
 
 def _write_table(

@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "EXCHANGES",
+    "INITS",
     "REDUCTIONS",
     "SEED_LIMIT",
     "as_int",
@@ -34,6 +35,9 @@ REDUCTIONS = ("none", "all_reduce", "reduce_scatter")
 
 EXCHANGES = ("auto", "dense", "routed")
 """How rows travel."""
+
+INITS = ("per_rank", "global")
+"""What a table's first numbers depend on: the rank they lie on, or their row alone."""
 
 
 def as_int(name: str, value: Any) -> int:

@@ -161,7 +161,7 @@ class _Pair:
 
     def _gradient_hashes(self, record: Record) -> np.ndarray:
         """The hash of every row of the whole gradient that a record has; 0 for zero rows."""
-        hashes = np.zeros(self.partition.vocab_size, np.uint64)
+        hashes = np.zeros(self.partition.padded_vocab_size, np.uint64)
         for rank in range(self.partition.world_size):
             rows = record.rows(f"gradient.{rank}")
             hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)

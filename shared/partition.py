@@ -1,35 +1,64 @@
-"""Which rank owns which row of a vocabulary table: the one place where that is decided."""
+"""Which rank owns which row of a vocabulary table, and how many rows of padding there are: decided here and nowhere else."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shared.checks import check_rank, check_size
+from shared.checks import as_int, check_rank, check_size
 from shared.ids import widen
 
-__all__ = ["VocabPartition"]
+__all__ = ["VocabPartition", "pad_vocab_size"]
+
+
+def pad_vocab_size(vocab_size: int, world_size: int, multiple_of: int = 1) -> int:
+    """The least size from ``vocab_size`` on that both ``world_size`` and ``multiple_of`` divide.
+
+    Args:
+        vocab_size: rows of the whole table.
+        world_size: number of ranks.
+        multiple_of: what the size must be a multiple of besides: 64 as in vLLM, ``128 * world_size`` as in Megatron-LM.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is below 1.
+
+    Source: ``--make-vocab-size-divisible-by`` of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
+
+    Example:
+        >>> from shared import pad_vocab_size
+        >>> pad_vocab_size(50257, 8), pad_vocab_size(50257, 8, 64), pad_vocab_size(50257, 8, 128 * 8)
+        (50264, 50304, 51200)
+    """
+    sizes = {"vocab_size": vocab_size, "world_size": world_size, "multiple_of": multiple_of}
+    rows, ranks, multiple = (check_size(name, size) for name, size in sizes.items())
+    step = math.lcm(ranks, multiple)
+    return -(-rows // step) * step
 
 
 @dataclass(frozen=True)
 class VocabPartition:
     """A vocabulary of ``vocab_size`` rows cut into ``world_size`` equal, contiguous ranges.
 
-    Rank r owns the half-open range ``[start(r), stop(r))`` of ``rows_per_rank`` rows. The methods that take ids use only
-    plain operators (``- >= < // *``), so NumPy arrays, torch tensors, JAX tracers and Python ints all go through the very
-    same code; every integer dtype is widened first and none wraps.
+    Rank r keeps the half-open range ``[start(r), stop(r))`` of ``rows_per_rank`` rows, of which those from ``vocab_size``
+    on are padding: no id's. The methods that take ids use only plain operators (``- >= < // *``), so NumPy arrays, torch
+    tensors, JAX tracers and Python ints all go through the very same code; every integer dtype is widened first and none
+    wraps.
 
     Args:
         vocab_size: rows of the whole table.
-        world_size: number of ranks; must divide ``vocab_size``.
+        world_size: number of ranks.
+        padded_vocab_size: rows with those of padding, a size that ``world_size`` divides (``pad_vocab_size`` finds one);
+            ``"even"``, the least such size. Left out, there is no padding and ``world_size`` must divide ``vocab_size``.
 
     Raises:
         TypeError: a size is not an integer.
-        ValueError: a size is below 1, or ``world_size`` does not divide ``vocab_size``.
+        ValueError: a size is below 1, ``padded_vocab_size`` is below ``vocab_size``, or ``world_size`` does not divide it.
 
-    An id outside ``[0, vocab_size)`` is owned by no rank.
+    An id outside ``[0, vocab_size)``, one in the padding included, is owned by no rank.
 
     Source: the contiguous vocabulary ranges of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -46,38 +75,45 @@ class VocabPartition:
         array([False,  True,  True, False, False, False])
         >>> partition.local_ids(ids, rank=1)
         array([-4,  0,  3,  7,  8, -5])
+        >>> padded = VocabPartition(vocab_size=10, world_size=4, padded_vocab_size="even")
+        >>> padded.padded_vocab_size, [padded.owned_range(rank) for rank in range(4)]
+        (12, [(0, 3), (3, 6), (6, 9), (9, 10)])
     """
 
     vocab_size: int
     world_size: int
+    padded_vocab_size: Any = None  # an int, once it is made
 
     def __post_init__(self) -> None:
         vocab_size = check_size("vocab_size", self.vocab_size)
         world_size = check_size("world_size", self.world_size)
         object.__setattr__(self, "vocab_size", vocab_size)
         object.__setattr__(self, "world_size", world_size)
-        over = vocab_size % world_size
-        if over:
-            following = vocab_size + world_size - over
-            raise ValueError(
-                f"vocab_size must be divisible by world_size: vocab_size={vocab_size} over world_size={world_size} "
-                f"leaves {over} rows over; the next size that divides is {following}, "
-                f"or choose a world_size that divides {vocab_size}"
-            )
+        object.__setattr__(self, "padded_vocab_size", _padded_size(vocab_size, world_size, self.padded_vocab_size))
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows that each rank keeps, ``n = vocab_size // world_size``."""
-        return self.vocab_size // self.world_size
+        """Rows that each rank keeps, ``n = padded_vocab_size // world_size``."""
+        return self.padded_vocab_size // self.world_size
+
+    @property
+    def padding_rows(self) -> int:
+        """Rows of padding, all ranks together."""
+        return self.padded_vocab_size - self.vocab_size
+
+    def owned_range(self, rank: int) -> tuple[int, int]:
+        """The ids that ``rank`` owns, half-open: what it keeps without the padding; empty where that is all it has."""
+        start = int(self.start(rank))
+        return min(start, self.vocab_size), min(start + self.rows_per_rank, self.vocab_size)
 
     def start(self, rank: Any) -> Any:
-        """First id of ``rank``. A rank given as a number is range-checked; a traced one (JAX) cannot be."""
+        """First row of ``rank``. A rank given as a number is range-checked; a traced one (JAX) cannot be."""
         if isinstance(rank, (int, np.integer)):
             rank = check_rank(rank, self.world_size)
         return rank * self.rows_per_rank
 
     def stop(self, rank: Any) -> Any:
-        """One past the last id of ``rank``."""
+        """One past the last row of ``rank``, those of padding included."""
         return self.start(rank) + self.rows_per_rank
 
     def is_valid(self, ids: Any) -> Any:
@@ -95,8 +131,37 @@ class VocabPartition:
         """True where ``rank`` owns the id."""
         ids = widen(ids)
         start = self.start(rank)
-        return (ids >= start) & (ids < start + self.rows_per_rank)
+        owned = (ids >= start) & (ids < start + self.rows_per_rank)
+        return owned & (ids < self.vocab_size) if self.padding_rows else owned
 
     def local_ids(self, ids: Any, rank: Any) -> Any:
         """Row numbers in the table of ``rank``; for ids it does not own they lie outside ``[0, rows_per_rank)``."""
-        return widen(ids) - self.start(rank)
+        ids = widen(ids)
+        local = ids - self.start(rank)
+        if self.padding_rows:  # an id there must not name a row of padding
+            local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
+        return local
+
+
+def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> int:
+    following = pad_vocab_size(vocab_size, world_size)
+    if padded_vocab_size is None:
+        over = vocab_size % world_size
+        if over:
+            raise ValueError(
+                f"vocab_size must be divisible by world_size: vocab_size={vocab_size} over world_size={world_size} "
+                f"leaves {over} rows over; the next size that divides is {following}: pass it as padded_vocab_size (or "
+                f'"even", which finds it), or choose a world_size that divides {vocab_size}'
+            )
+        return vocab_size
+    if isinstance(padded_vocab_size, str):
+        if padded_vocab_size != "even":
+            raise ValueError(f'padded_vocab_size must be a number of rows or "even", got {padded_vocab_size!r}')
+        return following
+    size = as_int("padded_vocab_size", padded_vocab_size)
+    if size < vocab_size or size % world_size:
+        raise ValueError(
+            f"padded_vocab_size must be at least vocab_size={vocab_size} and divisible by world_size={world_size}, "
+            f"got {size}; the least such size is {following}"
+        )
+    return size

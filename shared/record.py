@@ -18,12 +18,12 @@ from shared.case import FACTS, Case, CaseFacts, sha256
 from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
 from shared.partition import VocabPartition
 from shared.rows import Rows
-from shared.table_file import open_safetensors
+from shared.tensor_file import open_safetensors
 
 __all__ = ["Record", "RecordWriter", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
-_VERSION = 2
+_VERSION = 3
 
 
 def writable_file(path: Path) -> Path:
@@ -120,7 +120,7 @@ class Record(CaseFacts):
         return record
 
     def _check_header(self, names: set[str]) -> None:
-        VocabPartition(self.vocab_size, self.world_size)
+        VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
         check_size("emb_size", self.emb_size)
         check_padding_idx(self.padding_idx, self.vocab_size)
         if self.dtype not in DTYPES:

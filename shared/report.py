@@ -57,7 +57,11 @@ def print_report(
 
     ids = "x".join(map(str, case.ids_shape)) or "one"
     how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"
-    say(f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks, ids {ids}{how}", "bold")
+    rows = case.partition.padding_rows
+    padded = f" (padded to {case.padded_vocab_size})" if rows else ""
+    say(
+        f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks{padded}, ids {ids}{how}", "bold"
+    )
     say(case.source)
     for name, found in versions.items():
         say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
@@ -98,13 +102,10 @@ def _overview(case: CaseFacts, pairs: list[list[Comparison]]) -> Table:
             table.add_section()
             label, start, stop = "sum", 0, case.vocab_size
         else:
-            label, start, stop = (
-                str(forward.rank),
-                case.partition.start(forward.rank),
-                case.partition.stop(forward.rank),
-            )
+            label, (start, stop) = str(forward.rank), case.partition.owned_range(forward.rank)
         counts = (f"{part.nonzero} of {part.rows}" for part in (forward, gradient))
-        table.add_row(label, f"{start} - {stop - 1}", *counts, *(_cell(*comparisons) for comparisons in both))
+        owned = f"{start} - {stop - 1}" if start < stop else "none"
+        table.add_row(label, owned, *counts, *(_cell(*comparisons) for comparisons in both))
     return table
 
 

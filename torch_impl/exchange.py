@@ -33,11 +33,11 @@ class ChunkRoutes:
 
     def __init__(self, ids_WC: Tensor, partition: VocabPartition, rank: int, group: dist.ProcessGroup) -> None:
         self._group = group
-        n, w, v = partition.rows_per_rank, partition.world_size, partition.vocab_size
+        n, w = partition.rows_per_rank, partition.world_size
         cuts = torch.arange(w + 1, device=ids_WC.device) * n
-        # Ids outside the vocabulary become v: one more row, the last, which stays zero.
+        # Ids outside the vocabulary become n * w: one more row, the last, which stays zero.
         mine_C = ids_WC[rank]
-        wanted_K, self._slots_C = torch.where(partition.is_valid(mine_C), mine_C, v).unique(return_inverse=True)
+        wanted_K, self._slots_C = torch.where(partition.is_valid(mine_C), mine_C, n * w).unique(return_inverse=True)
         self._num_slots = len(wanted_K)
         destinations = torch.arange(w, device=ids_WC.device).unsqueeze(1)
         keys = (destinations * n + partition.local_ids(ids_WC, rank))[partition.owns(ids_WC, rank)].unique()
@@ -75,8 +75,8 @@ def gather_everywhere(
     A broadcast goes round by way of the other ranks, so that an owner of most of the rows need not send each of them
     ``W - 1`` times by itself.
     """
-    n, w, v = partition.rows_per_rank, partition.world_size, partition.vocab_size
-    wanted, slots = torch.where(partition.is_valid(ids), ids, v).unique(return_inverse=True)
+    n, w = partition.rows_per_rank, partition.world_size
+    wanted, slots = torch.where(partition.is_valid(ids), ids, n * w).unique(return_inverse=True)
     bounds = torch.searchsorted(wanted, torch.arange(w + 1, device=ids.device) * n).tolist()
     rows = weight.new_empty(len(wanted), weight.shape[1])
     rows[bounds[w] :] = 0

@@ -13,7 +13,10 @@ from torch import Tensor
 from shared.agreement import describe_ids, disagreement, ids_disagreement
 from torch_impl.placement import find_group
 
-__all__ = ["check_agreement", "naming_the_operation"]
+__all__ = ["check_agreement", "gather_objects", "naming_the_operation"]
+
+
+_COMPARING = "what each rank is about to compute (check=True)"
 
 
 @contextlib.contextmanager
@@ -50,13 +53,13 @@ def check_agreement(ids: Any, facts: list[str], group: dist.ProcessGroup) -> Non
         mine["dtype of the ids"] = str(ids.dtype)
     else:
         mine["type of the ids"] = type(ids).__name__
-    everyones = _gather(mine, group)
+    everyones = gather_objects(mine, group, _COMPARING)
     found = disagreement(everyones)
     if found is None:
         return
     others_equal = disagreement([{name: known[name] for name in known if name != "ids"} for known in everyones]) is None
     if others_equal:
-        found = ids_disagreement(_gather(ids.cpu().numpy(), group)) or found
+        found = ids_disagreement(gather_objects(ids.cpu().numpy(), group, _COMPARING)) or found
     raise ValueError(found)
 
 
@@ -72,8 +75,13 @@ def _(ids: Tensor, facts: str, group_name: str, world_size: int) -> Tensor:
     return torch.empty_like(ids)
 
 
-def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+def gather_objects(mine: Any, group: dist.ProcessGroup, what: str) -> list[Any]:
+    """What every rank passed, on every rank.
+
+    Raises:
+        RuntimeError: a rank does not answer; the message says what was being gathered.
+    """
     everyones: list[Any] = [None] * group.size()
-    with naming_the_operation("all_gather_object of what each rank is about to compute (check=True)", group):
+    with naming_the_operation(f"all_gather_object of {what}", group):
         dist.all_gather_object(everyones, mine, group=group)
     return everyones

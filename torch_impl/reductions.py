@@ -75,7 +75,8 @@ def reduce_lookup(weight: Tensor, ids: Tensor, partition: VocabPartition, option
         return _Apply.apply(weight, _plan(weight.device, weight, ids, partition, options))
     if options.sparse:
         raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
-    return torch.ops.pve.reduce_lookup(weight, ids, partition.vocab_size, partition.world_size, *options.as_arguments())
+    sizes = partition.vocab_size, partition.world_size, partition.padded_vocab_size
+    return torch.ops.pve.reduce_lookup(weight, ids, *sizes, *options.as_arguments())
 
 
 class _AllReduce:
@@ -245,6 +246,7 @@ def _reduce_lookup(
     ids: Tensor,
     vocab_size: int,
     world_size: int,
+    padded_vocab_size: int,
     reduction: str,
     exchange: str,
     seq_dim: int,
@@ -253,11 +255,14 @@ def _reduce_lookup(
 ) -> Tensor:
     """``reduce_lookup`` as an operator, so that compiled graphs can hold it, whatever sizes the ids lead to inside."""
     options = ReductionOptions(reduction, exchange, seq_dim, padding_idx, False, group_name)
-    return _plan(weight.device, weight, ids, VocabPartition(vocab_size, world_size), options).gather(weight)
+    partition = VocabPartition(vocab_size, world_size, padded_vocab_size)
+    return _plan(weight.device, weight, ids, partition, options).gather(weight)
 
 
 @_reduce_lookup.register_fake
-def _(weight: Tensor, ids: Tensor, vocab_size: int, world_size: int, reduction: str, *options: Any) -> Tensor:
+def _(
+    weight: Tensor, ids: Tensor, _vocab_size: int, world_size: int, _padded: int, reduction: str, *options: Any
+) -> Tensor:
     shape = ids.shape if reduction == "all_reduce" else chunk_shape(ids.shape, options[1], world_size)
     return weight.new_empty(*shape, weight.shape[1], device=ids.device)
 
@@ -269,6 +274,7 @@ def _reduce_lookup_grad(
     device: torch.device,
     vocab_size: int,
     world_size: int,
+    padded_vocab_size: int,
     reduction: str,
     exchange: str,
     seq_dim: int,
@@ -276,16 +282,21 @@ def _reduce_lookup_grad(
     group_name: str | None,
 ) -> Tensor:
     options = ReductionOptions(reduction, exchange, seq_dim, padding_idx, False, group_name)
-    partition = VocabPartition(vocab_size, world_size)
+    partition = VocabPartition(vocab_size, world_size, padded_vocab_size)
     return _plan(device, grad_output, ids, partition, options).scatter(grad_output)
 
 
 @_reduce_lookup_grad.register_fake
 def _(
-    grad_output: Tensor, ids: Tensor, device: torch.device, vocab_size: int, world_size: int, *_options: Any
+    grad_output: Tensor,
+    ids: Tensor,
+    device: torch.device,
+    _vocab_size: int,
+    world_size: int,
+    padded_vocab_size: int,
+    *_options: Any,
 ) -> Tensor:
-    rows = VocabPartition(vocab_size, world_size).rows_per_rank
-    return grad_output.new_empty(rows, grad_output.shape[-1], device=device)
+    return grad_output.new_empty(padded_vocab_size // world_size, grad_output.shape[-1], device=device)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

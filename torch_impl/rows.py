@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["lookup_rows", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
+from shared.bits import STORED_DTYPES
+
+__all__ = ["lookup_rows", "memory_of", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
+
+
+def memory_of(rows: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on a CPU as a NumPy array: writing to one is writing to the other."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    flat = rows.detach().view(torch.uint8).numpy()
+    return flat.view(STORED_DTYPES[dtype])
 
 
 def take_rows(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:

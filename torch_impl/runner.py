@@ -21,7 +21,7 @@ from shared.case import Case
 from shared.harness import serve
 from shared.record import RecordWriter
 from shared.sequence import resolve_seq_dim
-from shared.table_file import open_safetensors
+from shared.tensor_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["run"]
@@ -79,20 +79,19 @@ def _one_process(rank: int, case: Case, folder: str) -> None:
 def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     ids, grad_output = case.batch_array("ids"), case.part_of(case.batch_array("grad_output"), rank)
     upstream = _tensor(grad_output)
-    emb = ParallelVocabEmbedding(
-        case.vocab_size,
-        case.emb_size,
+    emb = ParallelVocabEmbedding.from_table(
+        case.weights,
+        case.tensor,
         rank,
         case.world_size,
         group,
-        dtype=upstream.dtype,
-        device="meta",
+        vocab_size=case.vocab_size,
         reduction=case.reduction,
         exchange=case.exchange,
         padding_idx=case.padding_idx,
+        padded_vocab_size=case.padded_vocab_size,
         seq_dim=case.seq_dim,
     )
-    emb.load_state_dict({"weight": _tensor(case.rank_rows(rank))}, assign=True)
     output = emb(_tensor(ids))
     output.backward(upstream)
     assert emb.weight.grad is not None

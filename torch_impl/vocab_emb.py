@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shared.agreement import checks_wanted
+from shared.bits import DTYPES
 from shared.checks import (
     EXCHANGES,
+    INITS,
     REDUCTIONS,
     as_int,
     check_choice,
@@ -20,12 +23,15 @@ from shared.checks import (
     check_size,
     table_dtype_error,
 )
+from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
 from torch_impl.faults import check_agreement
 from torch_impl.functional import lookup_checked
 from torch_impl.ids import as_ids, check_ids
+from torch_impl.initial import fill_normal
 from torch_impl.placement import find_group, resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
+from torch_impl.table import fill_from_table, write_table
 
 __all__ = ["ParallelVocabEmbedding"]
 
@@ -33,12 +39,12 @@ __all__ = ["ParallelVocabEmbedding"]
 class ParallelVocabEmbedding(nn.Module):
     """Rank ``rank``'s rows of an embedding table whose vocabulary is split over ``world_size`` ranks.
 
-    The module keeps rows ``[rank * n, (rank + 1) * n)``, ``n = vocab_size // world_size``, looks up the ids it owns and
-    returns all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding,
-    which ``reduction`` makes of them.
+    The module keeps rows ``[rank * n, (rank + 1) * n)``, ``n = vocab_size // world_size`` (``padded_vocab_size`` in the
+    place of ``vocab_size`` where there is padding), looks up the ids it owns and returns all-zero rows for the others. No
+    two ranks' results have a row in common: their sum is the full embedding, which ``reduction`` makes of them.
 
     Args:
-        vocab_size: rows of the whole table, all ranks together; must be divisible by ``world_size``.
+        vocab_size: rows of the whole table, all ranks together; must be divisible by ``world_size``, unless it is padded.
         emb_size: columns of the table.
         rank: this rank, in ``[0, world_size)``. Left out: the group's, or 0 without a group.
         world_size: number of ranks. Left out: the group's, or 1 without a group.
@@ -58,8 +64,12 @@ class ParallelVocabEmbedding(nn.Module):
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError on every rank.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient.
+        padded_vocab_size: rows with those of padding, which ``world_size`` divides, or ``"even"`` for the least such size
+            (``shared.pad_vocab_size`` finds others). Padding comes last: zero, no id's, without a gradient, never written
+            to a file. Left out, there is none.
         sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for (not under torch.compile).
-        init: ``"per_rank"``, the initialisation described above.
+        init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
+            i alone, the same bits in both frameworks, for any number of ranks and any padding; computed on the host.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
             they disagree; the environment variable ``PVE_CHECK=1`` does the same. Costs an exchange of a few hundred
@@ -72,8 +82,8 @@ class ParallelVocabEmbedding(nn.Module):
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size``; ``rank`` or
-            ``world_size`` disagrees with ``process_group``; a reduction needs a group and there is none.
+        ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size`` and not padded; ``rank``
+            or ``world_size`` disagrees with ``process_group``; a reduction needs a group and there is none.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -107,6 +117,7 @@ class ParallelVocabEmbedding(nn.Module):
         exchange: str = "auto",
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
+        padded_vocab_size: int | str | None = None,
         sparse: bool = False,
         init: str = "per_rank",
         seq_dim: int = -1,
@@ -114,7 +125,7 @@ class ParallelVocabEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.rank, world_size = resolve_rank(rank, world_size, process_group)
-        self.partition = VocabPartition(vocab_size, world_size)
+        self.partition = VocabPartition(vocab_size, world_size, padded_vocab_size)
         self.emb_size = check_size("emb_size", emb_size)
         self.init_mean, self.init_std = check_normal(init_mean, init_std)
         self.init_base_seed = check_seed(init_base_seed, world_size)
@@ -125,7 +136,7 @@ class ParallelVocabEmbedding(nn.Module):
         self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
         self.sparse = bool(sparse)
-        self.init = check_choice("init", init, ("per_rank",))
+        self.init = check_choice("init", init, INITS)
         self.seq_dim = as_int("seq_dim", seq_dim)
         self._group_name = resolve_group(process_group, self.reduction, world_size)
         self.check = checks_wanted(check)
@@ -142,21 +153,164 @@ class ParallelVocabEmbedding(nn.Module):
         return self.partition.vocab_size
 
     @property
+    def padded_vocab_size(self) -> int:
+        """The same with the rows of padding."""
+        return self.partition.padded_vocab_size
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.partition.world_size
 
+    @classmethod
+    def from_table(
+        cls,
+        path: Paths,
+        tensor_name: str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        vocab_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> Self:
+        """A rank's layer with its rows of a table in files, of which it reads those rows and no others.
+
+        Args:
+            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
+                a folder that holds one of these, or Megatron-style parts (``shared.find_table.open_table`` has it all).
+            tensor_name: the tensor; left out, the one that looks like an input embedding.
+            rank, world_size, process_group: as for the class.
+            vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
+            dtype: what to cast the rows to, rounding once; left out, the dtype they are stored in, which must then be one
+                that a layer can have (float8 is not).
+            device: where the rows go.
+            **options: what else the class takes by name: ``padded_vocab_size`` where ``world_size`` does not divide the
+                vocabulary, ``reduction`` and so on.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: there is no such table, the choice is not clear, a file is damaged, or an argument is out of range.
+
+        A damaged or hostile file is refused; nothing is ever unpickled. Source: the safetensors format.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from safetensors.torch import save_file
+            >>> from torch_impl import ParallelVocabEmbedding
+            >>> folder = tempfile.mkdtemp()
+            >>> table = torch.randn(10, 4).bfloat16()
+            >>> save_file({"model.embed_tokens.weight": table}, f"{folder}/model.safetensors")
+            >>> emb = ParallelVocabEmbedding.from_table(folder, rank=2, world_size=4, padded_vocab_size="even")
+            >>> torch.equal(emb.weight[:3], table[6:9])
+            True
+        """
+        table = open_table(path, tensor_name, vocab_size)
+        if dtype is None:
+            if table.dtype not in DTYPES:
+                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as torch.bfloat16")
+            dtype = getattr(torch, table.dtype)
+        self = cls(
+            table.vocab_size,
+            table.emb_size,
+            rank,
+            world_size,
+            process_group,
+            dtype=dtype,
+            device="meta",
+            **options,
+        )
+        self.weight = nn.Parameter(torch.empty(self.weight.shape, dtype=dtype, device=device))
+        if not self.weight.is_meta:
+            fill_from_table(self.weight, table, self.partition, self.rank)
+        return self
+
+    def save_table(
+        self,
+        path: str | Path,
+        tensor_name: str = "embed_tokens.weight",
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write the table to files; every rank writes its own rows, and none writes padding.
+
+        All ranks call this. What was written is read back. The new table is there whole or not at all; the old one stays
+        until it is.
+
+        Args:
+            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All ranks must
+                see it.
+            tensor_name: what to call the tensor.
+            process_group: the ranks, where the layer was built without a group.
+            force: replace what is there.
+
+        Raises:
+            ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from torch_impl import ParallelVocabEmbedding
+            >>> emb = ParallelVocabEmbedding(10, 4)
+            >>> path = f"{tempfile.mkdtemp()}/table.safetensors"
+            >>> emb.save_table(path)
+            >>> torch.equal(ParallelVocabEmbedding.from_table(path).weight, emb.weight)
+            True
+        """
+        if process_group is not None:
+            resolve_rank(self.rank, self.world_size, process_group)
+        elif self._group_name is not None:
+            process_group = find_group(self._group_name, self.rank, self.world_size)
+        elif self.world_size > 1:
+            raise ValueError(
+                f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
+            )
+        write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """What ``torch.distributed.checkpoint`` saves and loads, in place: ``weight`` as the rank's rows of one whole table.
+
+        Any number of ranks with any padding load what others saved. (``state_dict()`` is the rank's own: given to that
+        library, it would take the ranks' different rows for copies of one tensor.)
+
+        Args:
+            prefix: what the name begins with.
+
+        Raises:
+            ValueError: the table is on the meta device.
+
+        Example:
+            >>> import tempfile, torch.distributed.checkpoint as dcp
+            >>> from torch_impl import ParallelVocabEmbedding
+            >>> emb = ParallelVocabEmbedding(10, 4)
+            >>> folder = tempfile.mkdtemp()
+            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> other = ParallelVocabEmbedding(10, 4, init_base_seed=0)
+            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> bool((other.weight == emb.weight).all())
+            True
+        """
+        if self.weight.is_meta:
+            raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+        from torch_impl.checkpoint import TableRows  # half a second, for those who need it
+
+        return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the rank's rows again, and set the row of ``padding_idx`` to zero where this rank owns it.
+        """Draw the rank's rows again; padding and the row of ``padding_idx``, where this rank owns it, become zero.
 
-        The numbers are those of ``torch.manual_seed(init_base_seed + rank)`` followed by ``nn.init.normal_``, in the
-        table's dtype on its device. The caller's random state is left as it was. A table on the meta device stays so.
+        With ``init="per_rank"`` the numbers are those of ``torch.manual_seed(init_base_seed + rank)`` followed by
+        ``nn.init.normal_``, in the table's dtype on its device. The caller's random state is left as it was. A table on
+        the meta device stays so.
         """
         if self.weight.is_meta:
             return
-        generator = torch.Generator(self.weight.device).manual_seed(self.init_base_seed + self.rank)
-        nn.init.normal_(self.weight, self.init_mean, self.init_std, generator=generator)
+        fill_normal(
+            self.weight, self.partition, self.rank, self.init, self.init_mean, self.init_std, self.init_base_seed
+        )
         if self.padding_idx is not None and self.partition.owns(self.padding_idx, self.rank):
             self.weight[self.partition.local_ids(self.padding_idx, self.rank)].zero_()
 
@@ -205,7 +359,8 @@ class ParallelVocabEmbedding(nn.Module):
     def _agreed(self, ids: Tensor) -> Tensor:
         """The ids, once all ranks are known to look the same ones up in the same way."""
         assert self._group_name is not None
-        names = ("vocab_size", "emb_size", "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx", "sparse")
+        sizes = ("vocab_size", "padded_vocab_size", "emb_size")
+        names = (*sizes, "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx", "sparse")
         facts = [f"dtype={self.weight.dtype}", *[f"{name}={getattr(self, name)}" for name in names]]
         if torch.compiler.is_compiling():
             return torch.ops.pve.check_agreement(ids, "\n".join(facts), self._group_name, self.world_size)
@@ -219,7 +374,9 @@ class ParallelVocabEmbedding(nn.Module):
             "exchange": "auto",
             "invalid_ids": "zero",
             "padding_idx": None,
+            "padded_vocab_size": self.vocab_size,
             "sparse": False,
+            "init": "per_rank",
             "seq_dim": -1,
             "check": False,
         }

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shared.cli import compare, diff, plan, record
+from shared.cli import compare, convert, diff, plan, record
 from shared.cli.console import fail
 from shared.launch import BackendError
 
@@ -22,6 +22,9 @@ for the others; the ranks' results sum to the embedding.
   pve plan      who owns which rows, and the memory each rank needs
   pve record    run one backend and keep what it computed, for another machine
   pve diff      compare two such records
+  pve shard     write a table as one file a rank
+  pve reshard   write it anew for another number of ranks
+  pve merge     put it together to one file
 
 `pve COMMAND --help` tells more of each."""
 
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (compare, plan, record, diff):
         module.add_parser(commands)
+    convert.add_parsers(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

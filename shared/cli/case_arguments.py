@@ -8,6 +8,7 @@ from pathlib import Path
 from shared.bits import DTYPES
 from shared.case import CaseOptions
 from shared.checks import EXCHANGES, REDUCTIONS
+from shared.padding_rules import RULE_HELP
 
 __all__ = ["add_case_arguments", "case_options"]
 
@@ -15,8 +16,15 @@ __all__ = ["add_case_arguments", "case_options"]
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a command the options that say which table, which ids and which layer."""
     table = parser.add_argument_group("the table (left out: a made-up one of 131072 x 1024, bfloat16)")
-    table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file with the table")
-    table.add_argument("--tensor", metavar="NAME", help="the tensor in FILE; needed where it holds several 2-D ones")
+    table.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with the table, or a folder: a checkpoint or a set of shards",
+    )
+    table.add_argument(
+        "--tensor", metavar="NAME", help="the tensor; left out, the one that looks like an input embedding"
+    )
     table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table")
     table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
     table.add_argument("--dtype", choices=[*DTYPES], help="of a made-up table; with --weights, what to cast it to")
@@ -27,7 +35,10 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     ids.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file")
 
     layer = parser.add_argument_group("the layer")
-    layer.add_argument("--world-size", type=int, default=8, metavar="W", help="ranks; must divide V (default 8)")
+    layer.add_argument(
+        "--world-size", type=int, default=8, metavar="W", help="ranks; must divide V, padded or not (default 8)"
+    )
+    layer.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     layer.add_argument("--padding-idx", type=int, metavar="ID", help="an id whose row gets no gradient")
     layer.add_argument(
         "--reduction",

@@ -11,16 +11,21 @@ from rich.table import Table
 from shared.bits import DTYPES, dtype_named
 from shared.checks import check_size
 from shared.cli.console import output, print_json
+from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
 from shared.partition import VocabPartition
 
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Say which rank owns which rows of a vocabulary table, and with --emb-size what each rank keeps in memory.
+Say which rank owns which rows of a vocabulary table, and with --emb-size what each rank keeps in memory. Below that, what
+the usual rules of padding would make of the vocabulary.
+
+A vocabulary that W does not divide must be padded: zero rows at the end, which are no id's.
 
 examples:
   pve plan --vocab-size 131072 --world-size 8
   pve plan --vocab-size 128256 --world-size 8 --emb-size 8192 --dtype bfloat16
+  pve plan --vocab-size 50257 --world-size 8 --padded-vocab-size '128*w'
 
 exit status: 0, or 2 where the vocabulary cannot be split so"""
 
@@ -29,12 +34,15 @@ def add_parser(commands: Any) -> None:
     """Add ``pve plan`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
-        help="who owns which rows, and the memory each rank needs",
+        help="who owns which rows, the memory each rank needs, and the rules of padding",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="rows of the whole table")
-    parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks; must divide V")
+    parser.add_argument(
+        "--world-size", type=int, required=True, metavar="W", help="ranks; must divide V, padded or not"
+    )
+    parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     parser.add_argument("--emb-size", type=int, metavar="E", help="columns; with it, memory is shown")
     parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16", help="of the table (default bfloat16)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -42,38 +50,71 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    partition = VocabPartition(options.vocab_size, options.world_size)
-    n, ranks = partition.rows_per_rank, range(partition.world_size)
+    padded = padded_by_rule(options.padded_vocab_size, options.vocab_size, options.world_size)
+    partition = VocabPartition(options.vocab_size, options.world_size, padded)
     row_bytes = None
     if options.emb_size is not None:
         row_bytes = check_size("emb_size", options.emb_size) * dtype_named(options.dtype).itemsize
+    rules = {rule: padded_by_rule(rule, partition.vocab_size, partition.world_size) or 0 for rule in RULES}
     if options.json:
-        plan: dict[str, Any] = {
-            "vocab_size": partition.vocab_size,
-            "world_size": partition.world_size,
-            "rows_per_rank": n,
-            "ranks": [{"rank": r, "start": partition.start(r), "stop": partition.stop(r)} for r in ranks],
-        }
-        if row_bytes is not None:
-            plan |= {
-                "emb_size": options.emb_size,
-                "dtype": options.dtype,
-                "table_bytes": partition.vocab_size * row_bytes,
-                "bytes_per_rank": n * row_bytes,
-            }
-        print_json(plan)
+        print_json(_as_json(options, partition, rules, row_bytes))
         return 0
-    table = Table(
-        title=f"{partition.vocab_size} rows over {partition.world_size} ranks, {n} each", title_justify="left"
-    )
-    for column in ("rank", "first id", "last id", "rows", *(["table", "dense gradient"] if row_bytes else [])):
-        table.add_column(column, justify="right")
-    for rank in ranks:
-        memory = [decimal(n * row_bytes)] * 2 if row_bytes else []
-        table.add_row(str(rank), str(partition.start(rank)), str(partition.stop(rank) - 1), str(n), *memory)
     console = output()
-    console.print(table)
+    console.print(_ranks(partition, row_bytes))
     if row_bytes:
         whole = decimal(partition.vocab_size * row_bytes)
         console.print(f"{options.emb_size} columns of {options.dtype}: the whole table is {whole}.", markup=False)
+    console.print(_rules(partition, rules, row_bytes))
     return 0
+
+
+def _as_json(
+    options: argparse.Namespace, partition: VocabPartition, rules: dict[str, int], row_bytes: int | None
+) -> dict[str, Any]:
+    ranks = [(rank, partition.owned_range(rank)) for rank in range(partition.world_size)]
+    plan: dict[str, Any] = {
+        "vocab_size": partition.vocab_size,
+        "world_size": partition.world_size,
+        "padded_vocab_size": partition.padded_vocab_size,
+        "rows_per_rank": partition.rows_per_rank,
+        "ranks": [{"rank": rank, "start": start, "stop": stop} for rank, (start, stop) in ranks],
+        "padding_rules": rules,
+    }
+    if row_bytes is not None:
+        plan |= {
+            "emb_size": options.emb_size,
+            "dtype": options.dtype,
+            "table_bytes": partition.vocab_size * row_bytes,
+            "bytes_per_rank": partition.rows_per_rank * row_bytes,
+        }
+    return plan
+
+
+def _ranks(partition: VocabPartition, row_bytes: int | None) -> Table:
+    n = partition.rows_per_rank
+    padded = f", padded to {partition.padded_vocab_size}," if partition.padding_rows else ""
+    title = f"{partition.vocab_size} rows{padded} over {partition.world_size} ranks, {n} each"
+    table = Table(title=title, title_justify="left")
+    padding = ["padding"] if partition.padding_rows else []
+    memory = ["table", "dense gradient"] if row_bytes else []
+    for column in ("rank", "first id", "last id", "rows", *padding, *memory):
+        table.add_column(column, justify="right")
+    for rank in range(partition.world_size):
+        start, stop = partition.owned_range(rank)
+        first, last = (str(start), str(stop - 1)) if start < stop else ("none", "none")
+        cells = [str(n - stop + start)] if partition.padding_rows else []
+        cells += [decimal(n * row_bytes)] * 2 if row_bytes else []
+        table.add_row(str(rank), first, last, str(stop - start), *cells)
+    return table
+
+
+def _rules(partition: VocabPartition, rules: dict[str, int], row_bytes: int | None) -> Table:
+    table = Table(title="padded by the rules in use", title_justify="left")
+    table.add_column("--padded-vocab-size")
+    for column in ("rows in all", "each rank", "padding", *(["padding is"] if row_bytes else [])):
+        table.add_column(column, justify="right")
+    for rule, size in rules.items():
+        rows = size - partition.vocab_size
+        memory = [decimal(rows * row_bytes)] if row_bytes else []
+        table.add_row(rule, str(size), str(size // partition.world_size), str(rows), *memory)
+    return table

@@ -230,7 +230,7 @@ def test_plan(capsys):
     ("match", "arguments"),
     [
         ("no such file", ["--weights", "nowhere.safetensors"]),
-        ("/: not a file", ["--weights", "/"]),
+        ("/: no safetensors file in it", ["--weights", "/"]),
         ("vocab_size must be divisible by world_size", ["--vocab-size", "97"]),
         ("world_size must be at least 1", ["--world-size", "0"]),
         ("invalid choice: 'int8'", ["--dtype", "int8"]),

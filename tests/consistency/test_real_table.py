@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.cli import main
-from shared.table_file import TableFile
+from shared.find_table import open_table
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,4 +34,4 @@ def test_a_trained_table_on_real_text(capsys, wordllama, world_size):
     looked_up = {c["rank"]: c["nonzero"] for c in result["comparisons"] if c["what"] == "forward"}
     assert looked_up.pop(None) == sum(looked_up.values()) == np.prod(case["ids_shape"])
     assert np.prod(case["ids_shape"]) > 1000
-    assert TableFile(weights).tensor == "embedding.weight"
+    assert open_table(weights).tensor == "embedding.weight"

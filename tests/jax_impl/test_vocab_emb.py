@@ -38,6 +38,7 @@ def test_the_signature_is_the_promised_one():
         "exchange": "auto",
         "invalid_ids": "zero",
         "padding_idx": None,
+        "padded_vocab_size": None,
         "init": "per_rank",
         "seq_dim": -1,
         "check": False,
@@ -158,7 +159,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', got 'ones'"),
     ],
 )
 def test_bad_arguments_are_refused(mesh_of, arguments, error, match):

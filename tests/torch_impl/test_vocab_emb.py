@@ -35,6 +35,7 @@ def test_the_signature_is_the_promised_one():
         "exchange": "auto",
         "invalid_ids": "zero",
         "padding_idx": None,
+        "padded_vocab_size": None,
         "sparse": False,
         "init": "per_rank",
         "seq_dim": -1,
@@ -167,7 +168,7 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank', got 'ones'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', got 'ones'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, match):

@@ -1,0 +1,83 @@
+"""A sharded table from files, and to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jax_impl.faults import gather_objects
+from jax_impl.placement import first_row
+from shared.partition import VocabPartition
+from shared.table_file import TableFile
+from shared.table_writer import write_together
+
+__all__ = ["array_from_table", "write_table"]
+
+
+def array_from_table(
+    table: TableFile, partition: VocabPartition, sharding: NamedSharding, dtype: np.dtype[Any]
+) -> jax.Array:
+    """A table whose rows each process reads for its own devices, one shard at a time; rows of padding are zero.
+
+    Args:
+        table: where they come from.
+        partition: who owns what.
+        sharding: where they go.
+        dtype: what to cast them to.
+
+    Returns:
+        ``[partition.padded_vocab_size, table.emb_size]``.
+
+    Raises:
+        ValueError: a file of the table is damaged.
+    """
+    shape = (partition.padded_vocab_size, table.emb_size)
+    holders = {first_row(index): device for device, index in sharding.addressable_devices_indices_map(shape).items()}
+    read: dict[int, jax.Array] = {}
+
+    def shard(index: Any) -> jax.Array:
+        start = first_row(index)
+        if start not in read:  # replicas are copied from device to device
+            rows = table.padded_rows(partition, start // partition.rows_per_rank, dtype)
+            # On a CPU the array takes the memory over; elsewhere the host has one shard at a time.
+            read[start] = jax.device_put(rows, holders[start], may_alias=True).block_until_ready()
+        return read[start]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def write_table(weight: jax.Array, partition: VocabPartition, path: str | Path, tensor_name: str, force: bool) -> None:
+    """Write a sharded table; each process writes the shards that its devices have.
+
+    Args:
+        weight: ``[partition.padded_vocab_size, e]``, its rows split over the ranks.
+        partition: who owns what.
+        path, tensor_name, force: as in ``ParallelVocabEmbedding.save_table``.
+
+    Raises:
+        ValueError: in every process, if any of them could not do its part.
+    """
+    n = partition.rows_per_rank
+    shards = {first_row(shard.index) // n: shard.data for shard in weight.addressable_shards if shard.replica_id == 0}
+
+    def fill(start: int, stop: int, buffer: memoryview) -> None:
+        rank = start // n
+        rows = np.asarray(shards[rank])[start - rank * n : stop - rank * n]
+        buffer[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+
+    write_together(
+        path,
+        tensor_name,
+        weight.dtype.name,
+        weight.shape[1],
+        partition,
+        sorted(shards),
+        fill,
+        force=force,
+        process=jax.process_index(),
+        exchange=gather_objects if jax.process_count() > 1 else lambda mine: [mine],
+    )

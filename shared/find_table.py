@@ -1,0 +1,260 @@
+"""Finding a vocabulary table: in a safetensors file, in a checkpoint of several, in a set of shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from shared.checks import check_size
+from shared.manifest import MANIFEST_NAME, Manifest, is_shard_name
+from shared.partition import VocabPartition
+from shared.row_checks import FileFacts, read_facts
+from shared.strict_json import load_object
+from shared.table_file import Segment, TableFile
+from shared.tensor_file import STORAGE_CODES, Header, read_header
+
+__all__ = ["Paths", "open_shards", "open_table"]
+
+_INPUT_EMBEDDING = re.compile(
+    r"(^|[./_])(embed_tokens|wte|word_embeddings?|tok_embeddings?|token_embeddings?|token_embedder|tok_emb|token_embd"
+    r"|embed_in|input_embeddings?|shared|embed|emb|embedding|embeddings)([./](weight|embedding|kernel))?$"
+)
+_ANOTHER_TABLE = re.compile(r"position|wpe|token_type|segment|lm_head|output|classifier|norm|bias", re.IGNORECASE)
+_PART = re.compile(r"mp_rank_(\d+)")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+Paths = str | Path | Sequence[str | Path]
+"""Where a table is: a file, a folder, or the files of Megatron-style parts in rank order."""
+
+
+def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | None = None) -> TableFile:
+    """The vocabulary table that is to be found at ``path``; of its rows, none is read yet.
+
+    Args:
+        path: one of: a safetensors file; an ``....index.json`` over several; a set of shards (``pve shard``), as its folder,
+            its ``manifest.json`` or any one of its files; a folder that holds one of these; a folder of Megatron-style
+            parts, ``mp_rank_00`` and so on, each with one safetensors file; or the files of such parts, in rank order.
+        tensor_name: the tensor; left out, the one that looks like an input embedding (``embed_tokens.weight``,
+            ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table there is.
+        vocab_size: the rows that are not padding, which Megatron-style parts do not tell; else it must be the table's.
+
+    Raises:
+        ValueError: there is no such file or tensor, the choice is not clear, a file is damaged, is no table, or could only
+            be read by unpickling, which is never done.
+
+    Source: the safetensors format and the index of Hugging Face checkpoints.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> from shared.find_table import open_table
+        >>> folder = tempfile.mkdtemp()
+        >>> save_file({"wte.weight": np.eye(3), "wpe.weight": np.ones((8, 3))}, f"{folder}/model.safetensors")
+        >>> table = open_table(folder)
+        >>> table.tensor, table.vocab_size, table.emb_size
+        ('wte.weight', 3, 3)
+        >>> table.rows(1, 2)
+        array([[0., 1., 0.]])
+    """
+    if tensor_name is not None and not isinstance(tensor_name, str):
+        raise TypeError(f"tensor_name must be a string or None, got {tensor_name!r}")
+    if vocab_size is not None:
+        vocab_size = check_size("vocab_size", vocab_size)
+    if isinstance(path, (list, tuple)):
+        parts = [Path(part) for part in path]
+        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size)
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path must be a path or a list of paths, got {type(path).__name__}")
+    found = _what_is_at(Path(path))
+    if isinstance(found, list):
+        return _megatron_parts(found, Path(path), tensor_name, vocab_size)
+    if found.name == MANIFEST_NAME:
+        table = open_shards(found, tensor_name)
+    elif found.name.endswith(".json"):
+        table = _one_file(*_in_index(found, tensor_name))
+    else:
+        table = _one_file(found, tensor_name)
+    if vocab_size not in (None, table.vocab_size):
+        raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {table.vocab_size}")
+    return table
+
+
+def _what_is_at(path: Path) -> Path | list[Path]:
+    """The file to open: a manifest, an index, a safetensors file; or the files of Megatron-style parts."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        if path.suffix in _PICKLES:
+            raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
+        return path
+    if (path / MANIFEST_NAME).is_file():
+        return path / MANIFEST_NAME
+    for choices in ([path / "model.safetensors.index.json"], [*sorted(path.glob("*.safetensors.index.json"))]):
+        if len(choices) == 1 and choices[0].is_file():
+            return choices[0]
+    parts = sorted(p for p in path.iterdir() if p.is_dir() and _PART.fullmatch(p.name))
+    if parts:
+        return [_only_file(part) for part in _in_rank_order(parts)]
+    return _only_file(path)
+
+
+def _in_rank_order(parts: list[Path]) -> list[Path]:
+    ranks = {int(_PART.fullmatch(part.name)[1]): part for part in parts}  # type: ignore[index]
+    missing = sorted(set(range(len(parts))) - set(ranks))
+    if missing:
+        raise ValueError(f"{parts[0].parent}: the part of rank {missing[0]} is missing; there are {len(parts)} parts")
+    return [ranks[rank] for rank in range(len(parts))]
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    if [file for file in files if is_shard_name(file.name)]:
+        raise ValueError(
+            f"{folder}: shards without their {MANIFEST_NAME}: the set was never finished, or it is missing"
+        )
+    if len(files) == 1:
+        return files[0]
+    if folder / "model.safetensors" in files:
+        return folder / "model.safetensors"
+    if files:
+        raise ValueError(f"{folder}: name the file to use; there are {', '.join(file.name for file in files)}")
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    more = f"; pickle files ({', '.join(pickles)}) are never loaded: save the table as safetensors" if pickles else ""
+    raise ValueError(f"{folder}: no safetensors file in it{more}")
+
+
+def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
+    """The file, of those in an index, that has the tensor; and the tensor's name."""
+    names = load_object(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path}: not an index of a checkpoint, it has no weight_map of file names")
+    if tensor_name is None:
+        looks_like = [name for name in names if _INPUT_EMBEDDING.search(name) and not _ANOTHER_TABLE.search(name)]
+        tensor_name = _the_one(looks_like, [name for name in names if "emb" in name.lower()], path)
+    if tensor_name not in names:
+        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(names)}")
+    file: str = names[tensor_name]
+    parts = PurePosixPath(file).parts
+    if not file or ".." in parts or PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor or "\\" in file:
+        raise ValueError(f"{path}: the file of {tensor_name!r} must lie in the index's folder, got {file!r}")
+    return path.parent / file, tensor_name
+
+
+def _one_file(path: Path, tensor_name: str | None) -> TableFile:
+    header = read_header(path)
+    facts = read_facts(header, str(path))
+    if facts is not None and (facts.cuts[0], facts.cuts[-1]) != (0, facts.vocab_size):
+        return open_shards(path.parent / MANIFEST_NAME, tensor_name)  # one of several files
+    tensor = _choose(header, tensor_name, path)
+    segment = _segment(path, header, tensor, 0, facts if facts is not None and facts.tensor == tensor else None)
+    place = header.tensors[tensor]
+    return TableFile(path, tensor, str(place.dtype), place.shape[1], [segment])
+
+
+def _segment(
+    path: Path, header: Header, tensor: str, start: int, facts: FileFacts | None, stop: int | None = None
+) -> Segment:
+    place = header.tensors[tensor]
+    return Segment(path, place.offset, start, start + place.shape[0] if stop is None else stop, facts)
+
+
+def _choose(header: Header, tensor_name: str | None, path: Path) -> str:
+    tables = [name for name, place in header.tensors.items() if place.is_table]
+    if tensor_name is None:
+        possible = [name for name in tables if not _ANOTHER_TABLE.search(name)]
+        looks_like = [name for name in possible if _INPUT_EMBEDDING.search(name)]
+        return _the_one(looks_like or (possible if len(tables) == 1 else []), tables, path)
+    if tensor_name not in header.tensors:
+        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(header.tensors)}")
+    place = header.tensors[tensor_name]
+    if not place.is_table:
+        raise ValueError(
+            f"{path}: tensor {tensor_name!r} must be a 2-D table of {', '.join(STORAGE_CODES)}, "
+            f"got {place.code} {list(place.shape)}"
+        )
+    return tensor_name
+
+
+def _the_one(looks_like: list[str], candidates: list[str], path: Path) -> str:
+    if len(looks_like) == 1:
+        return looks_like[0]
+    if looks_like:
+        raise ValueError(f"{path}: name the tensor to use; several look like an input embedding: {_listed(looks_like)}")
+    raise ValueError(
+        f"{path}: name the tensor to use; none looks like an input embedding. 2-D floating-point tensors in it: "
+        f"{_listed(candidates)}"
+    )
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
+
+
+def open_shards(path: Path, tensor_name: str | None = None) -> TableFile:
+    """The table of a set of shards, once every file is known to be there and to be what the manifest ``path`` says.
+
+    Raises:
+        ValueError: they are not, or the table is not called ``tensor_name``.
+    """
+    manifest = Manifest.load(path)
+    if tensor_name not in (None, manifest.tensor):
+        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there is: {manifest.tensor}")
+    segments = []
+    for rank, shard in enumerate(manifest.shards):
+        file = path.parent / shard.file
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, the shard of rank {rank} with rows {shard.start} to {shard.stop - 1}")
+        size = file.stat().st_size
+        if size != shard.bytes:
+            raise ValueError(f"{file}: must have {shard.bytes} bytes, has {size}: damaged, or of another set")
+        header = read_header(file)
+        facts = read_facts(header, str(file))
+        if facts is None or facts.checksum != shard.crc32:
+            raise ValueError(f"{file}: not the file that {path.name} was written with")
+        stated = (facts.tensor, facts.dtype, facts.emb_size, facts.set_id, facts.cuts[0], facts.cuts[-1])
+        if stated != (
+            manifest.tensor,
+            manifest.dtype,
+            manifest.emb_size,
+            manifest.set_id,
+            shard.start,
+            shard.stop,
+        ):
+            raise ValueError(f"{file}: contradicts {path.name}")
+        segments.append(_segment(file, header, manifest.tensor, shard.start, facts))
+    return TableFile(path, manifest.tensor, manifest.dtype, manifest.emb_size, segments, manifest.partition)
+
+
+def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None) -> TableFile:
+    """The table of which each file has an equal part, the last of it being padding."""
+    if not paths:
+        raise ValueError("path must name at least one file, got an empty list")
+    segments, start, first = [], 0, None
+    for path in paths:
+        if path.suffix in _PICKLES:
+            raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
+        header = read_header(path)
+        tensor = _choose(header, tensor_name, path)
+        place = header.tensors[tensor]
+        first = first or (tensor, place.dtype, place.shape)
+        if first != (tensor, place.dtype, place.shape):
+            raise ValueError(
+                f"{path}: the parts must be equal, but this one has {tensor} {place.code} {list(place.shape)}, the first "
+                f"{first[0]} {first[1]} {list(first[2])}"
+            )
+        segments.append(_segment(path, header, tensor, start, None))
+        start += place.shape[0]
+    assert first is not None
+    if vocab_size is None:
+        raise ValueError(
+            f"vocab_size must be given for parts that may be padded: these {len(paths)} have {start} rows in all and do "
+            f"not say where the vocabulary ends"
+        )
+    if not 1 <= vocab_size <= start:
+        raise ValueError(f"vocab_size must be at most the {start} rows that the parts have, got {vocab_size}")
+    segments = [Segment(s.path, s.offset, s.start, min(s.stop, vocab_size)) for s in segments if s.start < vocab_size]
+    partition = VocabPartition(vocab_size, len(paths), start)
+    return TableFile(source, first[0], str(first[1]), first[2][1], segments, partition)
