@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import VocabPartition
+from shared import VocabPartition, pad_vocab_size
+from shared.padding_rules import padded_by_rule
 
 
 @given(rows=st.integers(1, 1000), world_size=st.integers(1, 64), data=st.data())
 def test_every_id_has_exactly_one_owner(rows, world_size, data):
-    partition = VocabPartition(rows * world_size, world_size)
+    padding = data.draw(st.integers(0, rows * world_size - 1))
+    partition = VocabPartition(rows * world_size - padding, world_size, rows * world_size)
     ids = np.array(data.draw(st.lists(st.integers(-(2**40), 2**40) | st.integers(-2, rows * world_size + 1))), np.int64)
     owned = np.array([partition.owns(ids, rank) for rank in range(world_size)]).reshape(world_size, -1)
     np.testing.assert_array_equal(owned.sum(0), (ids >= 0) & (ids < partition.vocab_size))
@@ -87,3 +89,83 @@ def test_it_is_frozen_and_compares_by_value():
     assert type(partition.vocab_size) is int
     with pytest.raises(dataclasses.FrozenInstanceError):
         partition.vocab_size = 13
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "world_size", "multiple_of", "padded"),
+    [
+        (50257, 8, 1, 50264),
+        (50257, 8, 64, 50304),
+        (50257, 8, 128 * 8, 51200),
+        (50257, 7, 64, 50624),
+        (8, 8, 1, 8),
+        (3, 8, 1, 8),
+    ],
+)
+def test_the_least_size_that_everything_divides(vocab_size, world_size, multiple_of, padded):
+    assert pad_vocab_size(vocab_size, world_size, multiple_of) == padded
+    for smaller in range(vocab_size, padded):
+        assert smaller % world_size or smaller % multiple_of
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (8, 0, 1), (8, 1, 0), (8, 1, -64)])
+def test_sizes_to_pad_below_one_are_refused(sizes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        pad_vocab_size(*sizes)
+
+
+def test_padding_belongs_to_no_id():
+    partition = VocabPartition(10, 4, "even")
+    assert partition == VocabPartition(10, 4, 12) == VocabPartition(10, 4, pad_vocab_size(10, 4))
+    assert hash(partition) == hash(VocabPartition(10, 4, 12))
+    assert (partition.padded_vocab_size, partition.rows_per_rank, partition.padding_rows) == (12, 3, 2)
+    assert [(partition.start(r), partition.stop(r)) for r in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert [partition.owned_range(r) for r in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    ids = np.arange(-3, 16)
+    np.testing.assert_array_equal(partition.is_valid(ids), (ids >= 0) & (ids < 10))
+    np.testing.assert_array_equal(partition.owner(ids), np.where((ids >= 0) & (ids < 10), ids // 3, -1))
+    for rank in range(4):
+        local = partition.local_ids(ids, rank)
+        np.testing.assert_array_equal((local >= 0) & (local < 3), partition.owns(ids, rank))
+
+
+def test_without_padding_the_padded_size_is_the_size():
+    partition = VocabPartition(12, 3)
+    assert (partition.padded_vocab_size, partition.padding_rows) == (12, 0)
+    assert partition == VocabPartition(12, 3, 12) == VocabPartition(12, 3, "even")
+
+
+def test_more_ranks_than_rows():
+    partition = VocabPartition(3, 8, "even")
+    assert [partition.owned_range(r) for r in range(8)] == [(0, 1), (1, 2), (2, 3)] + [(3, 3)] * 5
+    assert not partition.owns(np.arange(-1, 9), 5).any()
+
+
+@pytest.mark.parametrize(
+    ("padded", "error", "match"),
+    [
+        (9, ValueError, "at least vocab_size=10 and divisible by world_size=4, got 9; the least such size is 12"),
+        (13, ValueError, "got 13"),
+        (8, ValueError, "got 8"),
+        (-12, ValueError, "got -12"),
+        ("odd", ValueError, "a number of rows or \"even\", got 'odd'"),
+        (12.0, TypeError, "padded_vocab_size must be an integer"),
+        (True, TypeError, "padded_vocab_size must be an integer"),
+    ],
+)
+def test_padded_sizes_that_will_not_do_are_refused(padded, error, match):
+    with pytest.raises(error, match=match):
+        VocabPartition(10, 4, padded)
+
+
+def test_rules_of_padding():
+    assert padded_by_rule(None, 10, 4) is None
+    assert padded_by_rule("16", 10, 4) == 16
+    assert padded_by_rule("even", 10, 4) == 12
+    assert padded_by_rule("multiple-of:6", 10, 4) == 12
+    assert padded_by_rule("5*w", 10, 4) == 20
+    for rule in ("odd", "", "-4", "1.5", "multiple-of:", "multiple-of:x", "*w", "w*128", "1e9"):
+        with pytest.raises(ValueError, match="--padded-vocab-size must be a number of rows, even, multiple-of:M or M"):
+            padded_by_rule(rule, 10, 4)
+    with pytest.raises(ValueError, match="multiple_of must be at least 1"):
+        padded_by_rule("multiple-of:0", 10, 4)
