@@ -20,6 +20,7 @@ from shared.tensor_file import read_exactly
 __all__ = ["Segment", "TableFile"]
 
 _ALIGNMENT = 64
+_CAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class TableFile:
             self._check_range(start, start + len(out))
             self.read_into(start, start + len(out), out.reshape(-1).view(np.uint8).data)
             return
-        step = max(1, (4 << 20) // self.row_bytes)
+        step = max(1, _CAST_BYTES // self.row_bytes)
         for first in range(0, len(out), step):
             part = out[first : first + step]
             part[...] = cast(self.rows(start + first, start + first + len(part)), out.dtype)

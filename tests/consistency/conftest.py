@@ -1,6 +1,8 @@
 """Eight CPU devices, and the two layers side by side with one and the same table."""
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -102,3 +104,11 @@ def pair():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def wordllama():
+    spec = importlib.util.find_spec("wordllama")
+    assert spec is not None, "the package wordllama is missing: pip install -e '.[all,test]'"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])

@@ -1,6 +1,5 @@
 """A trained table: 32000 x 256 in float16, for the Llama 2 tokenizer, from the package wordllama, on this README as text."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,14 +10,6 @@ from shared.cli import main
 from shared.find_table import open_table
 
 README = Path(__file__).parents[2] / "README.md"
-
-
-@pytest.fixture(scope="module")
-def wordllama():
-    spec = importlib.util.find_spec("wordllama")
-    assert spec is not None, "the package wordllama is missing: pip install -e '.[all,test]'"
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0])
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -150,7 +150,9 @@ def test_elementary_functions_are_right_to_a_few_ulp():
         assert abs(found - math.log(value)) <= 3 * math.ulp(math.log(value))
     words = np.concatenate([rng.integers(0, 2**64, 3000, np.uint64), np.arange(8, dtype=np.uint64) << np.uint64(61)])
     cosine, sine = global_normal._cos_sin(words)
-    for word, c, s in zip(words >> np.uint64(9) << np.uint64(9), cosine, sine, strict=True):  # its low bits are not used
+    for word, c, s in zip(
+        words >> np.uint64(9) << np.uint64(9), cosine, sine, strict=True
+    ):  # its low bits are not used
         turns = int(word) / 2**64
         eighths = round(turns * 4)
         rest = (int(word) - (eighths << 62)) / 2**64 * 2 * math.pi
