@@ -1,18 +1,22 @@
 """One of two JAX processes with two devices each; run by test_processes.py, with its number and the coordinator's port."""
 
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
 from shared.generate import exact_gradient
+from shared.global_normal import normal_rows
 from shared.oracle import partial_lookup, weight_grad
+from shared.tensor_file import header_bytes
 
 
 def check(mesh, dtype, rng):
@@ -86,8 +90,56 @@ def check_disagreement(mesh):
         other(ids)
 
 
+def check_tables(mesh, folder):
+    """Written by both processes, each its own shards, and read again onto another layout, each its own rows."""
+    folder = Path(folder)
+    emb = ParallelVocabEmbedding(50, 6, mesh, init="global", padded_vocab_size="even", dtype=jnp.bfloat16)
+    table = normal_rows(0, 50, 6, np.dtype(jnp.bfloat16), 42)
+
+    def compare(emb):
+        whole = np.concatenate([table, np.zeros((emb.padded_vocab_size - 50, 6), table.dtype)])
+        for shard in emb.weight.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+    compare(emb)
+    compare(
+        jax.jit(lambda: ParallelVocabEmbedding(50, 6, mesh, init="global", padded_vocab_size=64, dtype=jnp.bfloat16))()
+    )
+    name = "-".join(mesh.axis_names)
+    for target in (folder / name, folder / f"{name}.safetensors"):
+        emb.save_table(target)
+        compare(ParallelVocabEmbedding.from_table(target, mesh=mesh, padded_vocab_size=64))
+        with pytest.raises(ValueError, match="exists; pass --force"):
+            emb.save_table(target)
+    with pytest.raises(ValueError, match="disagree about path"):
+        emb.save_table(folder / f"of process {jax.process_index()}")
+    assert not [*folder.glob(".*"), *folder.glob("of process *")]
+
+
+def check_memory(mesh, folder):
+    """A process needs memory for its own half of the rows, no more than one and a half times as much."""
+    path, shape = Path(folder) / "large.safetensors", (2**16, 1024)
+    header = header_bytes("wte.weight", "float32", shape, {})
+    if jax.process_index() == 0:
+        with open(path, "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + 4 * shape[0] * shape[1])
+    multihost_utils.sync_global_devices("the file is there")
+
+    def memory(what):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = memory("VmRSS")
+    emb = ParallelVocabEmbedding.from_table(path, mesh=mesh)
+    half = 2 * shape[0] * shape[1]
+    assert half <= memory("VmHWM") - before < 1.5 * half, (memory("VmHWM") - before) / half
+    assert all(not np.asarray(shard.data).any() for shard in emb.weight.addressable_shards)
+
+
 def main():
-    process, port = int(sys.argv[1]), sys.argv[2]
+    process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
@@ -99,6 +151,10 @@ def main():
             with jax.set_mesh(mesh):
                 for dtype in (jnp.float32, jnp.bfloat16):
                     check(mesh, dtype, rng)
+                if kind == AxisType.Auto:
+                    check_tables(mesh, folder)
+                if kind == AxisType.Auto and names == ("tp",):
+                    check_memory(mesh, folder)
                 if kind == AxisType.Auto and names != ("tp", "dp"):
                     check_reductions(mesh, jnp.float32 if shape == (4,) else jnp.bfloat16, rng)
     check_disagreement(mesh)
