@@ -79,9 +79,9 @@ def shuffled(count: int, turn: int) -> list[int]:
     return [int(place) for place in np.random.default_rng(turn).permutation(count)]
 
 
-def warm_pages() -> None:
+def warm_pages(size: int = 2**28) -> None:
     """Fault memory in and free it again: a virtual machine may hand free pages back to its host after a while.
 
     Without this a candidate's time depends on how much memory the one before it has left warm.
     """
-    np.empty(2**28, np.uint8).fill(1)
+    np.empty(size, np.uint8).fill(1)

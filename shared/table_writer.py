@@ -27,7 +27,7 @@ Fill = Callable[[int, int, memoryview], int | None]
 Exchange = Callable[[Any], list[Any]]
 """Gives every process what each of them passed, in their order; of what JSON can hold."""
 
-_PIECES_PER_TASK = 128
+_PIECES_PER_TASK = 256
 _SET_ID_BYTES = 8
 
 
@@ -48,7 +48,8 @@ def write_ranks(
         ValueError: what is read back is not what was written.
     """
     spec, sums, tasks = layout.spec, [], []
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+    # Twice as many as processors: some wait for the disk.
+    with ThreadPoolExecutor(min(8, 2 * len(os.sched_getaffinity(0)))) as pool:
         for index, rank in enumerate(ranks):
             edges = piece_edges(spec.partition.owned_range(rank), block_rows(spec.row_bytes))
             pieces = [(int(start), int(stop)) for start, stop in pairwise(edges)]

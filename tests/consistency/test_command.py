@@ -226,6 +226,46 @@ def test_plan(capsys):
     refused(capsys, "emb_size must be at least 1", "plan", "--vocab-size", "8", "--world-size", "8", "--emb-size", "0")
 
 
+def test_plan_with_padding(capsys):
+    sizes = ["--vocab-size", "50257", "--world-size", "8"]
+    assert main(["plan", *sizes, "--padded-vocab-size", "128*w", "--emb-size", "768"]) == 0
+    output = capsys.readouterr().out
+    assert "50257 rows, padded to 51200, over 8 ranks, 6400 each" in output
+    for cells in (
+        ("7", "44800", "50256", "5457", "943"),
+        ("even", "50264", "6283", "7"),
+        ("128*w", "51200", "6400", "943"),
+    ):
+        assert any(
+            [cell.strip() for cell in line.split("│")[1:]][: len(cells)] == [*cells] for line in output.splitlines()
+        )
+    assert main(["plan", "--vocab-size", "3", "--world-size", "5", "--padded-vocab-size", "even", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["padded_vocab_size"] == 5
+    assert plan["ranks"][3:] == [{"rank": 3, "start": 3, "stop": 3}, {"rank": 4, "start": 3, "stop": 3}]
+    assert plan["padding_rules"] == {"even": 5, "multiple-of:64": 320, "128*w": 640}
+    refused(capsys, "the least such size is 50264", "plan", *sizes, "--padded-vocab-size", "50257")
+    refused(capsys, "even, multiple-of:M or M*w, got 'odd'", "plan", *sizes, "--padded-vocab-size", "odd")
+
+
+def test_compare_over_padded_ranks_from_a_set_of_shards(capsys, tmp_path):
+    """Stored for 3 ranks, run over 4 of which one has padding only; ids in the padding among the made-up ones."""
+    path = tmp_path / "table.safetensors"
+    values = np.random.default_rng(0).standard_normal((70, 4)).astype(np.float16)
+    save_file({"wte.weight": values}, path)
+    assert (
+        main(["shard", str(path), "-o", str(tmp_path / "set"), "--world-size", "3", "--padded-vocab-size", "even"]) == 0
+    )
+    capsys.readouterr()
+    options = ["--world-size", "4", "--padded-vocab-size", "multiple-of:96", "--json"]
+    assert main(["compare", "--weights", str(tmp_path / "set"), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["case"]["vocab_size"], result["case"]["padded_vocab_size"], result["equal"]) == (70, 96, True)
+    counts = {c["rank"]: c["nonzero"] for c in result["comparisons"] if c["what"] == "gradient"}
+    assert counts[None] == 70
+    assert (counts[2], counts[3]) == (22, 0)
+
+
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
