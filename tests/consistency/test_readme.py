@@ -57,6 +57,8 @@ def run_console(commands):
             where = Path(folder)
             for name, text in FILES.items():
                 (where / name).write_text(text)
+        if "-o shards" in script:
+            where = Path(folder)
         if ".record" in script:
             where = Path(folder)
             (where / "broken_runner.py").write_text(BROKEN_LAYER)
