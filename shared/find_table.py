@@ -15,7 +15,7 @@ from shared.strict_json import load_object
 from shared.table_file import Segment, TableFile
 from shared.tensor_file import STORAGE_CODES, Header, read_header
 
-__all__ = ["Paths", "open_shards", "open_table"]
+__all__ = ["PICKLE_SUFFIXES", "Paths", "open_shards", "open_table"]
 
 _INPUT_EMBEDDING = re.compile(
     r"(^|[./_])(embed_tokens|wte|word_embeddings?|tok_embeddings?|token_embeddings?|token_embedder|tok_emb|token_embd"
@@ -23,7 +23,9 @@ _INPUT_EMBEDDING = re.compile(
 )
 _ANOTHER_TABLE = re.compile(r"position|wpe|token_type|segment|lm_head|output|classifier|norm|bias", re.IGNORECASE)
 _PART = re.compile(r"mp_rank_(\d+)")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""How names of files end that are pickles, and so never loaded."""
 
 Paths = str | Path | Sequence[str | Path]
 """Where a table is: a file, a folder, or the files of Megatron-style parts in rank order."""
@@ -86,7 +88,7 @@ def _what_is_at(path: Path) -> Path | list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
         return path
     if (path / MANIFEST_NAME).is_file():
@@ -120,7 +122,7 @@ def _only_file(folder: Path) -> Path:
         return folder / "model.safetensors"
     if files:
         raise ValueError(f"{folder}: name the file to use; there are {', '.join(file.name for file in files)}")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     more = f"; pickle files ({', '.join(pickles)}) are never loaded: save the table as safetensors" if pickles else ""
     raise ValueError(f"{folder}: no safetensors file in it{more}")
 
@@ -146,7 +148,10 @@ def _one_file(path: Path, tensor_name: str | None) -> TableFile:
     header = read_header(path)
     facts = read_facts(header, str(path))
     if facts is not None and (facts.cuts[0], facts.cuts[-1]) != (0, facts.vocab_size):
-        return open_shards(path.parent / MANIFEST_NAME, tensor_name)  # one of several files
+        table = open_shards(path.parent / MANIFEST_NAME, tensor_name)  # one of several files
+        if not any(path.samefile(file) for file in table.files):
+            raise ValueError(f"{path}: not one of the files of the {MANIFEST_NAME} beside it")
+        return table
     tensor = _choose(header, tensor_name, path)
     segment = _segment(path, header, tensor, 0, facts if facts is not None and facts.tensor == tensor else None)
     place = header.tensors[tensor]
@@ -234,7 +239,7 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
         raise ValueError("path must name at least one file, got an empty list")
     segments, start, first = [], 0, None
     for path in paths:
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
         header = read_header(path)
         tensor = _choose(header, tensor_name, path)

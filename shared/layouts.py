@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
+import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.bits import STORED_DTYPES
 from shared.checks import check_choice
-from shared.find_table import open_shards, open_table
+from shared.exchange_names import exchange
+from shared.find_table import PICKLE_SUFFIXES, open_shards, open_table
 from shared.manifest import MANIFEST_NAME, Manifest, Shard, is_set_name, shard_name
 from shared.partition import VocabPartition
 from shared.row_checks import FileFacts, block_rows, piece_edges
 from shared.tensor_file import header_bytes, write_exactly
 
-__all__ = ["LAYOUTS", "Layout", "Place", "TableSpec", "layout_named"]
+__all__ = ["LAYOUTS", "Layout", "Place", "TableSpec", "layout_named", "new_set_id"]
+
+_MEGATRON_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,9 @@ class TableSpec:
         """Bytes of a row."""
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
-    def hidden(self, suffix: str) -> Path:
+    def hidden(self) -> Path:
         """A name beside the target that nothing else has."""
-        return self.target.with_name(f".{self.target.name}.{self.set_id}.{suffix}")
+        return self.target.with_name(f".{self.target.name}.{self.set_id}.tmp")
 
     def facts(self, partition: VocabPartition, cuts: tuple[int, ...], sums: Sequence[int]) -> FileFacts:
         """What a file with the rows between the cuts says of itself."""
@@ -78,8 +84,13 @@ class Layout(ABC):
     there.
     """
 
+    _force = False
+    _lock: int | None = None
+
     def __init__(self, spec: TableSpec) -> None:
-        self.spec = spec
+        # A link stays a link: what it leads to is replaced.
+        target = spec.target.resolve() if spec.target.is_symlink() else spec.target
+        self.spec = replace(spec, target=target)
 
     @abstractmethod
     def place(self, rank: int) -> Place:
@@ -90,20 +101,29 @@ class Layout(ABC):
         """How the file of a rank begins; without the checksums, something of the same length."""
 
     @abstractmethod
-    def check_target(self, force: bool) -> None:
+    def check_target(self) -> None:
         """Refuse a target that may not be written, or not without ``force``."""
 
     @abstractmethod
     def finish(self, sums: Sequence[Sequence[int]]) -> list[Path]:
         """Put the new table in the place of the old one; returns its files."""
 
+    @abstractmethod
     def abort(self) -> None:
-        """Take back what was made; what was there before is untouched."""
-        for place in self._places():
-            place.path.unlink(missing_ok=True)
+        """Take back what was made; what was there before is untouched, and so is what was finished."""
+
+    def prepare(self, force: bool) -> None:
+        """Check the target, and make the files, as large as they will be.
+
+        Raises:
+            ValueError: the target may not be written, or not without ``force``.
+        """
+        self._force = force
+        self.check_target()
+        self.make_files()
 
     def make_files(self) -> None:
-        """Make the files, as large as they will be."""
+        """Make the files."""
         for rank, place in enumerate(self._places()):
             descriptor = os.open(place.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
@@ -122,14 +142,40 @@ class Layout(ABC):
         if not self.spec.target.parent.is_dir():
             raise ValueError(f"{self.spec.target}: its folder does not exist")
 
-    def _check_folder(self, may_hold: str, force: bool, taken: bool) -> None:
+    def _check_taken(self, taken: bool) -> None:
+        if taken and not self._force:
+            raise ValueError(f"{self.spec.target}: exists; pass --force (force=True) to replace it")
+
+    def _check_folder(self, foreign: Sequence[str], taken: bool) -> None:
         target = self.spec.target
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target}: exists and is not a folder; name another one")
-        if may_hold:
-            raise ValueError(f"{target}: holds other files ({may_hold}); name a folder of its own")
-        if taken and not force:
-            raise ValueError(f"{target}: exists; pass --force (force=True) to replace it")
+        if foreign:
+            raise ValueError(f"{target}: holds other files ({', '.join(foreign[:5])}); name a folder of its own")
+        self._check_taken(taken)
+
+    def _take(self, path: Path) -> None:
+        """Hold a file or folder, so that others see that it is in use; for as long as this process lives."""
+        self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not _lock(self._lock):
+            self._release()
+            raise ValueError(f"{path}: another process is writing there; wait for it")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a process that was killed left beside the target."""
+        name = re.compile(rf"\.{re.escape(self.spec.target.name)}\.[0-9a-f]{{16}}\.tmp")
+        for path in [path for path in self.spec.target.parent.iterdir() if name.fullmatch(path.name)]:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _lock(descriptor):
+                    _remove(path)
+            finally:
+                os.close(descriptor)
 
 
 class FileLayout(Layout):
@@ -141,7 +187,7 @@ class FileLayout(Layout):
         self._cuts = tuple(sorted({0, *(stop for _, stop in ranges)}))
 
     def place(self, rank: int) -> Place:
-        return Place(self.spec.hidden("tmp"), 0, self.spec.partition.vocab_size)
+        return Place(self.spec.hidden(), 0, self.spec.partition.vocab_size)
 
     def _places(self) -> list[Place]:
         return [self.place(0)]
@@ -156,23 +202,35 @@ class FileLayout(Layout):
     def sums_belong_to_ranks(self) -> bool:
         return False
 
-    def check_target(self, force: bool) -> None:
+    def check_target(self) -> None:
         self._check_parent()
         target = self.spec.target
+        if target.suffix in (*PICKLE_SUFFIXES, ".json"):
+            raise ValueError(f"{target}: its name is not that of a safetensors file; end it in .safetensors")
         if target.exists() and not target.is_file():
             raise ValueError(f"{target}: exists and is not a regular file; name another one")
-        if target.exists() and not force:
-            raise ValueError(f"{target}: exists; pass --force (force=True) to replace it")
+        self._check_taken(target.exists())
+
+    def make_files(self) -> None:
+        self._clear_leftovers()
+        super().make_files()
+        self._take(self.place(0).path)
 
     def finish(self, sums: Sequence[Sequence[int]]) -> list[Path]:
-        path, target = self.place(0).path, self.spec.target.resolve()  # a link stays one
+        path = self.place(0).path
         with open(path, "rb+") as file:
             write_exactly(file.fileno(), self.header(0, [number for part in sums for number in part]), 0)
             os.fsync(file.fileno())
         open_table(path, self.spec.tensor)
-        os.replace(path, target)
-        _sync_folder(target.parent)
+        self.check_target()  # another process may have been faster
+        os.replace(path, self.spec.target)
+        _sync_folder(self.spec.target.parent)
+        self._release()
         return [self.spec.target]
+
+    def abort(self) -> None:
+        _remove(self.place(0).path)
+        self._release()
 
 
 class ShardsLayout(Layout):
@@ -181,7 +239,7 @@ class ShardsLayout(Layout):
     The files' names carry the set's id, so that the old set's files stay as they are until the new manifest is there.
     """
 
-    _lock: int | None = None
+    _made_folder = False
 
     def place(self, rank: int) -> Place:
         start, stop = self.spec.partition.owned_range(rank)
@@ -195,24 +253,21 @@ class ShardsLayout(Layout):
         metadata = {"format": "pt", **spec.facts(spec.partition, cuts, sums).as_metadata()}
         return header_bytes(spec.tensor, spec.dtype, (cuts[1] - cuts[0], spec.emb_size), metadata)
 
-    def check_target(self, force: bool) -> None:
+    def check_target(self) -> None:
         self._check_parent()
         target = self.spec.target
         names = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
         foreign = [name for name in sorted(names) if name != MANIFEST_NAME and not is_set_name(name)]
         # Shards without a manifest are what an interrupted run left.
-        self._check_folder(", ".join(foreign[:5]), force, MANIFEST_NAME in names)
+        self._check_folder(foreign, MANIFEST_NAME in names)
 
     def make_files(self) -> None:
         target = self.spec.target
-        target.mkdir(exist_ok=True)
-        self._lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = None
-            raise ValueError(f"{target}: another process is writing there; wait for it") from None
+        if not target.exists():
+            self._made_folder = True
+            target.mkdir(exist_ok=True)
+        self._take(target)
+        self.check_target()  # another process may have been faster
         super().make_files()
 
     def finish(self, sums: Sequence[Sequence[int]]) -> list[Path]:
@@ -224,37 +279,43 @@ class ShardsLayout(Layout):
             shards.append(Shard(place.path.name, place.start, place.start + place.rows, size, checksum))
         sizes = partition.vocab_size, spec.emb_size, partition.world_size, partition.padded_vocab_size
         manifest = Manifest(spec.tensor, spec.dtype, *sizes, spec.set_id, tuple(shards))
-        temporary = target / f"{MANIFEST_NAME}.{spec.set_id}.tmp"
-        try:
-            with open(temporary, "x") as file:
-                file.write(manifest.as_json())
-                file.flush()
-                os.fsync(file.fileno())
-            _sync_folder(target)
-            open_shards(temporary)
-            os.replace(temporary, target / MANIFEST_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(self._new_manifest, "x") as file:
+            file.write(manifest.as_json())
+            file.flush()
+            os.fsync(file.fileno())
         _sync_folder(target)
-        kept = {place.path for place in self._places()}
-        for file_of_old in target.iterdir():
-            if is_set_name(file_of_old.name) and file_of_old not in kept:
-                file_of_old.unlink()
-        self._unlock()
+        open_shards(self._new_manifest)
+        os.replace(self._new_manifest, target / MANIFEST_NAME)
+        _sync_folder(target)
+        self._remove_all_but(spec.set_id)
+        self._release()
         return [place.path for place in self._places()]
 
     def abort(self) -> None:
-        if self._lock is None:
-            return
-        super().abort()
-        self._unlock()
-        if not any(self.spec.target.iterdir()):
-            self.spec.target.rmdir()
+        target = self.spec.target
+        with contextlib.suppress(ValueError):
+            if self._lock is None or Manifest.load(target / MANIFEST_NAME).set_id == self.spec.set_id:
+                self._release()  # it never began, or is finished
+                self._remove_folder()
+                return
+        self._new_manifest.unlink(missing_ok=True)
+        for place in self._places():
+            place.path.unlink(missing_ok=True)
+        self._release()
+        self._remove_folder()
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    @property
+    def _new_manifest(self) -> Path:
+        return self.spec.target / f"{MANIFEST_NAME}.{self.spec.set_id}.tmp"
+
+    def _remove_all_but(self, set_id: str) -> None:
+        for file in self.spec.target.iterdir():
+            if is_set_name(file.name) and set_id not in file.name:
+                file.unlink()
+
+    def _remove_folder(self) -> None:
+        if self._made_folder and self.spec.target.is_dir() and not any(self.spec.target.iterdir()):
+            self.spec.target.rmdir()
 
 
 class MegatronLayout(Layout):
@@ -262,40 +323,51 @@ class MegatronLayout(Layout):
 
     def place(self, rank: int) -> Place:
         partition = self.spec.partition
-        path = self.spec.hidden("tmp") / f"mp_rank_{rank:02d}" / "model.safetensors"
+        path = self.spec.hidden() / f"mp_rank_{rank:02d}" / _MEGATRON_FILE
         return Place(path, partition.start(rank), partition.rows_per_rank)
 
     def header(self, rank: int, sums: Sequence[int] | None = None) -> bytes:
         spec = self.spec
         return header_bytes(spec.tensor, spec.dtype, (spec.partition.rows_per_rank, spec.emb_size), {"format": "pt"})
 
-    def check_target(self, force: bool) -> None:
+    def check_target(self) -> None:
         self._check_parent()
         target = self.spec.target
-        names = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-        foreign = [name for name in names if not name.startswith("mp_rank_")]
-        self._check_folder(", ".join(foreign[:5]), force, bool(names))
+        entries = sorted(target.iterdir()) if target.is_dir() else []
+        foreign = [entry.name for entry in entries if not (re.fullmatch(r"mp_rank_\d+", entry.name) and entry.is_dir())]
+        for entry in entries:
+            if entry.name not in foreign:
+                inside = sorted(inner.name for inner in entry.iterdir())
+                foreign += [f"{entry.name}/{name}" for name in inside if name != _MEGATRON_FILE]
+        self._check_folder(foreign, bool(entries))
 
     def make_files(self) -> None:
+        self._clear_leftovers()
+        self.spec.hidden().mkdir()
+        self._take(self.spec.hidden())
         for place in self._places():
-            place.path.parent.mkdir(parents=True)
+            place.path.parent.mkdir()
         super().make_files()
 
     def finish(self, sums: Sequence[Sequence[int]]) -> list[Path]:
-        spec, new, old = self.spec, self.spec.hidden("tmp"), self.spec.hidden("old")
+        spec, new = self.spec, self.spec.hidden()
         for place in self._places():
             _sync_folder(place.path.parent)
         _sync_folder(new)
         open_table([place.path for place in self._places()], spec.tensor, spec.partition.vocab_size)
+        self.check_target()  # another process may have been faster
         if spec.target.exists():
-            os.rename(spec.target, old)
-        os.rename(new, spec.target)
+            exchange(new, spec.target)
+        else:
+            os.rename(new, spec.target)
         _sync_folder(spec.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(new)
+        self._release()
         return [spec.target / place.path.relative_to(new) for place in self._places()]
 
     def abort(self) -> None:
-        shutil.rmtree(self.spec.hidden("tmp"), ignore_errors=True)
+        _remove(self.spec.hidden())  # the new table, or the old one if that is already replaced
+        self._release()
 
 
 LAYOUTS: dict[str, type[Layout]] = {"file": FileLayout, "shards": ShardsLayout, "megatron": MegatronLayout}
@@ -305,6 +377,31 @@ LAYOUTS: dict[str, type[Layout]] = {"file": FileLayout, "shards": ShardsLayout, 
 def layout_named(name: str, spec: TableSpec) -> Layout:
     """The layout of that name, of a table."""
     return LAYOUTS[check_choice("layout", name, [*LAYOUTS])](spec)
+
+
+def new_set_id() -> str:
+    """An identifier that no other set of files has."""
+    return secrets.token_hex(8)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file or folder; False where another process has it. Where there are no locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

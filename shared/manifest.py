@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "is_set_name", "is_shard_name",
 MANIFEST_NAME = "manifest.json"
 """The name of the manifest in the folder of its shards."""
 
+_SET_ID = "[0-9a-f]{16}"
 _FORMAT = "parallel-vocab-embedding shards"
 _VERSION = 1
 
@@ -28,12 +30,12 @@ def shard_name(rank: int, world_size: int, set_id: str) -> str:
 
 def is_shard_name(name: str) -> bool:
     """Whether a file of that name was written as a shard."""
-    return name.startswith("rank-") and "-of-" in name and name.endswith(".safetensors")
+    return re.fullmatch(rf"rank-\d{{5,}}-of-\d{{5,}}\.{_SET_ID}\.safetensors", name) is not None
 
 
 def is_set_name(name: str) -> bool:
     """Whether a file of that name was written with a set, finished or not: a shard, or a manifest on its way."""
-    return is_shard_name(name) or (name.startswith(f"{MANIFEST_NAME}.") and name.endswith(".tmp"))
+    return is_shard_name(name) or re.fullmatch(rf"{re.escape(MANIFEST_NAME)}\.{_SET_ID}\.tmp", name) is not None
 
 
 @dataclass(frozen=True)

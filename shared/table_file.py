@@ -50,6 +50,7 @@ class TableFile:
         dtype: the name of the dtype it is stored in.
         vocab_size, emb_size: its shape.
         partition: how it is split over files, where it is.
+        files: the files, those without rows included.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class TableFile:
         partition: VocabPartition | None = None,
     ) -> None:
         self.path, self.tensor, self.dtype, self.emb_size, self.partition = path, tensor, dtype, emb_size, partition
+        self.files = [segment.path for segment in segments]
         self._segments = [segment for segment in segments if segment.start < segment.stop]
         self._edges = {id(s): piece_edges(s.facts.cuts, s.facts.block) for s in self._segments if s.facts is not None}
         self.vocab_size = self._segments[-1].stop
@@ -70,11 +72,6 @@ class TableFile:
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored."""
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that rows are in."""
-        return [segment.path for segment in self._segments]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows ``[start, stop)`` as they are stored; of the rest, nothing is read but what a checksum needs.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 
 from shared.agreement import disagreement
 from shared.bits import STORED_DTYPES, cast
-from shared.layouts import Layout, TableSpec, layout_named
+from shared.layouts import Layout, TableSpec, layout_named, new_set_id
 from shared.partition import VocabPartition
 from shared.row_checks import block_rows, piece_edges
 from shared.table_file import TableFile
@@ -28,7 +27,6 @@ Exchange = Callable[[Any], list[Any]]
 """Gives every process what each of them passed, in their order; of what JSON can hold."""
 
 _PIECES_PER_TASK = 256
-_SET_ID_BYTES = 8
 
 
 def write_ranks(
@@ -149,13 +147,17 @@ def convert_table(
     dtype = table.dtype if dtype is None else dtype
     if dtype not in STORED_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
+    if partition.vocab_size != table.vocab_size:
+        raise ValueError(
+            f"partition must be of the table's {table.vocab_size} rows, got one of vocab_size={partition.vocab_size}"
+        )
     spec = TableSpec(
         Path(target),
         tensor or table.tensor,
         dtype,
         table.emb_size,
         partition,
-        secrets.token_hex(_SET_ID_BYTES),
+        new_set_id(),
     )
     stored = STORED_DTYPES[dtype]
 
@@ -167,9 +169,8 @@ def convert_table(
         return None
 
     writing = layout_named(layout, spec)
-    writing.check_target(force)
     try:
-        writing.make_files()
+        writing.prepare(force)
         return writing.finish(write_ranks(writing, range(partition.world_size), fill, progress))
     except BaseException:
         writing.abort()
@@ -205,7 +206,7 @@ def write_together(
     """
     sizes = partition.vocab_size, emb_size, partition.world_size, partition.padded_vocab_size
     facts = {"path": str(path), "tensor_name": tensor, "dtype": dtype, "sizes": str(sizes), "force": str(force)}
-    everyones = exchange({"facts": facts, "set_id": secrets.token_hex(_SET_ID_BYTES)})
+    everyones = exchange({"facts": facts, "set_id": new_set_id()})
     found = disagreement([each["facts"] for each in everyones])
     if found is not None:
         raise ValueError(found)
@@ -215,8 +216,7 @@ def write_together(
 
     def prepare() -> None:
         if process == 0:
-            layout.check_target(force)
-            layout.make_files()
+            layout.prepare(force)
 
     def write() -> list[tuple[int, list[int]]]:
         return list(zip(ranks, write_ranks(layout, ranks, fill), strict=True))

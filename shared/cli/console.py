@@ -19,7 +19,7 @@ Steps = Callable[[str], Callable[[str, int, int], None]]
 
 def output() -> Console:
     """Standard output; wide enough for the tables where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
