@@ -17,6 +17,11 @@ from shared.launch import BACKENDS
 SMALL = ["--vocab-size", "96", "--emb-size", "16", "--world-size", "3"]
 
 
+def slower(*values):
+    """The values of a case that is left out of the default run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def pve(*arguments):
     return subprocess.run([sys.executable, "-m", "shared.cli", *arguments], capture_output=True, text=True)
 
@@ -34,6 +39,7 @@ def refused(capsys, match, *arguments):
     assert len([line for line in output.err.splitlines() if "error:" in line]) == 1
 
 
+@pytest.mark.slow
 def test_without_arguments_a_real_size_is_proven_equal():
     done = pve("compare", "--json")
     assert done.returncode == 0, done.stderr
@@ -50,7 +56,9 @@ def test_without_arguments_a_real_size_is_proven_equal():
     assert all(c["differing"] == 0 and c["max_ulp"] == 0 and c["max_abs"] == 0 for c in result["comparisons"])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float32", "float64"))]
+)
 def test_every_dtype_with_a_table_to_read(capsys, dtype):
     assert main(["compare", *SMALL, "--dtype", dtype, "--padding-idx", "3", "--seed", "5"]) == 0
     output = capsys.readouterr().out
@@ -69,7 +77,7 @@ def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
     assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
 
 
-@pytest.mark.parametrize(("reduction", "exchange"), [("all_reduce", "routed"), ("reduce_scatter", "dense")])
+@pytest.mark.parametrize(("reduction", "exchange"), [("all_reduce", "routed"), slower("reduce_scatter", "dense")])
 def test_reductions_in_real_processes(capsys, tmp_path, rng, reduction, exchange):
     """A user's own table, an odd number of columns, ids of [s, b], three torch processes and three JAX devices."""
     save_file({"emb": rng.standard_normal((42, 5)).astype(ml_dtypes.bfloat16)}, tmp_path / "t.safetensors")
@@ -111,7 +119,9 @@ def test_reductions_that_cannot_be_are_refused(capsys, tmp_path):
     refused(capsys, "invalid choice: 'sum'", "compare", *SMALL, "--reduction", "sum")
 
 
-@pytest.mark.parametrize(("shape", "world_size"), [((), 1), ((), 4), ((1,), 4), ((0,), 1), ((2, 0, 3), 4)])
+@pytest.mark.parametrize(
+    ("shape", "world_size"), [slower((), 1), ((), 4), slower((1,), 4), slower((0,), 1), ((2, 0, 3), 4)]
+)
 def test_ids_of_any_shape(capsys, tmp_path, rng, shape, world_size):
     save_file({"emb": rng.standard_normal((4, 3)).astype(np.float32)}, tmp_path / "t.safetensors")
     np.save(tmp_path / "ids.npy", np.full(shape, 3))

@@ -12,7 +12,7 @@ from shared.find_table import open_table
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [4, *(pytest.param(w, marks=pytest.mark.slow) for w in (2, 8))])
 def test_a_trained_table_on_real_text(capsys, wordllama, world_size):
     weights = wordllama / "weights" / "l2_supercat_256.safetensors"
     tokenizer = wordllama / "tokenizers" / "l2_supercat_tokenizer_config.json"
