@@ -115,7 +115,8 @@ class Manifest:
         """
         stored: dict[str, Any] = load_object(path)
         try:
-            if (stored.pop("format", None), stored.pop("version", None)) != (_FORMAT, _VERSION):
+            kind, version = stored.pop("format", None), stored.pop("version", None)
+            if (kind, version) != (_FORMAT, _VERSION) or isinstance(version, bool):
                 raise ValueError(f"not {_FORMAT!r} of version {_VERSION}")
             if not isinstance(stored.get("world_size"), int) or len(stored["shards"]) != stored["world_size"]:
                 raise ValueError("not one shard for each rank")
