@@ -24,6 +24,7 @@ __all__ = [
     "check_size",
     "ids_type_error",
     "invalid_id_error",
+    "printable",
     "table_dtype_error",
 ]
 
@@ -38,6 +39,17 @@ EXCHANGES = ("auto", "dense", "routed")
 
 INITS = ("per_rank", "global")
 """What a table's first numbers depend on: the rank they lie on, or their row alone."""
+
+
+def printable(text: str) -> str:
+    """The text with what would end a line or move the cursor spelt out.
+
+    Example:
+        >>> from shared.checks import printable
+        >>> printable("wte.weight" + chr(10) + chr(27) + "[2J")
+        'wte.weight\\\\n\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def as_int(name: str, value: Any) -> int:

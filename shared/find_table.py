@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from shared.checks import check_size
+from shared.checks import check_size, printable
 from shared.manifest import MANIFEST_NAME, Manifest, is_shard_name
 from shared.partition import VocabPartition
 from shared.row_checks import FileFacts, read_facts
@@ -18,7 +19,7 @@ from shared.tensor_file import STORAGE_CODES, Header, read_header
 __all__ = ["PICKLE_SUFFIXES", "Paths", "open_shards", "open_table"]
 
 _INPUT_EMBEDDING = re.compile(
-    r"(^|[./_])(embed_tokens|wte|word_embeddings?|tok_embeddings?|token_embeddings?|token_embedder|tok_emb|token_embd"
+    r"(^|[./])(embed_tokens|wte|word_embeddings?|tok_embeddings?|token_embeddings?|token_embedder|tok_emb|token_embd"
     r"|embed_in|input_embeddings?|shared|embed|emb|embedding|embeddings)([./](weight|embedding|kernel))?$"
 )
 _ANOTHER_TABLE = re.compile(r"position|wpe|token_type|segment|lm_head|output|classifier|norm|bias", re.IGNORECASE)
@@ -64,6 +65,17 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
         raise TypeError(f"tensor_name must be a string or None, got {tensor_name!r}")
     if vocab_size is not None:
         vocab_size = check_size("vocab_size", vocab_size)
+    try:
+        return _open(path, tensor_name, vocab_size)
+    except OSError as error:
+        raise ValueError(printable(f"{error.filename or path}: cannot be read ({error.strerror})")) from error
+    except ValueError as error:  # whose texts hold names out of files
+        if str(error).isprintable():
+            raise
+        raise ValueError(printable(str(error))) from error
+
+
+def _open(path: Paths, tensor_name: str | None, vocab_size: int | None) -> TableFile:
     if isinstance(path, (list, tuple)):
         parts = [Path(part) for part in path]
         return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size)
@@ -88,9 +100,7 @@ def _what_is_at(path: Path) -> Path | list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
-        if path.suffix in PICKLE_SUFFIXES:
-            raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
-        return path
+        return _no_pickle(path)
     if (path / MANIFEST_NAME).is_file():
         return path / MANIFEST_NAME
     for choices in ([path / "model.safetensors.index.json"], [*sorted(path.glob("*.safetensors.index.json"))]):
@@ -100,6 +110,12 @@ def _what_is_at(path: Path) -> Path | list[Path]:
     if parts:
         return [_only_file(part) for part in _in_rank_order(parts)]
     return _only_file(path)
+
+
+def _no_pickle(path: Path) -> Path:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
+    return path
 
 
 def _in_rank_order(parts: list[Path]) -> list[Path]:
@@ -134,20 +150,20 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
         raise ValueError(f"{path}: not an index of a checkpoint, it has no weight_map of file names")
     if tensor_name is None:
         looks_like = [name for name in names if _INPUT_EMBEDDING.search(name) and not _ANOTHER_TABLE.search(name)]
-        tensor_name = _the_one(looks_like, [name for name in names if "emb" in name.lower()], path)
+        tensor_name = _the_one(looks_like, names, path)
     if tensor_name not in names:
         raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(names)}")
     file: str = names[tensor_name]
     parts = PurePosixPath(file).parts
     if not file or ".." in parts or PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor or "\\" in file:
         raise ValueError(f"{path}: the file of {tensor_name!r} must lie in the index's folder, got {file!r}")
-    return path.parent / file, tensor_name
+    return _no_pickle(path.parent / file), tensor_name
 
 
 def _one_file(path: Path, tensor_name: str | None) -> TableFile:
     header = read_header(path)
     facts = read_facts(header, str(path))
-    if facts is not None and (facts.cuts[0], facts.cuts[-1]) != (0, facts.vocab_size):
+    if facts is not None and (is_shard_name(path.name) or not facts.whole):
         table = open_shards(path.parent / MANIFEST_NAME, tensor_name)  # one of several files
         if not any(path.samefile(file) for file in table.files):
             raise ValueError(f"{path}: not one of the files of the {MANIFEST_NAME} beside it")
@@ -182,14 +198,13 @@ def _choose(header: Header, tensor_name: str | None, path: Path) -> str:
     return tensor_name
 
 
-def _the_one(looks_like: list[str], candidates: list[str], path: Path) -> str:
+def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> str:
     if len(looks_like) == 1:
         return looks_like[0]
     if looks_like:
         raise ValueError(f"{path}: name the tensor to use; several look like an input embedding: {_listed(looks_like)}")
     raise ValueError(
-        f"{path}: name the tensor to use; none looks like an input embedding. 2-D floating-point tensors in it: "
-        f"{_listed(candidates)}"
+        f"{path}: name the tensor to use; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
     )
 
 
@@ -219,15 +234,9 @@ def open_shards(path: Path, tensor_name: str | None = None) -> TableFile:
         facts = read_facts(header, str(file))
         if facts is None or facts.checksum != shard.crc32:
             raise ValueError(f"{file}: not the file that {path.name} was written with")
-        stated = (facts.tensor, facts.dtype, facts.emb_size, facts.set_id, facts.cuts[0], facts.cuts[-1])
-        if stated != (
-            manifest.tensor,
-            manifest.dtype,
-            manifest.emb_size,
-            manifest.set_id,
-            shard.start,
-            shard.stop,
-        ):
+        same = ("tensor", "dtype", "vocab_size", "emb_size", "world_size", "padded_vocab_size", "set_id")
+        agree = all(getattr(facts, name) == getattr(manifest, name) for name in same)
+        if not agree or (facts.cuts[0], facts.cuts[-1]) != (shard.start, shard.stop):
             raise ValueError(f"{file}: contradicts {path.name}")
         segments.append(_segment(file, header, manifest.tensor, shard.start, facts))
     return TableFile(path, manifest.tensor, manifest.dtype, manifest.emb_size, segments, manifest.partition)
@@ -239,10 +248,11 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
         raise ValueError("path must name at least one file, got an empty list")
     segments, start, first = [], 0, None
     for path in paths:
-        if path.suffix in PICKLE_SUFFIXES:
-            raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
-        header = read_header(path)
+        header = read_header(_no_pickle(path))
         tensor = _choose(header, tensor_name, path)
+        facts = read_facts(header, str(path))
+        if facts is not None and not (facts.whole and len(paths) == 1):
+            raise ValueError(f"{path}: one file of several; open all of them by their {MANIFEST_NAME}")
         place = header.tensors[tensor]
         first = first or (tensor, place.dtype, place.shape)
         if first != (tensor, place.dtype, place.shape):
@@ -250,7 +260,7 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
                 f"{path}: the parts must be equal, but this one has {tensor} {place.code} {list(place.shape)}, the first "
                 f"{first[0]} {first[1]} {list(first[2])}"
             )
-        segments.append(_segment(path, header, tensor, start, None))
+        segments.append(_segment(path, header, tensor, start, facts))
         start += place.shape[0]
     assert first is not None
     if vocab_size is None:
@@ -260,6 +270,6 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
         )
     if not 1 <= vocab_size <= start:
         raise ValueError(f"vocab_size must be at most the {start} rows that the parts have, got {vocab_size}")
-    segments = [Segment(s.path, s.offset, s.start, min(s.stop, vocab_size)) for s in segments if s.start < vocab_size]
+    segments = [replace(s, stop=min(s.stop, vocab_size)) for s in segments if s.start < vocab_size]
     partition = VocabPartition(vocab_size, len(paths), start)
     return TableFile(source, first[0], str(first[1]), first[2][1], segments, partition)

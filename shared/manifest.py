@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.bits import STORED_DTYPES
-from shared.checks import check_size
 from shared.partition import VocabPartition
-from shared.strict_json import load_object
+from shared.strict_json import check_integer, load_object
 
 __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "is_set_name", "is_shard_name", "shard_name"]
 
@@ -77,25 +76,30 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "emb_size", "world_size", "padded_vocab_size"):
+            check_integer(name, getattr(self, name), at_least=1)
         partition = self.partition
-        check_size("emb_size", self.emb_size)
         if self.dtype not in STORED_DTYPES:
             raise ValueError(f"dtype {self.dtype!r}")
         if not isinstance(self.tensor, str) or not isinstance(self.set_id, str):
             raise TypeError("tensor or set_id is no text")
+        if not re.fullmatch(_SET_ID, self.set_id):
+            raise ValueError(f"set_id must be 16 hexadecimal digits, got {self.set_id[:40]!r}")
         if len(self.shards) != partition.world_size:
             raise ValueError(f"{len(self.shards)} shards for {partition.world_size} ranks")
         for rank, shard in enumerate(self.shards):
             expected = shard_name(rank, partition.world_size, self.set_id)
             if shard.file != expected or Path(expected).name != expected:
                 raise ValueError(f"the shard of rank {rank} must be the file {expected!r}, got {shard.file!r}")
+            for name in ("start", "stop", "bytes"):
+                check_integer(f"{name} of the shard of rank {rank}", getattr(shard, name))
             if (shard.start, shard.stop) != partition.owned_range(rank):
                 raise ValueError(
                     f"the shard of rank {rank} must hold rows {list(partition.owned_range(rank))}, "
                     f"got {[shard.start, shard.stop]}"
                 )
-            if type(shard.bytes) is not int or not isinstance(shard.crc32, str):
-                raise TypeError(f"size or checksum of the shard of rank {rank}")
+            if not isinstance(shard.crc32, str):
+                raise TypeError(f"the checksum of the shard of rank {rank} is no text")
 
     @property
     def partition(self) -> VocabPartition:
@@ -115,10 +119,11 @@ class Manifest:
         """
         stored: dict[str, Any] = load_object(path)
         try:
-            kind, version = stored.pop("format", None), stored.pop("version", None)
-            if (kind, version) != (_FORMAT, _VERSION) or isinstance(version, bool):
+            check_integer("version", stored.get("version"))
+            if (stored.pop("format", None), stored.pop("version")) != (_FORMAT, _VERSION):
                 raise ValueError(f"not {_FORMAT!r} of version {_VERSION}")
-            if not isinstance(stored.get("world_size"), int) or len(stored["shards"]) != stored["world_size"]:
+            check_integer("world_size", stored.get("world_size"), at_least=1)
+            if len(stored["shards"]) != stored["world_size"]:
                 raise ValueError("not one shard for each rank")
             shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
             return cls(**stored, shards=shards)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shared.checks import as_int
 from shared.partition import VocabPartition
-from shared.strict_json import parse_object
+from shared.strict_json import check_integer, parse_object
 from shared.tensor_file import Header
 
 __all__ = ["FileFacts", "block_rows", "piece_edges", "read_facts"]
@@ -68,11 +67,13 @@ class FileFacts:
     set_id: str
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "emb_size", "world_size", "padded_vocab_size", "block"):
+            check_integer(name, getattr(self, name), at_least=1)
+        for number in self.cuts:
+            check_integer("a cut", number)
         VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
-        for number in (self.block, *self.cuts, *self.crc32):
-            as_int("a number", number)
         ascending = all(a <= b for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        if len(self.cuts) < 2 or not ascending or self.cuts[0] < 0 or self.cuts[-1] > self.vocab_size or self.block < 1:
+        if len(self.cuts) < 2 or not ascending or self.cuts[-1] > self.vocab_size:
             raise ValueError("cuts do not fit the vocabulary")
         if not all(isinstance(text, str) for text in (self.tensor, self.dtype, self.set_id)):
             raise TypeError("tensor, dtype or set_id is no text")
@@ -82,6 +83,11 @@ class FileFacts:
         sums = "".join(f"{number:08x}" for number in self.crc32)  # of a length that is known before the numbers are
         text = json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self), "crc32": sums})
         return {_KEY: text, _SUM: _sum_of(text)}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file has all rows of the table."""
+        return (self.cuts[0], self.cuts[-1]) == (0, self.vocab_size)
 
     @property
     def checksum(self) -> str:
@@ -110,6 +116,7 @@ def read_facts(header: Header, source: str) -> FileFacts | None:
         if _sum_of(text) != header.metadata[_SUM]:
             raise ValueError("its own checksum does not match")
         stored: dict[str, Any] = parse_object(text, "metadata")
+        check_integer("version", stored["version"])
         if (stored.pop("format"), stored.pop("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"not {_FORMAT!r} of version {_VERSION}")
         sums = tuple(int.from_bytes(four, "big") for four in _fours(bytes.fromhex(stored["crc32"])))
@@ -118,6 +125,9 @@ def read_facts(header: Header, source: str) -> FileFacts | None:
         rows = facts.cuts[-1] - facts.cuts[0]
         if place is None or place.dtype != facts.dtype or place.shape != (rows, facts.emb_size):
             raise ValueError(f"the tensor {facts.tensor!r} is not what it says")
+        # Before as many numbers are made as there are rows.
+        if len(facts.crc32) < rows // facts.block:
+            raise ValueError("a checksum is missing")
         if len(facts.crc32) != max(0, len(piece_edges(facts.cuts, facts.block)) - 1):
             raise ValueError("a checksum is missing")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_object", "parse_object"]
+__all__ = ["check_integer", "load_object", "parse_object"]
 
 _LARGEST = 100 << 20
+_LIMIT = 2**62
 
 
 def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
@@ -43,6 +44,16 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_integer(name: str, value: Any, at_least: int = 0) -> None:
+    """Refuse what is no JSON integer, or none that a size or a place can be.
+
+    Raises:
+        ValueError: it is of another type (3.0 and true included), too small, or does not fit 63 bits.
+    """
+    if type(value) is not int or not at_least <= value < _LIMIT:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
 def load_object(path: Path) -> dict[str, Any]:

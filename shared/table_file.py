@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,10 +91,10 @@ class TableFile:
 
         Where nothing is to be cast, they are read straight into its memory; else by way of a mebibyte or so.
         """
-        if not out.flags.c_contiguous:
-            raise ValueError("out must be C-contiguous")
+        if out.ndim != 2 or out.shape[1] != self.emb_size or not out.flags.c_contiguous:
+            raise ValueError(f"out must be C-contiguous [rows, {self.emb_size}], got {list(out.shape)}")
+        self._check_range(start, start + len(out))
         if out.dtype == STORED_DTYPES[self.dtype]:
-            self._check_range(start, start + len(out))
             self.read_into(start, start + len(out), out.reshape(-1).view(np.uint8).data)
             return
         step = max(1, _CAST_BYTES // self.row_bytes)
@@ -120,10 +121,13 @@ class TableFile:
             read_exactly(descriptor, into, segment.offset + (first - segment.start) * width, segment.path)
 
         try:
-            descriptor = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
+            # Of a pipe in the file's place no one would wait for the other end.
+            descriptor = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ValueError(f"{segment.path}: cannot be read ({error.strerror})") from error
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"{segment.path}: not a file any more")
             if segment.facts is None:
                 read(start, stop, buffer)
                 return None

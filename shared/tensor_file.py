@@ -129,11 +129,14 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
     """Fill ``buffer`` from byte ``offset`` of an open file.
 
     Raises:
-        ValueError: the file ends before.
+        ValueError: the file ends before, or the disk fails.
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done : done + _PIECE]], offset + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done : done + _PIECE]], offset + done)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         if count == 0:
             raise ValueError(f"{path}: truncated, it ends {len(buffer) - done} bytes early")
         done += count

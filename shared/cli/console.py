@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from shared.checks import printable
+
 __all__ = ["Steps", "fail", "output", "print_json", "progress_steps"]
 
 Steps = Callable[[str], Callable[[str, int, int], None]]
@@ -29,7 +31,7 @@ def print_json(value: Any) -> None:
 
 def fail(message: str) -> int:
     """One line on standard error; returns the exit status for bad input."""
-    print(f"pve: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"pve: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -833,7 +833,7 @@ class Exchange:
     """What lets threads stand for processes: each gives something and gets what all gave, as JSON carries it."""
 
     def __init__(self, processes):
-        self.barrier = threading.Barrier(processes, timeout=60)
+        self.barrier = threading.Barrier(processes, timeout=10)
         self.given = [None] * processes
 
     def of(self, process):
