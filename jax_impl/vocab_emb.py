@@ -256,6 +256,8 @@ class ParallelVocabEmbedding:
             >>> bool((again.weight == emb.weight).all())
             True
         """
+        if not isinstance(self.weight, jax.Array) or isinstance(self.weight, jax.core.Tracer):
+            raise ValueError(f"the table must be an array to be saved, outside jit, got {type(self.weight).__name__}")
         write_table(self.weight, self.partition, path, tensor_name, force)
 
     _STATIC = (

@@ -248,7 +248,8 @@ class ParallelVocabEmbedding(nn.Module):
             force: replace what is there.
 
         Raises:
-            ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written.
+            ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written; the table is on
+                the meta device; ranks and no group.
 
         Example:
             >>> import tempfile, torch
@@ -259,6 +260,8 @@ class ParallelVocabEmbedding(nn.Module):
             >>> torch.equal(ParallelVocabEmbedding.from_table(path).weight, emb.weight)
             True
         """
+        if self.weight.is_meta:
+            raise ValueError("the table must have storage to be saved: call to_empty(device=...) first")
         if process_group is not None:
             resolve_rank(self.rank, self.world_size, process_group)
         elif self._group_name is not None:

@@ -232,6 +232,17 @@ def test_one_torch_rank_alone_cannot_write_for_all(tmp_path):
         TorchEmbedding(32, 6, 1, 4).save_table(tmp_path / "set")
 
 
+def test_what_has_no_rows_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="the table must have storage to be saved"):
+        TorchEmbedding(32, 6, device="meta").save_table(tmp_path / "set")
+    layer = JaxEmbedding(32, 6, mesh_of(4))
+    with pytest.raises(ValueError, match="the table must be an array to be saved, outside jit, got ShapeDtypeStruct"):
+        jax.eval_shape(lambda: layer).save_table(tmp_path / "set")
+    with pytest.raises(ValueError, match="the table must be an array to be saved, outside jit"):
+        jax.jit(lambda layer: layer.save_table(tmp_path / "set"))(layer)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_global_numbers_are_the_same_in_both(dtype):
     expected = TorchEmbedding(30, 6, dtype=getattr(torch, dtype), init="global", init_std=0.02, init_mean=0.5).weight
