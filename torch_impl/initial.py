@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.global_normal import normal_rows
 from shared.partition import VocabPartition
-from torch_impl.rows import memory_of
+from torch_impl.rows import fill_rows
 
 __all__ = ["fill_normal"]
-
-_BYTES = 1 << 24
 
 
 def fill_normal(
@@ -32,14 +31,12 @@ def fill_normal(
     if init == "per_rank":
         generator = torch.Generator(weight.device).manual_seed(seed + rank)
         nn.init.normal_(weight, mean, std, generator=generator)
-    elif weight.device.type == "cpu" and weight.is_contiguous():
-        rows = memory_of(weight)[: stop - start]
-        normal_rows(start, stop, weight.shape[1], rows.dtype, seed, mean, std, out=rows)
     else:
-        step = max(1, _BYTES // (weight.shape[1] * weight.element_size()))
-        for first in range(start, stop, step):
-            part = torch.empty(min(step, stop - first), weight.shape[1], dtype=weight.dtype)
-            rows = memory_of(part)
-            normal_rows(first, first + len(part), weight.shape[1], rows.dtype, seed, mean, std, out=rows)
-            weight[first - start : first - start + len(part)].copy_(part)
-    weight[stop - start :].zero_()
+
+        def fill(first: int, rows: np.ndarray) -> None:
+            first += start
+            normal_rows(first, first + len(rows), rows.shape[1], rows.dtype, seed, mean, std, out=rows)
+
+        fill_rows(weight.detach()[: stop - start], fill)
+    if partition.padding_rows:
+        weight[stop - start :].zero_()

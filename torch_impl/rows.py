@@ -5,6 +5,7 @@ Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from shared.bits import STORED_DTYPES
 
-__all__ = ["lookup_rows", "memory_of", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
+__all__ = ["fill_rows", "lookup_rows", "memory_of", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
+
+_BYTES = 1 << 24
 
 
 def memory_of(rows: Tensor) -> np.ndarray:
@@ -22,6 +25,23 @@ def memory_of(rows: Tensor) -> np.ndarray:
     dtype = str(rows.dtype).removeprefix("torch.")
     flat = rows.detach().view(torch.uint8).numpy()
     return flat.view(STORED_DTYPES[dtype])
+
+
+def fill_rows(rows: Tensor, fill: Callable[[int, np.ndarray], Any]) -> None:
+    """Have NumPy arrays filled that become the rows: on a CPU their own memory, else 16 MiB at a time.
+
+    Args:
+        rows: a contiguous tensor, on any device that has storage.
+        fill: called with the number of the first row, and the array ``[k, e]`` of that and the next ones.
+    """
+    if rows.device.type == "cpu":
+        fill(0, memory_of(rows))
+        return
+    step = max(1, _BYTES // (rows.shape[1] * rows.element_size()))
+    for first in range(0, len(rows), step):
+        part = torch.empty(min(step, len(rows) - first), rows.shape[1], dtype=rows.dtype)
+        fill(first, memory_of(part))
+        rows[first : first + len(part)].copy_(part)
 
 
 def take_rows(weight: Tensor, local: Tensor, owned: Tensor, counted: Tensor | None, sparse: bool) -> Tensor:

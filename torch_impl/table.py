@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,11 +13,9 @@ from shared.partition import VocabPartition
 from shared.table_file import TableFile
 from shared.table_writer import write_together
 from torch_impl.faults import gather_objects
-from torch_impl.rows import memory_of
+from torch_impl.rows import fill_rows, memory_of
 
 __all__ = ["fill_from_table", "write_table"]
-
-_BYTES = 1 << 24
 
 
 def fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition, rank: int) -> None:
@@ -36,16 +33,9 @@ def fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition,
         ValueError: a file of the table is damaged.
     """
     start, stop = partition.owned_range(rank)
-    with torch.no_grad():
-        weight[stop - start :].zero_()
-        if weight.device.type == "cpu":
-            table.read_rows(start, memory_of(weight)[: stop - start])
-            return
-        step = max(1, _BYTES // (weight.shape[1] * weight.element_size()))
-        for first in range(start, stop, step):
-            part = torch.empty(min(step, stop - first), weight.shape[1], dtype=weight.dtype)
-            table.read_rows(first, memory_of(part))
-            weight[first - start : first - start + len(part)].copy_(part)
+    rows = weight.detach()
+    rows[stop - start :].zero_()
+    fill_rows(rows[: stop - start], lambda first, memory: table.read_rows(start + first, memory))
 
 
 def write_table(
