@@ -38,7 +38,12 @@ def exchange(left: Path, right: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
             raise OSError(number, os.strerror(number), str(left))
-    aside = right.with_name(f".{right.name}.{left.name}.old")
+    aside = right.with_name(f"{left.name}.old")
     os.rename(right, aside)
-    os.rename(left, right)
-    os.rename(aside, left)
+    try:
+        os.rename(left, right)
+        os.rename(aside, left)
+    except BaseException:
+        if aside.exists() and not right.exists():
+            os.rename(aside, right)
+        raise

@@ -220,6 +220,17 @@ def open_shards(path: Path, tensor_name: str | None = None) -> TableFile:
         ValueError: they are not, or the table is not called ``tensor_name``.
     """
     manifest = Manifest.load(path)
+    while True:
+        try:
+            return _of_manifest(path, manifest, tensor_name)
+        except ValueError:
+            before, manifest = manifest, Manifest.load(path)
+            if manifest.set_id == before.set_id:
+                raise
+            # Another process has replaced the set meanwhile.
+
+
+def _of_manifest(path: Path, manifest: Manifest, tensor_name: str | None) -> TableFile:
     if tensor_name not in (None, manifest.tensor):
         raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there is: {manifest.tensor}")
     segments = []

@@ -88,9 +88,9 @@ class Layout(ABC):
     _lock: int | None = None
 
     def __init__(self, spec: TableSpec) -> None:
-        # A link stays a link: what it leads to is replaced.
-        target = spec.target.resolve() if spec.target.is_symlink() else spec.target
-        self.spec = replace(spec, target=target)
+        # A link stays a link: what it leads to is replaced. A folder called "." has another name too.
+        target, nameless = spec.target, spec.target.name in ("", "..")
+        self.spec = replace(spec, target=target.resolve() if nameless or target.is_symlink() else target)
 
     @abstractmethod
     def place(self, rank: int) -> Place:
@@ -157,7 +157,7 @@ class Layout(ABC):
     def _take(self, path: Path) -> None:
         """Hold a file or folder, so that others see that it is in use; for as long as this process lives."""
         self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if not _lock(self._lock):
+        if _lock(self._lock) is False:
             self._release()
             raise ValueError(f"{path}: another process is writing there; wait for it")
 
@@ -168,14 +168,15 @@ class Layout(ABC):
 
     def _clear_leftovers(self) -> None:
         """Remove what a process that was killed left beside the target."""
-        name = re.compile(rf"\.{re.escape(self.spec.target.name)}\.[0-9a-f]{{16}}\.tmp")
+        name = re.compile(rf"\.{re.escape(self.spec.target.name)}\.[0-9a-f]{{16}}\.tmp(\.old)?")
         for path in [path for path in self.spec.target.parent.iterdir() if name.fullmatch(path.name)]:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if _lock(descriptor):
-                    _remove(path)
-            finally:
-                os.close(descriptor)
+            with contextlib.suppress(OSError):  # another user's, or gone by now
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    if _lock(descriptor):
+                        _remove(path)
+                finally:
+                    os.close(descriptor)
 
 
 class FileLayout(Layout):
@@ -264,8 +265,11 @@ class ShardsLayout(Layout):
     def make_files(self) -> None:
         target = self.spec.target
         if not target.exists():
-            self._made_folder = True
-            target.mkdir(exist_ok=True)
+            try:
+                self._made_folder = True
+                target.mkdir()
+            except FileExistsError:
+                self._made_folder = False  # another process was faster
         self._take(target)
         self.check_target()  # another process may have been faster
         super().make_files()
@@ -361,12 +365,16 @@ class MegatronLayout(Layout):
         else:
             os.rename(new, spec.target)
         _sync_folder(spec.target.parent)
-        _remove(new)
+        with contextlib.suppress(OSError):  # the old table's; what is left of it, the next run clears
+            _remove(new)
         self._release()
         return [spec.target / place.path.relative_to(new) for place in self._places()]
 
     def abort(self) -> None:
-        _remove(self.spec.hidden())  # the new table, or the old one if that is already replaced
+        new, target = self.spec.hidden(), self.spec.target
+        _remove(new)  # the new table, or the old one if that is already replaced
+        if target.exists():
+            _remove(new.with_name(f"{new.name}.old"))
         self._release()
 
 
@@ -384,14 +392,14 @@ def new_set_id() -> str:
     return secrets.token_hex(8)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file or folder; False where another process has it. Where there are no locks, nobody has."""
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder; False where another process has it, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 

@@ -144,9 +144,7 @@ def convert_table(
         array([[2., 3.],
                [4., 5.]])
     """
-    dtype = table.dtype if dtype is None else dtype
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype!r}")
+    dtype = _stored_dtype(table.dtype if dtype is None else dtype)
     if partition.vocab_size != table.vocab_size:
         raise ValueError(
             f"partition must be of the table's {table.vocab_size} rows, got one of vocab_size={partition.vocab_size}"
@@ -177,6 +175,12 @@ def convert_table(
         raise
 
 
+def _stored_dtype(name: str) -> str:
+    if name not in STORED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {name!r}")
+    return name
+
+
 def write_together(
     path: str | Path,
     tensor: str,
@@ -205,6 +209,7 @@ def write_together(
         ValueError: in every process, if any of them could not do its part, or they were asked for different things.
     """
     sizes = partition.vocab_size, emb_size, partition.world_size, partition.padded_vocab_size
+    _stored_dtype(dtype)
     facts = {"path": str(path), "tensor_name": tensor, "dtype": dtype, "sizes": str(sizes), "force": str(force)}
     everyones = exchange({"facts": facts, "set_id": new_set_id()})
     found = disagreement([each["facts"] for each in everyones])

@@ -1,5 +1,6 @@
 """Tables as one file, as shards, as Megatron-style parts: every bit comes back, and the target is whole at any moment."""
 
+import ctypes
 import errno
 import fcntl
 import importlib.util
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 
 from shared import VocabPartition, row_checks, table_writer
 from shared.bits import DTYPES, STORED_DTYPES, cast
+from shared.cli import main
 from shared.find_table import open_table
 from shared.layouts import LAYOUTS, ShardsLayout
 from shared.manifest import Manifest
@@ -620,6 +622,56 @@ def test_a_file_system_without_locks_is_not_taken_for_another_writer(tmp_path, t
         problem = str(error)
     assert "another process" not in problem
     assert (tmp_path / "set").exists() != bool(problem)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_parts_stay_on_a_disk_that_cannot_exchange_names(tmp_path, table, monkeypatch, number):
+    """NFS, for one; what can be helped there is an error or an interrupt between the renamings."""
+    target, rename, calls = tmp_path / "target", os.rename, []
+    convert_table(table, target, "megatron", VocabPartition(30, 3), dtype="float16")
+
+    def without(*_, **__):
+        raise OSError("no such library")
+
+    def interrupted_once(left, right):
+        calls.append(left)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        rename(left, right)
+
+    monkeypatch.setattr(ctypes, "CDLL", without)
+    monkeypatch.setattr(os, "rename", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        convert_table(table, target, "megatron", VocabPartition(30, 2), force=True)
+    assert open_table(target, vocab_size=30).dtype == ("float16" if number == 2 else "float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_leftover_of_another_user_is_left_where_it_is(tmp_path, table, monkeypatch):
+    leftover, opened = tmp_path / ".target.0123456789abcdef.tmp", os.open
+    leftover.write_text("of someone else")
+
+    def refusing(path, *arguments, **options):
+        if str(path) == str(leftover):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    convert_table(table, tmp_path / "target", "file", VocabPartition(30, 1))
+    assert open_table(tmp_path / "target").vocab_size == 30
+
+
+def test_the_folder_one_is_in_is_refused_as_a_file_in_clear_words(tmp_path, table, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", str(table.path), "-o", "."]) == 2
+    assert ".: exists and is not a regular file" in capsys.readouterr().err
+
+
+def test_the_folder_one_is_in_takes_megatron_parts_or_refuses_them_in_clear_words(tmp_path, table, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    main(["shard", str(table.path), "-o", ".", "--world-size", "2", "--layout", "megatron"])
+    assert "empty name" not in capsys.readouterr().err
 
 
 # Stopped at any moment
