@@ -90,6 +90,7 @@ class Layout(ABC):
     def __init__(self, spec: TableSpec) -> None:
         # A link stays a link: what it leads to is replaced. A folder called "." has another name too.
         target, nameless = spec.target, spec.target.name in ("", "..")
+        self._named = target
         self.spec = replace(spec, target=target.resolve() if nameless or target.is_symlink() else target)
 
     @abstractmethod
@@ -140,18 +141,18 @@ class Layout(ABC):
 
     def _check_parent(self) -> None:
         if not self.spec.target.parent.is_dir():
-            raise ValueError(f"{self.spec.target}: its folder does not exist")
+            raise ValueError(f"{self._named}: its folder does not exist")
 
     def _check_taken(self, taken: bool) -> None:
         if taken and not self._force:
-            raise ValueError(f"{self.spec.target}: exists; pass --force (force=True) to replace it")
+            raise ValueError(f"{self._named}: exists; pass --force (force=True) to replace it")
 
     def _check_folder(self, foreign: Sequence[str], taken: bool) -> None:
         target = self.spec.target
         if target.exists() and not target.is_dir():
-            raise ValueError(f"{target}: exists and is not a folder; name another one")
+            raise ValueError(f"{self._named}: exists and is not a folder; name another one")
         if foreign:
-            raise ValueError(f"{target}: holds other files ({', '.join(foreign[:5])}); name a folder of its own")
+            raise ValueError(f"{self._named}: holds other files ({', '.join(foreign[:5])}); name a folder of its own")
         self._check_taken(taken)
 
     def _take(self, path: Path) -> None:
@@ -207,9 +208,9 @@ class FileLayout(Layout):
         self._check_parent()
         target = self.spec.target
         if target.suffix in (*PICKLE_SUFFIXES, ".json"):
-            raise ValueError(f"{target}: its name is not that of a safetensors file; end it in .safetensors")
+            raise ValueError(f"{self._named}: its name is not that of a safetensors file; end it in .safetensors")
         if target.exists() and not target.is_file():
-            raise ValueError(f"{target}: exists and is not a regular file; name another one")
+            raise ValueError(f"{self._named}: exists and is not a regular file; name another one")
         self._check_taken(target.exists())
 
     def make_files(self) -> None:

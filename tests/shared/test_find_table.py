@@ -385,6 +385,18 @@ CHECKPOINTS = {
     },
     "backbone.embeddings.weight": {"backbone.layers.0.mixer.in_proj.weight": 2, "lm_head.weight": 2},
     "token_embd.weight": {"blk.0.attn_q.weight": 2, "output.weight": 2, "output_norm.weight": 1},
+    "language_model.model.embed_tokens.weight": {
+        "vision_tower.vision_model.embeddings.patch_embedding.weight": 4,
+        "vision_tower.vision_model.embeddings.position_embedding.weight": 2,
+        "vision_tower.vision_model.embeddings.class_embedding": 1,
+        "multi_modal_projector.linear_1.weight": 2,
+        "language_model.lm_head.weight": 2,
+    },
+    "deberta.embeddings.word_embeddings.weight": {
+        "deberta.encoder.rel_embeddings.weight": 2,
+        "deberta.embeddings.LayerNorm.weight": 1,
+        "mask_predictions.dense.weight": 2,
+    },
     "params/Embed_0/embedding": {"params/Dense_0/kernel": 2, "params/Dense_0/bias": 1},
 }
 

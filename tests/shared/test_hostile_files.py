@@ -950,6 +950,33 @@ def test_names_that_would_write_on_the_terminal_are_spelt_out(tmp_path):
     assert [text for text in texts if not text.isprintable()] == []
 
 
+def test_an_error_is_no_longer_than_can_be_read(a_set, tmp_path):
+    """However long what is wrong is: one line may be short, and of a megabyte."""
+    long = "x" * 10**6
+    (tmp_path / "t").write_bytes(
+        safetensors({long: entry(VALUES[:12]), long[1:]: entry(VALUES[12:], 240)}, VALUES.tobytes())
+    )
+    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": long}}))
+    (tmp_path / "j.json").write_text(json.dumps({"weight_map": {"wte.weight": f"../{long}"}}))
+    paths = [tmp_path / "t", tmp_path / "i.json", tmp_path / "j.json"]
+    for field, value in (
+        ("version", long),
+        ("version", 10**4000),
+        ("vocab_size", 10**4000),
+        ("dtype", long),
+        (long, 1),
+    ):
+        (tmp_path / f"{len(paths)}").mkdir()
+        paths.append(tmp_path / f"{len(paths)}" / "manifest.json")
+        paths[-1].write_text(json.dumps({**json.loads((a_set / "manifest.json").read_text()), field: value}))
+    lengths = {}
+    for path in paths:
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as caught:
+            open_table(path)
+        lengths[path.relative_to(tmp_path)] = len(str(caught.value))
+    assert {path: length for path, length in lengths.items() if length > 2000} == {}
+
+
 # Sets whose files are not those that were written
 
 
@@ -1047,6 +1074,17 @@ def test_a_flipped_byte_is_refused_by_whoever_reads_its_rows_and_by_nobody_else(
     assert outcome(a_set, VocabPartition(24, 8)) == "same"  # of those ranks that have their rows
 
 
+def test_checksums_are_of_the_tensor_they_were_made_for(tmp_path):
+    """A program may add a tensor to a table file and keep its metadata, which tell of the first one alone."""
+    both = {"wte.weight": entry(np.zeros((3, 2), np.float32)), "added": entry(VALUES, 24)}
+    header = telling(tmp_path / "t").read_bytes()[8:]
+    metadata = json.JSONDecoder().raw_decode(header.decode("latin-1"))[0]["__metadata__"]
+    (tmp_path / "t").write_bytes(safetensors({"__metadata__": metadata, **both}, bytes(24) + VALUES.tobytes()))
+    assert not open_table(tmp_path / "t").rows(0, 3).any()
+    assert outcome(tmp_path / "t", tensor_name="added") == "same"
+    assert outcome([tmp_path / "t"], tensor_name="added", vocab_size=24) == "same"
+
+
 # Things that are no files
 
 
@@ -1119,6 +1157,38 @@ def test_a_folder_that_leads_to_itself(tmp_path, refused):
     refused(tmp_path / "inside", "inside: no safetensors file in it")
     (tmp_path / "inside" / "table.safetensors").write_bytes(FOREIGN)
     assert outcome(tmp_path / "inside" / "again" / "again") == "same"
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_called_like_a_leftover_is_neither_waited_for_nor_followed(tmp_path, put, layout, thing):
+    """Whoever can write beside a target can put there what a killed process would have left, or what only looks so."""
+    (tmp_path / "precious").write_text("precious")
+    source = open_table(put("source"))
+    thing(tmp_path / ".target.0123456789abcdef.tmp")
+    (tmp_path / ".target.0123456789abcde0.tmp").symlink_to("precious")
+    with contextlib.suppress(ValueError):
+        convert_table(source, tmp_path / "target", layout, PARTITION)
+        assert outcome(tmp_path / "target", vocab_size=24) == "same"
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
+def test_what_is_called_like_a_manifest_in_a_target_is_replaced_or_all_stays_as_it_was(tmp_path, put, thing):
+    source = open_table(put("source"))
+    target = tmp_path / "target"
+    target.mkdir()
+    thing(target / "manifest.json")
+    for force in (False, True):
+        before = contents(target)
+        try:
+            convert_table(source, target, "shards", PARTITION, force=force)
+        except (ValueError, OSError) as error:
+            assert str(target) in str(error)  # noqa: PT017
+            assert contents(target) == before
+        else:
+            assert force
+            assert outcome(target) == "same"
 
 
 # Files that change once the table is open, and disks that fail
@@ -1307,8 +1377,8 @@ def longer(rng, data, at):
 
 
 def another_number(rng, data, at):
-    """Instead of one of those that are written out in figures."""
-    places = [*re.finditer(rb"(?<![\w.])\d+(?![\w.])", data)]
+    """Instead of one of those that are written out in figures before there."""
+    places = [*re.finditer(rb"(?<![\w.])\d+(?![\w.])", data[:at])]
     if places:
         number = places[rng.integers(len(places))]
         value = int(number[0][:30])
