@@ -105,12 +105,13 @@ def normal_rows(
         right = min(right, emb_size)
         out[first - start : last - start, left:right] = cast(numbers[:, : right - left], dtype)
 
-    if len(blocks) == 1:
-        fill(blocks[0])
-    else:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    try:
+        with ThreadPoolExecutor(min(len(blocks), len(os.sched_getaffinity(0))) or 1) as pool:
             for _ in pool.map(fill, blocks):
                 pass
+    except RuntimeError:  # the interpreter is ending, and starts no more threads
+        for block in blocks:
+            fill(block)
     return out
 
 

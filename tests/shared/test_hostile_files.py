@@ -1403,15 +1403,15 @@ MUTATIONS = [
 
 
 def mutated(rng, whole, end):
-    """The file with one to three mutations that begin before ``end``, and what they are called."""
-    data, names = bytearray(whole), []
+    """The file with one to three mutations of what is before ``end``, and what they are called."""
+    data, names = bytearray(whole[:end]), []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if data:
             mutation = MUTATIONS[rng.integers(len(MUTATIONS))]
-            at = int(rng.integers(0, min(end, len(data))))
+            at = int(rng.integers(0, len(data)))
             mutation(rng, data, at)
             names.append(f"{mutation.__name__} at {at}")
-    return bytes(data), ", ".join(names)
+    return bytes(data) + whole[end:], ", ".join(names)
 
 
 def header_end(whole):
@@ -1436,26 +1436,13 @@ class Fuzz:
                 found = outcome(opened, partition, **options)
                 if found in self.counts:
                     self.counts[found] += 1
-                elif not self.explained(opened, found):
+                else:
                     self.wrong[f"{path.name}: {name}{' by ranks' if partition else ''}"] = found
         finally:
             path.write_bytes(whole)
 
-    def explained(self, opened, found):
-        return False
 
-
-class FuzzOfForeignHeaders(Fuzz):
-    """A header without a checksum may come to tell of other rows; if safetensors finds the same, nobody could notice."""
-
-    def explained(self, opened, found):
-        if not found.startswith("another table"):
-            return False
-        table = open_table(opened)
-        return table.rows(0, table.vocab_size).tobytes() == load_file(opened)[table.tensor].tobytes()
-
-
-CASES = pytest.mark.parametrize("cases", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize("cases", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 
 
 def run(fuzz, cases, case):
@@ -1496,8 +1483,8 @@ def test_mutations_of_a_manifest(a_set, cases):
 
 @CASES
 def test_mutations_of_a_foreign_files_header(put, cases):
-    """Its rows have no checksum: other bytes there are other rows."""
-    path, fuzz = put("source"), FuzzOfForeignHeaders(5)
+    """Its rows have no checksum: other bytes there are other rows. So are they in another shape, which is unlikely."""
+    path, fuzz = put("source"), Fuzz(5)
     run(fuzz, cases, lambda: fuzz(path, path, header_end(path.read_bytes())))
 
 
