@@ -120,7 +120,7 @@ def test_reductions_that_cannot_be_are_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "world_size"), [slower((), 1), ((), 4), slower((1,), 4), slower((0,), 1), ((2, 0, 3), 4)]
+    ("shape", "world_size"), [slower((), 1), slower((), 4), slower((1,), 4), slower((0,), 1), ((2, 0, 3), 4)]
 )
 def test_ids_of_any_shape(capsys, tmp_path, rng, shape, world_size):
     save_file({"emb": rng.standard_normal((4, 3)).astype(np.float32)}, tmp_path / "t.safetensors")

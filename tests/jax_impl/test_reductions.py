@@ -82,7 +82,11 @@ def one_mesh(kind="Auto", shape=(4,), names=("tp",)):
 
 @pytest.mark.parametrize(
     ("world_size", "dtype"),
-    [(1, np.float32), pytest.param(3, np.float16, marks=pytest.mark.slow), (8, ml_dtypes.bfloat16)],
+    [
+        pytest.param(1, np.float32, marks=pytest.mark.slow),
+        pytest.param(3, np.float16, marks=pytest.mark.slow),
+        (8, ml_dtypes.bfloat16),
+    ],
 )
 def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(world_size, dtype):
     ids = zipf_ids((2, 24), VocabPartition(48, world_size), 0)
@@ -100,7 +104,8 @@ def test_float64(x64):
     check_case(one_mesh(), zipf_ids((2, 16), VocabPartition(48, 4), 0), 48, 6, np.float64)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(np.float32, marks=pytest.mark.slow), ml_dtypes.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_lopsided_ids(dtype):
     """One mesh and one shape, so that one program a mode runs them all."""
     lopsided = {

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -48,6 +49,7 @@ def test_compile(world):
     world(2)(check_compile, "aot_eager")
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(world):
     world(2)(check_compile, "inductor")
 
