@@ -42,14 +42,15 @@ INITS = ("per_rank", "global")
 
 
 def printable(text: str) -> str:
-    """The text with what would end a line or move the cursor spelt out.
+    """The text with what would end a line or move the cursor spelt out, and no longer than can be read.
 
     Example:
         >>> from shared.checks import printable
         >>> printable("wte.weight" + chr(10) + chr(27) + "[2J")
         'wte.weight\\\\n\\\\x1b[2J'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
 
 
 def as_int(name: str, value: Any) -> int:

@@ -70,9 +70,10 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
     except OSError as error:
         raise ValueError(printable(f"{error.filename or path}: cannot be read ({error.strerror})")) from error
     except ValueError as error:  # whose texts hold names out of files
-        if str(error).isprintable():
+        line = printable(str(error))
+        if line == str(error):
             raise
-        raise ValueError(printable(str(error))) from error
+        raise ValueError(line) from error
 
 
 def _open(path: Paths, tensor_name: str | None, vocab_size: int | None) -> TableFile:
@@ -169,9 +170,14 @@ def _one_file(path: Path, tensor_name: str | None) -> TableFile:
             raise ValueError(f"{path}: not one of the files of the {MANIFEST_NAME} beside it")
         return table
     tensor = _choose(header, tensor_name, path)
-    segment = _segment(path, header, tensor, 0, facts if facts is not None and facts.tensor == tensor else None)
+    segment = _segment(path, header, tensor, 0, _of(tensor, facts))
     place = header.tensors[tensor]
     return TableFile(path, tensor, str(place.dtype), place.shape[1], [segment])
+
+
+def _of(tensor: str, facts: FileFacts | None) -> FileFacts | None:
+    """What a file says of this tensor: another program may have put it beside the one that was written."""
+    return facts if facts is not None and facts.tensor == tensor else None
 
 
 def _segment(
@@ -271,7 +277,7 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
                 f"{path}: the parts must be equal, but this one has {tensor} {place.code} {list(place.shape)}, the first "
                 f"{first[0]} {first[1]} {list(first[2])}"
             )
-        segments.append(_segment(path, header, tensor, start, facts))
+        segments.append(_segment(path, header, tensor, start, _of(tensor, facts)))
         start += place.shape[0]
     assert first is not None
     if vocab_size is None:

@@ -172,7 +172,8 @@ class Layout(ABC):
         name = re.compile(rf"\.{re.escape(self.spec.target.name)}\.[0-9a-f]{{16}}\.tmp(\.old)?")
         for path in [path for path in self.spec.target.parent.iterdir() if name.fullmatch(path.name)]:
             with contextlib.suppress(OSError):  # another user's, or gone by now
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                # Of what only has such a name, a pipe is not waited for and a link not followed.
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
                 try:
                     if _lock(descriptor):
                         _remove(path)
