@@ -13,6 +13,10 @@ from shared.classify import KINDS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+# Printed piece by piece, by several processes at once.
+GLOO = re.compile(
+    r"^(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+\n", re.M
+)
 BROKEN_LAYER = """
 import sys
 import torch_impl.rows as rows_of
@@ -74,7 +78,7 @@ def run_console(commands):
 def normal(output):
     """Without what changes from run to run: times, versions, and trailing spaces."""
     output = re.sub(r"\(\d+\.\d s\)", "(T s)", output)
-    output = re.sub(r"^\[Gloo\].*\n", "", output, flags=re.M)
+    output = GLOO.sub("", output)
     output = re.sub(r"^  (\S+): .*python \d.*$", r"  \1: versions", output, flags=re.M)
     return "\n".join(line.rstrip() for line in output.splitlines())
 
@@ -107,7 +111,7 @@ def write():
     """Run every command of the README and put what it prints where it is shown."""
     for block in blocks("console"):
         commands, _ = split_console(block)
-        printed = [line for line in run_console(commands).splitlines() if not line.startswith("[Gloo]")]
+        printed = GLOO.sub("", run_console(commands)).splitlines()
         output = "\n".join(line.rstrip() for line in printed) + "\n"
         README.write_text(README.read_text().replace(f"```console\n{block}```", f"```console\n{commands}{output}```"))
 
