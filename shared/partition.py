@@ -142,6 +142,24 @@ class VocabPartition:
             local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
         return local
 
+    def clipped_rows(self, wide_ids: Any, rank: Any) -> tuple[Any, Any]:
+        """Row numbers that any table of ``rank`` has, and where they are those of ids that it owns.
+
+        Args:
+            wide_ids: an array of ids as ``shared.ids.widen`` leaves them.
+            rank: whose rows.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared import VocabPartition
+            >>> VocabPartition(vocab_size=12, world_size=3).clipped_rows(np.array([0, 4, 7, 12]), rank=1)
+            (array([0, 0, 3, 3]), array([False,  True,  True, False]))
+        """
+        local = wide_ids - self.start(rank)
+        rows = local.clip(0, self.rows_per_rank - 1)
+        owned = rows == local
+        return rows, owned & (wide_ids < self.vocab_size) if self.padding_rows else owned
+
 
 def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> int:
     following = pad_vocab_size(vocab_size, world_size)

@@ -163,6 +163,6 @@ def lookup_checked(
 ) -> Tensor:
     """``partial_lookup`` for a caller that has checked all but the ids; ``rank`` may be a 0-d tensor."""
     ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
-    local, owned = partition.local_ids(ids, rank), partition.owns(ids, rank)
+    rows, owned = partition.clipped_rows(ids, rank)
     counted = None if padding_idx is None else owned & (ids != padding_idx)
-    return take_rows(weight, local, owned, counted, sparse)
+    return take_rows(weight, rows, owned, counted, sparse)

@@ -23,7 +23,7 @@ def as_ids(ids: Any) -> Tensor:
     Raises:
         TypeError: ids are not a tensor of integers.
     """
-    return widen(_checked_tensor(ids))
+    return ids if type(ids) is Tensor and ids.dtype == torch.int64 else widen(_checked_tensor(ids))
 
 
 def check_ids(ids: Any, vocab_size: int) -> Tensor:

@@ -96,7 +96,7 @@ class _AllReduce:
         if group is not None and self._exchange == "routed" and ids.numel():
             output = gather_everywhere(weight, ids, partition, rank, group)
         else:
-            output = lookup_rows(weight, partition.local_ids(ids, rank), partition.owns(ids, rank))
+            output = lookup_rows(weight, *partition.clipped_rows(ids, rank))
             if group is not None and ids.numel():
                 with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
                     dist.all_reduce(_as_integers(output), group=group)
@@ -104,12 +104,11 @@ class _AllReduce:
 
     def scatter(self, grad_output: Tensor) -> Tensor:
         partition, ids = self._partition, self._ids
-        counted = partition.owns(ids, self._rank)
+        rows, counted = partition.clipped_rows(ids, self._rank)
         if self._options.padding_idx is not None:
             counted = counted & (ids != self._options.padding_idx)
-        local = partition.local_ids(ids, self._rank)
         return sum_rows(
-            grad_output.to(ids.device), local, counted, partition.rows_per_rank, ids.device, self._options.sparse
+            grad_output.to(ids.device), rows, counted, partition.rows_per_rank, ids.device, self._options.sparse
         )
 
 
@@ -140,7 +139,7 @@ class _ReduceScatter:
         if self._routes is not None:
             output = self._routes.gather(weight, self._shape)
         else:
-            partial = lookup_rows(weight, partition.local_ids(ids_WC, self._rank), partition.owns(ids_WC, self._rank))
+            partial = lookup_rows(weight, *partition.clipped_rows(ids_WC, self._rank))
             output = partial.new_empty(*self._shape, weight.shape[1])
             if ids_WC.numel():
                 with naming_the_operation("reduce_scatter of the embedding's forward (dense)", self._group):
@@ -159,7 +158,7 @@ class _ReduceScatter:
             if ids_WC.numel():
                 with naming_the_operation("all_gather of the embedding's backward (dense)", self._group):
                     dist.all_gather_single(_as_integers(grad_TE), _as_integers(grad_CE), group=self._group)
-            rows, owned = partition.local_ids(ids_WC, self._rank), partition.owns(ids_WC, self._rank)
+            rows, owned = partition.clipped_rows(ids_WC, self._rank)
             if grad_TE.device.type != "cpu" and not options.sparse:
                 # Without the host having to wait for the numbers of rows.
                 counted = owned if padding_row is None else owned & (rows != padding_row)
