@@ -5,8 +5,11 @@ Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions a
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from shared.bits import STORED_DTYPES
 __all__ = ["fill_rows", "lookup_rows", "memory_of", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
 
 _BYTES = 1 << 24
+_PART_BYTES = 1 << 19
 
 
 def memory_of(rows: Tensor) -> np.ndarray:
@@ -147,13 +151,15 @@ class _TransformedLookup(_TracedLookup):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        weight, *indices, sparse = inputs
-        batched: Any = [_batch_first(t, dim, info.batch_size) for t, dim in zip(indices, in_dims[1:4], strict=True)]
+        batched: list[Any] = [
+            _batch_first(t, dim, info.batch_size) for t, dim in zip(inputs[1:4], in_dims[1:4], strict=True)
+        ]
         if in_dims[0] is None:
-            return take_rows(weight, batched[0], batched[1], batched[2], sparse), 0
-        tables, every = weight.movedim(in_dims[0], 0), range(info.batch_size)
-        picked = [[t if t is None else t[i] for t in batched] for i in every]
-        each = [take_rows(tables[i], picked[i][0], picked[i][1], picked[i][2], sparse) for i in every]
+            return take_rows(inputs[0], batched[0], batched[1], batched[2], inputs[4]), 0
+        each = []
+        for i, table in enumerate(inputs[0].movedim(in_dims[0], 0)):
+            here: list[Any] = [t if t is None else t[i] for t in batched]
+            each.append(take_rows(table, here[0], here[1], here[2], inputs[4]))
         return torch.stack(each), 0
 
 
@@ -231,18 +237,21 @@ def lookup_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
     here = int(owned.count_nonzero())
     if here == 0:
         return _zeros((*rows.shape, weight_NE.shape[1]), weight_NE)
-    output = _gathered(weight_NE, rows)
-    if 8 * (rows.numel() - here) < rows.numel():
-        if here < rows.numel():
-            output.view(-1, weight_NE.shape[1]).index_fill_(0, (~owned).reshape(-1).nonzero().squeeze(1), 0)
+    output, foreign = _gathered(weight_NE, rows), rows.numel() - here
+    if foreign == 0:
         return output
-    # Bits and-ed with ones or with zeros: exact, and the fastest of the ways to wipe rows by far.
+    if foreign * _FILL_BYTES < output.numel() * output.element_size():
+        output.view(-1, weight_NE.shape[1]).index_fill_(0, (~owned).reshape(-1).nonzero().squeeze(1), 0)
+        return output
+    # Bits and-ed with ones or with zeros: exact, and by far the fastest way to wipe many rows.
     words = _WORDS[math.gcd(weight_NE.shape[1] * weight_NE.element_size(), 8)]
     output.view(words).bitwise_and_(torch.where(owned, -1, 0).to(words).unsqueeze(-1))
     return output
 
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+_FILL_BYTES = 8192
+"""To fill a row with zeros by its number takes as long as to and so many bytes with a mask."""
 
 
 def _travelling_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
@@ -255,11 +264,11 @@ def _travelling_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
 
 
 def _gathered(weight_NE: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a table on the CPU, in huge pages where they are many: to fault small ones in takes as long as the copying."""
-    size = rows.numel() * weight_NE.shape[1] * weight_NE.element_size()
-    if size < _MANY_BYTES:
+    """Rows of a table on the CPU."""
+    shape = (*rows.shape, weight_NE.shape[1])
+    if math.prod(shape) * weight_NE.element_size() < _MANY_BYTES:
         return torch.embedding(weight_NE, rows)
-    output = _memory(np.empty(size, np.uint8), (*rows.shape, weight_NE.shape[1]), weight_NE.dtype)
+    output = _mapped(shape, weight_NE.dtype, huge_pages=True)
     torch.index_select(weight_NE.detach(), 0, rows.reshape(-1), out=output.view(-1, weight_NE.shape[1]))
     return output
 
@@ -288,30 +297,36 @@ def row_gradient(distinct: Tensor, sums: Tensor, num_rows: int, sparse: bool) ->
     if sparse:
         index = distinct.unsqueeze(0)
         return torch.sparse_coo_tensor(index, sums, size, is_coalesced=True, check_invariants=False)
-    return _zeros(size, sums).index_copy_(0, distinct, sums)
+    return _zeros(size, sums, 4 * len(distinct) > num_rows).index_copy_(0, distinct, sums)
 
 
-def _zeros(size: tuple[int, ...], like: Tensor) -> Tensor:
+def _zeros(size: tuple[int, ...], like: Tensor, most_are_written: bool = False) -> Tensor:
     """Zeros of that size, of the dtype and on the device of ``like``.
 
-    Many of them come from NumPy on a CPU, whose zeros are the operating system's, there once they are touched: a gradient
-    then costs as much as its rows that are not zero. torch.zeros writes them all (2.8 times slower for 3000 of 32768 rows
-    of 4 KB; 128 MB of untouched zeros take microseconds instead of 46 ms).
+    Many of them, on a CPU, are the operating system's, there once they are touched: a gradient then costs as much as its
+    rows that are not zero. torch.zeros writes them all (46 ms for 128 MB of which nothing is touched).
     """
-    count = math.prod(size) * like.element_size()
-    if like.device.type != "cpu" or count < _MANY_BYTES:
+    if like.device.type != "cpu" or math.prod(size) * like.element_size() < _MANY_BYTES:
         return like.new_zeros(size)
-    return _memory(np.zeros(count, np.uint8), size, like.dtype)
+    return _mapped(size, like.dtype, most_are_written)
 
 
 _MANY_BYTES = 1 << 25
-"""From there on the C library takes fresh memory from the operating system; NumPy asks for it in huge pages."""
+"""From there on the C library takes fresh memory from the operating system for each tensor, and gives it back."""
 
 
-def _memory(memory: np.ndarray, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in that memory, which is no view of another."""
+def _mapped(size: tuple[int, ...], dtype: torch.dtype, huge_pages: bool) -> Tensor:
+    """Zeros in memory of their own.
+
+    In huge pages, where nearly all of it will be written: to fault so many small ones in takes longer than the writing.
+    In small ones, where little will be: a huge page is cleared as a whole.
+    """
+    memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     tensor: Any = torch.empty(0, dtype=dtype)
-    return tensor.set_(torch.from_numpy(memory).untyped_storage(), 0, size)
+    return tensor.set_(torch.frombuffer(memory, dtype=torch.uint8).untyped_storage(), 0, size)
 
 
 def sum_distinct(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, wide: bool = False) -> tuple[Tensor, Tensor]:
@@ -326,9 +341,32 @@ def sum_distinct(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, wide: bool 
     if distinct.numel() == 0:
         return distinct, grad_TE.new_zeros(0, grad_TE.shape[1], dtype=dtype)
     tokens, offsets = positions[order], counts.cumsum(0) - counts
-    if grad_TE.dtype == torch.bfloat16 or dtype != grad_TE.dtype:
-        # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
-        summands = grad_TE.index_select(0, tokens).float()
-        tokens = torch.arange(len(tokens), device=summands.device)
-        return distinct, F.embedding_bag(tokens, summands, offsets, mode="sum").to(dtype)
-    return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")
+    if grad_TE.dtype != torch.bfloat16 and dtype == grad_TE.dtype:
+        return distinct, F.embedding_bag(tokens, grad_TE, offsets, mode="sum")
+    # embedding_bag adds in float32, but rounds ties to bfloat16 upwards, not to even as every cast does.
+    sums = grad_TE.new_empty(len(distinct), grad_TE.shape[1], dtype=dtype)
+    parts = list(_parts(offsets, len(tokens), grad_TE.shape[1] * 4))
+    most = max(stop - start for _, _, start, stop in parts)
+    every = torch.arange(most, device=tokens.device)
+    narrow = grad_TE.new_empty(most, grad_TE.shape[1])
+    wide_TE = torch.empty_like(narrow, dtype=torch.float32)
+    for first, last, start, stop in parts:
+        count = stop - start
+        summands = wide_TE[:count].copy_(torch.index_select(grad_TE, 0, tokens[start:stop], out=narrow[:count]))
+        sums[first:last] = torch.embedding_bag(summands, every[:count], offsets[first:last] - start)[0]
+    return distinct, sums
+
+
+def _parts(offsets: Tensor, count: int, row_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs ``[first, last)`` and their items ``[start, stop)``, half a megabyte or so at a time, which a cache holds.
+
+    All at once on an accelerator, which has no such cache and whose numbers the host would have to wait for.
+    """
+    if offsets.device.type != "cpu":
+        yield 0, len(offsets), 0, count
+        return
+    starts = offsets.numpy()
+    cuts = np.unique(np.searchsorted(starts, np.arange(0, count, max(1, _PART_BYTES // row_bytes))))
+    bounds = [*starts.tolist(), count]
+    for first, last in itertools.pairwise([*cuts.tolist(), len(starts)]):
+        yield first, last, bounds[first], bounds[last]
