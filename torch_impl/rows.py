@@ -20,7 +20,16 @@ from torch.autograd import forward_ad
 
 from shared.bits import STORED_DTYPES
 
-__all__ = ["fill_rows", "lookup_rows", "memory_of", "row_gradient", "sum_distinct", "sum_rows", "take_rows"]
+__all__ = [
+    "fill_rows",
+    "into_place",
+    "lookup_rows",
+    "memory_of",
+    "row_gradient",
+    "sum_distinct",
+    "sum_rows",
+    "take_rows",
+]
 
 _BYTES = 1 << 24
 _PART_BYTES = 1 << 19
@@ -195,6 +204,53 @@ class _RowSum(torch.autograd.Function):
         batched = [_batch_first(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False)]
         each = zip(*batched, strict=True)
         return torch.stack([_RowSum.apply(*tensors, num_rows, device, sparse) for tensors in each]), 0
+
+
+def into_place(weight: Tensor) -> Tensor:
+    """The same table, of which a sparse gradient is added to ``weight.main_grad`` or ``weight.grad`` as soon as it is known.
+
+    That takes as long as the rows it has, not as long as the table; autograd itself is handed nothing.
+
+    Raises:
+        ValueError: somebody waits for the gradient that autograd would have handed on.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    problem = None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or type(weight) not in _PLAIN:
+        problem = "it works in eager mode only"
+    elif not weight.is_leaf:
+        problem = "the table is computed, not a parameter"
+    elif weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        problem = "the table has gradient hooks, which would not be called"
+    elif DistributedDataParallel._get_active_ddp_module() is not None:
+        problem = "DistributedDataParallel waits for the gradient: use fully_shard, or all-reduce the buffer yourself"
+    if problem is not None:
+        raise ValueError(f"gradient_accumulation_fusion must be False here: {problem}")
+    return _IntoPlace.apply(weight)
+
+
+class _IntoPlace(torch.autograd.Function):
+    """The identity, whose backward adds rows to where the parameter keeps its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise ValueError("gradient_accumulation_fusion must be False where gradients are differentiated again")
+        weight, grad = ctx.weight, grad_outputs[0]
+        rows, values = grad._indices()[0], grad._values()
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None:
+            if weight.grad is None:
+                weight.grad = _zeros(tuple(weight.shape), weight)
+            buffer = weight.grad
+        if len(rows):
+            buffer.index_copy_(0, rows, buffer.index_select(0, rows).add_(values))
 
 
 def _batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -31,6 +31,7 @@ from torch_impl.ids import as_ids, check_ids
 from torch_impl.initial import fill_normal
 from torch_impl.placement import find_group, resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
+from torch_impl.rows import into_place
 from torch_impl.table import fill_from_table, write_table
 
 __all__ = ["ParallelVocabEmbedding"]
@@ -74,6 +75,11 @@ class ParallelVocabEmbedding(nn.Module):
         check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
             they disagree; the environment variable ``PVE_CHECK=1`` does the same. Costs an exchange of a few hundred
             bytes, and on an accelerator the host waits for the device.
+        gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad`` where there is
+            such a tensor, to ``weight.grad`` else, and hand autograd nothing: a micro-batch then takes as long as its
+            tokens, not as the table. The result is the plain one, of ``main_grad.add_(grad)``. Under ``fully_shard`` too;
+            refused under DistributedDataParallel, torch.compile, torch.func and with hooks on the table. Gradients are
+            not to be had from ``torch.autograd.grad``. On an accelerator the host waits for the device.
 
     Attributes:
         weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``.
@@ -122,6 +128,7 @@ class ParallelVocabEmbedding(nn.Module):
         init: str = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
         super().__init__()
         self.rank, world_size = resolve_rank(rank, world_size, process_group)
@@ -136,6 +143,9 @@ class ParallelVocabEmbedding(nn.Module):
         self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
         self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
         self.sparse = bool(sparse)
+        self.gradient_accumulation_fusion = bool(gradient_accumulation_fusion)
+        if self.sparse and self.gradient_accumulation_fusion:
+            raise ValueError("gradient_accumulation_fusion must be False with sparse=True, whose gradient is no buffer")
         self.init = check_choice("init", init, INITS)
         self.seq_dim = as_int("seq_dim", seq_dim)
         self._group_name = resolve_group(process_group, self.reduction, world_size)
@@ -343,21 +353,23 @@ class ParallelVocabEmbedding(nn.Module):
         if self.check and self._group_name is not None:
             ids = self._agreed(ids)
         rank = self._rank_tensor if torch.compiler.is_compiling() else self.rank
+        weight: Tensor = self.weight
+        sparse = self.sparse
+        if self.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
+            weight, sparse = into_place(weight), True
         if self.reduction == "none":
-            return lookup_checked(
-                self.weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, self.sparse
-            )
+            return lookup_checked(weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, sparse)
         ids = check_ids(ids, self.vocab_size) if self.invalid_ids == "error" else as_ids(ids)
         options = ReductionOptions(
             self.reduction,
             self.exchange,
             self.seq_dim,
             self.padding_idx,
-            self.sparse,
+            sparse,
             self._group_name,
             None if torch.compiler.is_compiling() else self.rank,
         )
-        return reduce_lookup(self.weight, ids, self.partition, options)
+        return reduce_lookup(weight, ids, self.partition, options)
 
     def _agreed(self, ids: Tensor) -> Tensor:
         """The ids, once all ranks are known to look the same ones up in the same way."""
@@ -382,6 +394,7 @@ class ParallelVocabEmbedding(nn.Module):
             "init": "per_rank",
             "seq_dim": -1,
             "check": False,
+            "gradient_accumulation_fusion": False,
         }
         changed = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
         return ", ".join([text, *(f"{name}={value!r}" for name, value in changed.items())])
