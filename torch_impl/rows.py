@@ -301,7 +301,7 @@ def lookup_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
         return output
     # Bits and-ed with ones or with zeros: exact, and by far the fastest way to wipe many rows.
     words = _WORDS[math.gcd(weight_NE.shape[1] * weight_NE.element_size(), 8)]
-    output.view(words).bitwise_and_(torch.where(owned, -1, 0).to(words).unsqueeze(-1))
+    output.view(words).bitwise_and_(owned.to(words).neg_().unsqueeze(-1))
     return output
 
 

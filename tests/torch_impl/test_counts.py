@@ -1,0 +1,126 @@
+"""What a lookup costs, counted: operations, bytes allocated, and whether ranks share what is compiled."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_impl import ParallelVocabEmbedding
+
+IDS = torch.arange(24).view(2, 12)  # of which rank 1 of 2 owns the later half
+MASKS = ["sub", "clamp", "eq", "count_nonzero", "_local_scalar_dense"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches a kernel; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(function, *arguments):
+    with Operations() as mode:
+        function(*arguments)
+    return dict(mode.found)
+
+
+def each_once(*names):
+    return dict.fromkeys(names, 1)
+
+
+def layer(vocab_size=24, emb_size=8, rank=1, world_size=2, **options):
+    return ParallelVocabEmbedding(vocab_size, emb_size, rank, world_size, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ids", "extra"),
+    [
+        (IDS[:1], ["new_zeros"]),  # none is owned
+        (IDS[1:], ["embedding"]),  # all are
+        (IDS, ["embedding", "_to_copy", "neg_", "bitwise_and_"]),  # half of them are
+    ],
+)
+def test_operations_of_a_forward(ids, extra):
+    assert operations(layer(), ids) == each_once(*MASKS, *extra)
+
+
+@torch.no_grad()
+def test_a_few_foreign_rows_are_wiped_by_their_number():
+    ids = torch.cat([torch.arange(12, 24).repeat(10), torch.zeros(1, dtype=torch.int64)])
+    expected = each_once(*MASKS, "embedding", "bitwise_not", "nonzero", "index_fill_")
+    assert operations(layer(emb_size=1024), ids) == expected
+
+
+def test_a_forward_that_is_recorded_does_no_more():
+    with torch.no_grad():
+        plain = operations(layer(), IDS)
+    assert {**operations(layer(), IDS), "detach": 0} == {**plain, "detach": 0}
+
+
+def allocated(function):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    return sum(max(0, event.self_cpu_memory_usage) for event in recorded.key_averages())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("emb_size", [64, 1024])
+def test_a_forward_allocates_its_output_and_some_bytes_an_id(dtype, emb_size):
+    emb, ids = layer(1024, emb_size, dtype=dtype), torch.arange(1024).repeat(2)
+    output = ids.numel() * emb_size * dtype.itemsize
+    taken = allocated(lambda: emb(ids))
+    assert output <= taken <= output + 40 * ids.numel()
+
+
+def backward_bytes(vocab_size, **options):
+    emb = layer(vocab_size, **options)
+    output = emb(torch.arange(64))
+    upstream = torch.ones_like(output)
+
+    def backward():
+        emb.weight.grad = None
+        output.backward(upstream, retain_graph=True)
+
+    backward()
+    return allocated(backward)
+
+
+def test_a_sparse_gradient_does_not_grow_with_the_vocabulary():
+    assert backward_bytes(1000, rank=0, sparse=True) == backward_bytes(100_000, rank=0, sparse=True)
+
+
+def test_a_dense_gradient_is_allocated_once():
+    small, large = backward_bytes(1000, rank=0), backward_bytes(100_000, rank=0)
+    assert large - small == (100_000 - 1000) // 2 * 8 * 4
+
+
+@pytest.mark.slow
+def test_ranks_share_what_the_compiler_made():
+    ids = torch.arange(24)
+
+    def compile_on(rank):
+        torch._dynamo.reset()
+        counters.clear()
+        emb = layer(rank=rank, emb_size=4)
+        output = torch.compile(lambda ids: emb(ids) * 2, fullgraph=True)(ids)
+        output.sum().backward()
+        assert torch.equal(output, emb(ids) * 2)
+        found = counters["inductor"]
+        return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
+
+    with torch._inductor.utils.fresh_cache():
+        hits, misses = compile_on(0)
+        assert (hits, misses > 0) == (0, True)
+        assert compile_on(1) == (misses, 0)
