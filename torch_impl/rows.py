@@ -290,24 +290,28 @@ def lookup_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
         if _owned_rows_only(weight_NE.device, weight_NE, rows):
             return _travelling_rows(weight_NE, rows, owned)
         return F.embedding(rows, weight_NE).masked_fill(~owned.unsqueeze(-1), 0)
-    here = int(owned.count_nonzero())
+    here, tokens, emb_size = int(owned.count_nonzero()), rows.numel(), weight_NE.shape[1]
+    row_bytes = emb_size * weight_NE.element_size()
     if here == 0:
-        return _zeros((*rows.shape, weight_NE.shape[1]), weight_NE)
-    output, foreign = _gathered(weight_NE, rows), rows.numel() - here
-    if foreign == 0:
+        return _zeros((*rows.shape, emb_size), weight_NE)
+    if tokens * row_bytes < _MANY_BYTES:
+        output = torch.embedding(weight_NE, rows)
+    else:
+        output = _mapped((*rows.shape, emb_size), weight_NE.dtype, huge_pages=True)
+        torch.index_select(weight_NE.detach(), 0, rows.reshape(-1), out=output.view(-1, emb_size))
+    if here == tokens:
         return output
-    if foreign * _FILL_BYTES < output.numel() * output.element_size():
-        output.view(-1, weight_NE.shape[1]).index_fill_(0, (~owned).reshape(-1).nonzero().squeeze(1), 0)
-        return output
-    # Bits and-ed with ones or with zeros: exact, and by far the fastest way to wipe many rows.
-    words = _WORDS[math.gcd(weight_NE.shape[1] * weight_NE.element_size(), 8)]
-    output.view(words).bitwise_and_(owned.to(words).neg_().unsqueeze(-1))
+    if (tokens - here) * _FILL_BYTES < tokens * row_bytes:
+        output.view(-1, emb_size).index_fill_(0, (~owned).reshape(-1).nonzero().squeeze(1), 0)
+    else:
+        # Bits times one or zero, as integers: exact, NaN or not, and by far the fastest way to wipe many rows.
+        output.view(_WORDS[math.gcd(row_bytes, 4)]).mul_(owned.unsqueeze(-1))
     return output
 
 
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+_WORDS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 _FILL_BYTES = 8192
-"""To fill a row with zeros by its number takes as long as to and so many bytes with a mask."""
+"""To fill a row with zeros by its number takes as long as to multiply so many bytes."""
 
 
 def _travelling_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
@@ -316,16 +320,6 @@ def _travelling_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
     found = weight_NE.index_select(0, rows.reshape(-1)[positions].to(weight_NE.device)).to(rows.device)
     output = found.new_zeros(*rows.shape, weight_NE.shape[1])
     output.view(-1, weight_NE.shape[1]).index_copy_(0, positions, found)
-    return output
-
-
-def _gathered(weight_NE: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a table on the CPU."""
-    shape = (*rows.shape, weight_NE.shape[1])
-    if math.prod(shape) * weight_NE.element_size() < _MANY_BYTES:
-        return torch.embedding(weight_NE, rows)
-    output = _mapped(shape, weight_NE.dtype, huge_pages=True)
-    torch.index_select(weight_NE.detach(), 0, rows.reshape(-1), out=output.view(-1, weight_NE.shape[1]))
     return output
 
 

@@ -48,7 +48,7 @@ def layer(vocab_size=24, emb_size=8, rank=1, world_size=2, **options):
     [
         (IDS[:1], ["new_zeros"]),  # none is owned
         (IDS[1:], ["embedding"]),  # all are
-        (IDS, ["embedding", "_to_copy", "neg_", "bitwise_and_"]),  # half of them are
+        (IDS, ["embedding", "mul_"]),  # half of them are
     ],
 )
 def test_operations_of_a_forward(ids, extra):

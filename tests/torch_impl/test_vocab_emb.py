@@ -37,6 +37,7 @@ def test_the_signature_is_the_promised_one():
         "padding_idx": None,
         "padded_vocab_size": None,
         "sparse": False,
+        "gradient_accumulation_fusion": False,
         "init": "per_rank",
         "seq_dim": -1,
         "check": False,
