@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: run the measurements, and write them as JSON and Markdown."""
+"""``python -m benchmarks``: run the measurements, and write them as JSON, Markdown and figures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,37 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.cases import Case, traffic
+from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
+from benchmarks.machine import describe, machine_facts
+from benchmarks.plots import draw_local
 
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Measure the exchanges of both layers beside their peers: in one run, all candidates in each
+Measure both layers beside their peers and beside what the memory allows: in one run, all candidates in each
 round, in an order that changes, and medians.
 
-  torch: Megatron-core's VocabParallelEmbedding and DTensor's RowwiseParallel, w gloo processes on this machine.
-         (pip install --no-deps megatron-core==0.16.1; without it, Megatron is left out)
-  JAX:   a masked lookup with psum or psum_scatter, and jnp.take left to the compiler with every layout pinned,
-         w devices of this machine.
+  local:    one rank's lookup. torch: the forms of Megatron, vLLM, TGI, torchtitan, embedding_bag; the floor is a clone
+            of the output, and with backward the allocation of output and gradient. JAX, w devices of this machine: a
+            gather without any mask (the floor), GSPMD, flax.nnx.Embed, Explicit .at[].get; one-hot where it is small.
+  exchange: the reductions. torch: Megatron-core's VocabParallelEmbedding and DTensor's RowwiseParallel, w gloo
+            processes; JAX: a masked lookup with psum or psum_scatter, and jnp.take with every layout pinned.
 
+Peers that are not installed are left out:
+  pip install -c constraints.txt matplotlib flax; pip install --no-deps megatron-core==0.16.1
 Before each measurement memory is faulted in and freed, so that no candidate profits from what the one before it left.
+Each candidate's output is compared with NumPy's before it is timed. (python -m benchmarks.tables measures files.)
 
 examples:
   python -m benchmarks --quick
-  python -m benchmarks --only jax --output results"""
+  python -m benchmarks --only jax --part exchange --output results"""
 
 _ROOT = Path(__file__).parents[1]
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
 _LARGE = (4, 2048)
 
 
-def _cases(quick: bool) -> dict[str, list[Case]]:
+def _exchange_cases(quick: bool) -> dict[str, list[Case]]:
     def cases(world_sizes: tuple[int, ...], *shapes: tuple[int, int]) -> list[Case]:
         return [
             Case(reduction, w, ids, *shape)
@@ -57,19 +63,10 @@ def _cases(quick: bool) -> dict[str, list[Case]]:
     return dict.fromkeys(("torch", "jax"), cases((2, 4, 8), _LARGE, (1, 64), (1, 512)))
 
 
-def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:
-    """The result of each case; all of one number of ranks in the same processes."""
-    world_size = cases[0].world_size
-    spec = json.dumps({"cases": [case.as_json() for case in cases], "candidates": candidates, "rounds": rounds})
-    task = progress.add_task(f"{framework}, w={world_size}", total=len(cases) * (rounds + 1))
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
-        result = Path(folder) / "result.json"
-        if framework == "jax":
-            commands = [[sys.executable, "-m", "benchmarks.jax_exchange", spec, str(result)]]
-        else:
-            command = [sys.executable, "-m", "benchmarks.torch_exchange", f"{folder}/rendezvous"]
-            commands = [[*command, str(rank), spec, str(result)] for rank in range(world_size)]
-        errors = [files.enter_context(open(f"{folder}/{number}.err", "w+")) for number in range(len(commands))]
+def _wait_for(commands: Sequence[list[str]], what: str, advance: Any) -> None:
+    """Run the processes of one measurement; ``advance`` is called whenever the first of them is done with a round."""
+    with contextlib.ExitStack() as files:
+        errors = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
         processes = [
             files.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True, cwd=_ROOT))
             for command, error in zip(commands, errors, strict=True)
@@ -77,12 +74,41 @@ def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, 
         assert processes[0].stdout is not None
         for line in processes[0].stdout:
             if line.startswith('{"done"'):
-                progress.advance(task)
+                advance()
         for process, error in zip(processes, errors, strict=True):
             if process.wait() != 0:
                 error.seek(0)
-                raise RuntimeError(f"a {framework} process failed:\n{error.read()[-2000:]}")
+                raise RuntimeError(f"a process of {what} failed:\n{error.read()[-2000:]}")
+
+
+def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:
+    """The exchanges' result of each case; all of one number of ranks in the same processes."""
+    world_size = cases[0].world_size
+    spec = json.dumps({"cases": [case.as_json() for case in cases], "candidates": candidates, "rounds": rounds})
+    task = progress.add_task(f"{framework}, exchanges, w={world_size}", total=len(cases) * (rounds + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        if framework == "jax":
+            commands = [[sys.executable, "-m", "benchmarks.jax_exchange", spec, str(result)]]
+        else:
+            command = [sys.executable, "-m", "benchmarks.torch_exchange", f"{folder}/rendezvous"]
+            commands = [[*command, str(rank), spec, str(result)] for rank in range(world_size)]
+        _wait_for(commands, f"{framework}'s exchanges", lambda: progress.advance(task))
         return list(json.loads(result.read_text()))
+
+
+def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progress) -> list[Result]:
+    """The local result of each case, each in a process of its own: what one leaves in memory is not the next one's."""
+    per_case = (rounds + 1) * (2 if framework == "torch" else 1)
+    task = progress.add_task(f"{framework}, local", total=len(cases) * per_case)
+    results = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            result, spec = Path(folder) / "result.json", json.dumps({"cases": [case.as_json()], "rounds": rounds})
+            command = [sys.executable, "-m", f"benchmarks.{framework}_local", spec, str(result)]
+            _wait_for([command], f"{framework}, {case}", lambda: progress.advance(task))
+            results.append(Result(framework, case, json.loads(result.read_text())[0]))
+    return results
 
 
 def _rows(case: Case, found: dict[str, dict[str, float]]) -> list[list[str]]:
@@ -98,6 +124,28 @@ def _rows(case: Case, found: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 _HEADER = ["case", "", "forward, ms", "/ ours", "forward + backward, ms", "/ ours", "MB sent per rank"]
+_TARGETS_HEADER = ["case", "ours: what over what", "found", "at most", ""]
+
+
+def _table(title: str, header: list[str], groups: list[list[list[str]]], console: Console) -> list[str]:
+    """Show a table; returns it as lines of Markdown."""
+    table = Table(*header, title=title)
+    lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|---|---|" + "--:|" * (len(header) - 2)]
+    for rows in groups:
+        for row in rows:
+            table.add_row(*row)
+            lines.append("| " + " | ".join(row) + " |")
+        table.add_section()
+    console.print(table)
+    return [*lines, ""]
+
+
+def _write(
+    folder: Path, name: str, title: str, rounds: int, facts: dict[str, str], lines: list[str], stored: Any
+) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({**facts, "rounds": rounds, "results": stored}, indent=1) + "\n")
+    head = f"# {title}\n\n{describe(facts)}\n\n{rounds} rounds, medians.\n\n"
+    (folder / f"{name}.md").write_text(head + "\n".join(lines).rstrip() + "\n")
 
 
 def main() -> int:
@@ -105,53 +153,55 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="w=4 for torch and w=8 for JAX, large batches only")
+    parser.add_argument("--quick", action="store_true", help="the base cases only, in less than five minutes")
+    parser.add_argument("--part", choices=["local", "exchange"], help="one part")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=None, help="measurements of each (4 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args()
-    console, results = Console(), []
+    rounds = options.rounds or (4 if options.quick else 7)
+    frameworks = [options.only] if options.only else ["torch", "jax"]
+    console, facts = Console(), machine_facts()
+    local: list[Result] = []
+    exchange: list[tuple[str, Case, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for framework, cases in _cases(options.quick).items():
-            if options.only not in (None, framework):
-                continue
-            peers = [
-                name
-                for name in _PEERS[framework]
-                if name != "Megatron-core" or importlib.util.find_spec("megatron") is not None
-            ]
+        for framework in frameworks if options.part != "exchange" else []:
+            local += _run_local(framework, local_cases(options.quick)[framework], rounds, progress)
+        for framework in frameworks if options.part != "local" else []:
+            megatron = importlib.util.find_spec("megatron") is not None
+            peers = [name for name in _PEERS[framework] if name != "Megatron-core" or megatron]
             candidates = ["ours, auto", "ours, routed", "ours, dense", *peers]
+            cases = _exchange_cases(options.quick)[framework]
             for w in sorted({case.world_size for case in cases}):
                 group = [case for case in cases if case.world_size == w]
-                for case, found in zip(
-                    group, _run(framework, group, candidates, options.rounds, progress), strict=True
-                ):
-                    results.append((framework, case, found))
-    lines = []
-    for framework in dict.fromkeys(name for name, _, _ in results):
-        table = Table(title=framework)
-        for heading in _HEADER:
-            table.add_column(heading)
-        lines += [f"## {framework}", "", "| " + " | ".join(_HEADER) + " |", "|---|---|--:|--:|--:|--:|--:|"]
-        for name, case, found in results:
-            if name == framework:
-                for row in _rows(case, found):
-                    table.add_row(*row)
-                    lines.append("| " + " | ".join(row) + " |")
-                table.add_section()
-        console.print(table)
-        lines.append("")
+                found = _run(framework, group, candidates, rounds, progress)
+                exchange += [(framework, case, each) for case, each in zip(group, found, strict=True)]
     options.output.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    stored = [
-        {"framework": name, "case": case.as_json(), "must_send_bytes": traffic(case), "found": found}
-        for name, case, found in results
-    ]
-    (options.output / "exchange.json").write_text(json.dumps({**machine, "results": stored}, indent=1))
-    heading = f"# The exchanges\n\n{os.cpu_count()} CPUs, {platform.machine()}, {options.rounds} rounds, medians.\n\n"
-    (options.output / "exchange.md").write_text(heading + "\n".join(lines))
-    console.print(f"written to {options.output}/exchange.json and exchange.md")
+    written = []
+    if local:
+        lines = _table("Targets", _TARGETS_HEADER, [targets(local)], console)
+        for framework in frameworks:
+            lines += _table(framework, HEADER, [rows_of(r) for r in local if r.framework == framework], console)
+        stored = [{"framework": r.framework, "case": r.case.as_json(), "found": r.found} for r in local]
+        _write(options.output, "local", "One rank's lookup", rounds, facts, lines, stored)
+        written += ["local.json", "local.md"]
+        if draw_local(local, options.output / "local.png", describe(facts).partition(". ")[0]):
+            written.append("local.png")
+        else:
+            console.print("no figure: matplotlib is not installed")
+    if exchange:
+        lines = []
+        for framework in frameworks:
+            groups = [_rows(case, found) for name, case, found in exchange if name == framework]
+            lines += _table(framework, _HEADER, groups, console)
+        stored = [
+            {"framework": name, "case": case.as_json(), "must_send_bytes": traffic(case), "found": found}
+            for name, case, found in exchange
+        ]
+        _write(options.output, "exchange", "The exchanges", rounds, facts, lines, stored)
+        written += ["exchange.json", "exchange.md"]
+    console.print(f"written to {options.output}: {', '.join(written)}")
     return 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import numpy as np
 from shared import VocabPartition
 from shared.sequence import rows_needed
 
-__all__ = ["Case", "make_ids", "shuffled", "traffic", "warm_pages"]
+__all__ = ["Case", "make_ids", "peak_of", "shuffled", "traffic", "warm_pages"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,18 @@ def warm_pages(size: int = 2**28) -> None:
     Without this a candidate's time depends on how much memory the one before it has left warm.
     """
     np.empty(size, np.uint8).fill(1)
+
+
+def peak_of(run: Callable[[], Any]) -> float:
+    """Bytes of memory that a call has at most more than there was before it; NaN where Linux does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    run()
+    try:
+        reset.write_text("5")
+        before = int(status.read_text().split("VmRSS:")[1].split()[0])
+        output = run()
+        most = int(status.read_text().split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return math.nan
+    del output
+    return 1024.0 * max(0, most - before)

@@ -1,0 +1,120 @@
+"""The measurements of one rank's lookup: which cases, and what is to be reached in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.cases import Case
+
+__all__ = ["HEADER", "Result", "local_cases", "rows_of", "targets"]
+
+HEADER = ["case", "", "forward", "/ floor", "/ ours", "forward + backward", "/ floor", "/ ours", "extra peak, MB"]
+_BASE = Case("none", 8, "uniform")
+_TOKENS = (1, 8, 64, 512, 2048)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of a case.
+
+    Attributes:
+        framework: ``"torch"`` or ``"jax"``.
+        case: what was measured.
+        found: by candidate, seconds and bytes; ``"floor"`` is among them.
+    """
+
+    framework: str
+    case: Case
+    found: dict[str, dict[str, float]]
+
+    def ratio(self, kind: str, name: str, over: str) -> float:
+        """How many times as long ``name`` takes as ``over``; NaN where one of them was not measured."""
+        times = [self.found.get(which, {}).get(kind, math.nan) for which in (name, over)]
+        return times[0] / times[1]
+
+
+def local_cases(quick: bool) -> dict[str, list[Case]]:
+    """The cases by framework: a base, and from it each axis by itself."""
+    ids, dtypes = ("uniform", "zipf"), ("float32", "bfloat16")
+    base = [replace(_BASE, ids=kind, dtype=dtype) for kind in ids for dtype in dtypes]
+    few = [replace(_BASE, ids=kind, batch=1, sequence=tokens) for kind in ids for tokens in _TOKENS]
+    if quick:
+        return {"torch": [*base, *few[:5]], "jax": [base[0], base[2], base[1], replace(few[2])]}
+    more: list[dict[str, Any]] = [
+        {"vocab_size": 32768},
+        {"vocab_size": 1048576},
+        {"emb_size": 256},
+        {"emb_size": 8192, "batch": 1},
+        *({"world_size": w} for w in (1, 2, 4, 16)),
+        {"batch": 32},
+    ]
+    every = [*base, *few, *(replace(_BASE, ids=kind, **change) for kind in ids for change in more)]
+    # On one machine JAX's devices hold the whole table and w outputs: what needs more than it has is left out.
+    return {"torch": every, "jax": [case for case in every if _jax_bytes(case) < 6e9]}
+
+
+def _jax_bytes(case: Case) -> float:
+    table = case.vocab_size * case.emb_size * case.itemsize
+    return 3 * table + 2 * case.world_size * case.batch * case.sequence * case.emb_size * case.itemsize
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def rows_of(result: Result) -> list[list[str]]:
+    """A line for each candidate."""
+    rows = []
+    for name, times in result.found.items():
+        row = [str(result.case) if name == "ours" else "", name]
+        for kind in ("forward", "forward_backward"):
+            row += [_time(times[kind]), *(f"{result.ratio(kind, name, over):.2f}" for over in ("floor", "ours"))]
+        rows.append([*row, f"{times['peak_extra_bytes'] / 1e6:.1f}"])
+    return rows
+
+
+def _of_torch(result: Result) -> list[tuple[str, float, float]]:
+    """What is compared, what was found and what it may be at most."""
+    megatron, large = "Megatron's form", result.case.batch * result.case.sequence >= 8192
+    lines = [(f"{kind} / {megatron}", result.ratio(kind, "ours", megatron), 1.0) for kind in _KINDS]
+    if large:
+        lines = [
+            ("forward / a clone of the output", result.ratio("forward", "ours", "floor"), 1.05),
+            ("forward + backward / allocating both", result.ratio("forward_backward", "ours", "floor"), 1.15),
+            (f"forward / {megatron}", result.ratio("forward", "ours", megatron), 1 / 1.4),
+            (f"forward + backward / {megatron}", result.ratio("forward_backward", "ours", megatron), 1 / 1.8),
+        ]
+    elif result.case.batch * result.case.sequence <= 64:
+        itself = "F.embedding of as many rows"
+        lines.append(("forward / F.embedding's own call", result.ratio("forward", "ours", itself), 1.5))
+    return lines
+
+
+_KINDS = ("forward", "forward_backward")
+
+
+def _of_jax(result: Result) -> list[tuple[str, float, float]]:
+    ours, peer = "ours, all_reduce", "jnp.take, GSPMD"
+    return [
+        ("partial forward / an unsharded take", result.ratio("forward", "ours", "floor"), 1.15),
+        ("all_reduce forward / GSPMD", result.ratio("forward", ours, peer), 1.0),
+        ("all_reduce forward + backward / GSPMD", result.ratio("forward_backward", ours, peer), 1.0),
+    ]
+
+
+def targets(results: list[Result]) -> list[list[str]]:
+    """A line for each thing that is to be reached: where, what, how much was found and allowed, and whether it is met.
+
+    A twentieth above the limit still counts as met where the limit is a peer's own time: that much two runs differ.
+    """
+    rows = []
+    for result in results:
+        for what, found, limit in (_of_torch if result.framework == "torch" else _of_jax)(result):
+            if math.isnan(found):
+                continue
+            allowed = limit * 1.05 if limit == 1.0 else limit
+            verdict = "met" if found <= allowed else "missed"
+            rows.append([f"{result.framework}: {result.case}", what, f"{found:.2f}", f"{limit:.2f}", verdict])
+    return rows
