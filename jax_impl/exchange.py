@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_impl.rows import as_integers, take_zero_filled
+from jax_impl.rows import as_integers, take_widened, take_zero_filled
 from shared.partition import VocabPartition
 
 __all__ = [
@@ -172,7 +172,7 @@ def send_bounded(
     local_WK = jnp.where(place < routes.bounds[:, rank + 1, None], partition.local_ids(wanted_WK, rank), -1)
     if no_grad_row is not None:
         local_WK = jnp.where(local_WK == no_grad_row, -1, local_WK)
-    rows_WKE = take_zero_filled(weight, local_WK)
+    rows_WKE = take_widened(weight, local_WK)
     recv = jax.lax.all_to_all(rows_WKE, axis_name, split_axis=0, concat_axis=0, tiled=True)
     owner_C = routes.mine_C // partition.rows_per_rank
     within_C = routes.places_C - jnp.take(routes.bounds[rank], owner_C, mode="clip")

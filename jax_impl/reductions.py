@@ -22,7 +22,7 @@ from jax_impl.exchange import (
     send_in_blocks,
     send_ragged,
 )
-from jax_impl.rows import take_bits, take_rows, take_zero_filled, widened
+from jax_impl.rows import take_bits, take_rows, take_widened
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 
@@ -89,12 +89,11 @@ def _reduce_lookup_jvp(options: ReductionOptions, primals: Any, tangents: Any) -
     no_grad_row = None
     if options.padding_idx is not None:
         no_grad_row = options.partition.local_ids(options.padding_idx, jax.lax.axis_index(options.axis_name))
-    wide = widened(weight_dot)
     if options.reduction == "all_reduce":
-        partial = take_zero_filled(wide, _local(options, ids, no_grad_row)).astype(weight.dtype)
+        partial = take_widened(weight_dot, _local(options, ids, no_grad_row)).astype(weight.dtype)
         tangent = jax.lax.psum(partial, options.axis_name)
     else:
-        tangent = _reduce_scatter(options, wide, ids, no_grad_row, weight.dtype)
+        tangent = _reduce_scatter(options, weight_dot, ids, no_grad_row, weight.dtype)
     return reduce_lookup(options, weight, ids), tangent
 
 
@@ -160,7 +159,7 @@ def _reduce_scatter(
         if tangent_dtype is None:
             return finish(_added_up(weight, local_T, scatter))
         # Cast before the sum, so that 16-bit gradients travel as such.
-        return finish(scatter(take_zero_filled(weight, local_T).astype(tangent_dtype)))
+        return finish(scatter(take_widened(weight, local_T).astype(tangent_dtype)))
 
     if _exchange(options, weight, ids) == "dense":
         return dense()
@@ -207,7 +206,7 @@ def _routed(
         return choose(send, capacities(chunk), _the_most_of_all(routes.counts.max(), axis_name))
 
     def ragged(routes: ChunkRoutes) -> jax.Array:
-        take = take_zero_filled if transposable else functools.partial(take_rows, no_grad_row=None)
+        take = take_widened if transposable else functools.partial(take_rows, no_grad_row=None)
         send = lambda bound: send_ragged(take, weight, routes, partition, axis_name, bound, no_grad_row)  # noqa: E731
         return choose(send, (-(-chunk * w // 2),), _the_most_of_all(routes.counts.sum(axis=0).max(), axis_name))
 
