@@ -78,8 +78,30 @@ def take_rows(weight: Tensor, rows: Tensor, owned: Tensor, counted: Tensor | Non
         return _TransformedLookup.apply(weight, rows, owned, counted, sparse)
     if not _differentiable(weight):
         return lookup_rows(weight, rows, owned)
+    if counted is None and not sparse and _few(weight, rows, owned):
+        return torch.where(owned.unsqueeze(-1), torch.embedding(weight, rows), 0)
     # What Function.apply comes to where no transform is active; to find that out again takes it 2 us.
     return super(torch.autograd.Function, _Lookup).apply(weight, (rows, owned, counted), sparse)
+
+
+def _few(weight: Tensor, rows: Tensor, owned: Tensor) -> bool:
+    """Whether PyTorch's own gradient is exact, and the batch so small that a Python function in the graph costs more.
+
+    PyTorch adds 16-bit gradients up in their own dtype: exact, if no row is asked for twice.
+    """
+    itemsize, (num_rows, emb_size) = weight.dtype.itemsize, weight.shape
+    if rows.numel() * emb_size * itemsize > _FEW_BYTES or num_rows * emb_size * itemsize >= _MANY_BYTES:
+        return False
+    if not _on_cpu(weight, rows) or (itemsize < 4 and rows.numel() > _FEW_TOKENS):
+        return False
+    if itemsize >= 4 or rows.numel() == 1:
+        return True
+    asked_for = rows[owned].tolist()
+    return len(asked_for) == len(set(asked_for))
+
+
+_FEW_BYTES = 1 << 17
+_FEW_TOKENS = 64
 
 
 def _differentiable(tensor: Tensor) -> bool:
@@ -333,12 +355,27 @@ def sum_rows(
     if sparse or _owned_rows_only(device, grad_output, rows):
         if torch.compiler.is_compiling():
             raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
+        if not sparse and _small(grad_TE, rows_T, num_rows, device):
+            wide_TE = grad_TE.float() if grad_TE.dtype.itemsize < 4 else grad_TE
+            rows_T = torch.where(counted_T, rows_T, -1)  # the row that this operation leaves out
+            sums = torch.ops.aten.embedding_dense_backward(wide_TE, rows_T, num_rows, -1, False)
+            return sums.to(grad_TE.dtype)
         distinct, sums = sum_distinct(grad_TE, rows_T, counted_T)
         return row_gradient(distinct.to(device), sums.to(device), num_rows, sparse)
     dtype = grad_TE.dtype
     grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)
     grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)
     return torch.ops.aten.embedding_dense_backward(grad_TE, rows_T.to(device), num_rows, -1, False).to(dtype)
+
+
+def _small(grad_TE: Tensor, rows_T: Tensor, num_rows: int, device: torch.device) -> bool:
+    """Whether to add the gradients up where they belong is faster than to sort them: bits are the same."""
+    size = num_rows * grad_TE.shape[1]
+    most = 1 << 16 if grad_TE.dtype.itemsize < 4 else _MANY_BYTES // grad_TE.dtype.itemsize
+    return size < most and len(rows_T) <= _SMALL_TOKENS and device.type == "cpu" and grad_TE.is_cpu and rows_T.is_cpu
+
+
+_SMALL_TOKENS = 1 << 14
 
 
 def row_gradient(distinct: Tensor, sums: Tensor, num_rows: int, sparse: bool) -> Tensor:

@@ -18,6 +18,15 @@ from torch_impl import ParallelVocabEmbedding
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.fixture(autouse=True, params=["by size", "no graph of PyTorch's own", "sorted"])
+def way(request, monkeypatch):
+    """Small batches take shorter ways: here all of them take each."""
+    if request.param != "by size":
+        monkeypatch.setattr("torch_impl.rows._FEW_BYTES", 0)
+    if request.param == "sorted":
+        monkeypatch.setattr("torch_impl.rows._SMALL_TOKENS", 0)
+
+
 def as_numpy(tensor):
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -32,6 +41,17 @@ def gradient(emb, ids, grad_output):
 
 def ranks(vocab_size, emb_size, world_size, **options):
     return [ParallelVocabEmbedding(vocab_size, emb_size, r, world_size, **options) for r in range(world_size)]
+
+
+@pytest.mark.parametrize("equal", [1, 2, 64])
+def test_few_equal_ids_do_not_saturate_either(equal):
+    emb = ParallelVocabEmbedding(8, 4, 1, 2, dtype=torch.bfloat16)
+    grad_output = torch.ones(equal + 2, 4, dtype=torch.bfloat16)
+    grad_output[1] = 256
+    found = gradient(emb, torch.tensor([0, *[5] * equal, 9]), grad_output)
+    expected = torch.zeros(4, 4, dtype=torch.bfloat16)
+    expected[1] = 255.0 + equal
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
