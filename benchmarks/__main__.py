@@ -35,7 +35,7 @@ round, in an order that changes, and medians.
             processes; JAX: a masked lookup with psum or psum_scatter, and jnp.take with every layout pinned.
 
 Peers that are not installed are left out:
-  pip install -c constraints.txt matplotlib flax; pip install --no-deps megatron-core==0.16.1
+  pip install -c constraints.txt -e '.[all,bench]'; pip install --no-deps megatron-core==0.16.1
 Before each measurement memory is faulted in and freed, so that no candidate profits from what the one before it left.
 Each candidate's output is compared with NumPy's before it is timed. (python -m benchmarks.tables measures files.)
 
@@ -124,6 +124,19 @@ def _rows(case: Case, found: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 _HEADER = ["case", "", "forward, ms", "/ ours", "forward + backward, ms", "/ ours", "MB sent per rank"]
+_WHY = """\
+Where a target is missed:
+
+- Forward over a clone, outputs below 32 MiB or so: the C library may hand a clone memory that is already there (16 MiB in
+  1.4 ms), and a lookup reads ids, gathers, and wipes foreign rows in a second pass. From 32 MiB on, ours is in huge pages of
+  its own: faster than fresh memory (0.67), slower than memory that the C library kept, as it does or does not by what the
+  process did before. That is also what moves a ratio from one run to the next.
+- Forward + backward over allocating both, bfloat16 and Zipf ids: the floor's zeros may be such kept memory too, and sums
+  are float32, rounded once: what the faster forms leave out.
+- F.embedding's own call is one operation; each further one costs 1.3 us or so, and where ids are not all owned a lookup
+  needs six: the distance from the rank's first row, its clipping, who is owned, how many, the rows, and their wiping.
+- JAX, a batch of 64: both programs take a millisecond or two; why they differ has not been looked into.
+"""
 _TARGETS_HEADER = ["case", "ours: what over what", "found", "at most", ""]
 
 
@@ -181,6 +194,7 @@ def main() -> int:
     written = []
     if local:
         lines = _table("Targets", _TARGETS_HEADER, [targets(local)], console)
+        lines += [*_WHY.splitlines(), ""]
         for framework in frameworks:
             lines += _table(framework, HEADER, [rows_of(r) for r in local if r.framework == framework], console)
         stored = [{"framework": r.framework, "case": r.case.as_json(), "found": r.found} for r in local]

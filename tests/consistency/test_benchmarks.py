@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from benchmarks.__main__ import _rows, _run
+from benchmarks.__main__ import _rows, _run, _run_local
 from benchmarks.cases import Case, make_ids, traffic
+from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
+from benchmarks.plots import draw_local
 
 
 @pytest.mark.slow
@@ -25,6 +27,69 @@ def test_every_candidate_is_measured(framework):
     assert [row[1] for row in _rows(case, found)] == candidates
     if framework == "torch":
         assert all(times["sent_bytes"] > 0 for times in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_every_local_candidate_is_measured_once_its_output_is_right(framework):
+    case = Case("none", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
+    with Progress(disable=True) as progress:
+        (result,) = _run_local(framework, [case], 2, progress)
+    names = {
+        "torch": {"ours", "floor", "Megatron's form", "vLLM's form", "TGI's null row", "F.embedding of as many rows"},
+        "jax": {"ours", "floor", "ours, all_reduce", "jnp.take, GSPMD", "Explicit .at[].get", "one-hot matmul"},
+    }
+    assert names[framework] <= set(result.found)
+    for times in result.found.values():
+        assert times["forward"] > 0
+        assert times["forward_backward"] > 0
+        assert times["peak_extra_bytes"] >= 0 or np.isnan(times["peak_extra_bytes"])
+
+
+def result_of(case, ours, floor, megatron):
+    both = {"peak_extra_bytes": 2e6}
+    found = {
+        name: {"forward": t, "forward_backward": 2 * t, **both}
+        for name, t in (("ours", ours), ("floor", floor), ("Megatron's form", megatron))
+    }
+    return Result("torch", case, found)
+
+
+def test_a_target_is_met_or_missed_by_what_was_measured():
+    large = result_of(Case("none", 8, "uniform"), 1.04, 1.0, 1.5)
+    assert [row[1:] for row in targets([large])] == [
+        ["forward / a clone of the output", "1.04", "1.05", "met"],
+        ["forward + backward / allocating both", "1.04", "1.15", "met"],
+        ["forward / Megatron's form", "0.69", "0.71", "met"],
+        ["forward + backward / Megatron's form", "0.69", "0.56", "missed"],
+    ]
+    few = result_of(Case("none", 8, "uniform", 1, 64), 1.2, 1.0, 1.0)
+    assert [row[4] for row in targets([few])] == ["missed", "missed"]  # F.embedding's own call was not measured
+    rows = rows_of(large)
+    assert all(len(row) == len(HEADER) for row in rows)
+    assert rows[0][2:5] == ["1040.00 ms", "1.04", "1.00"]
+
+
+def test_every_axis_is_measured():
+    for framework, cases in local_cases(quick=False).items():
+        assert {case.ids for case in cases} == {"uniform", "zipf"}
+        assert {case.dtype for case in cases} == {"float32", "bfloat16"}
+        tokens = {case.batch * case.sequence for case in cases}
+        assert {1, 64, 8192} <= tokens
+        if framework == "torch":  # JAX's devices are all on one machine, which has not the memory for the largest
+            assert {case.emb_size for case in cases} == {256, 1024, 8192}
+            assert {case.world_size for case in cases} == {1, 2, 4, 8, 16}
+            assert {32768, 131072, 1048576} == {case.vocab_size for case in cases}
+            assert 65536 in tokens
+    quick = local_cases(quick=True)
+    assert all(set(quick[name]) <= set(cases) for name, cases in local_cases(quick=False).items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_a_figure_is_drawn(tmp_path):
+    few = [result_of(Case("none", 8, "uniform", 1, tokens), 1e-5, 1e-6, 1e-5) for tokens in (1, 8)]
+    assert draw_local([result_of(Case("none", 8, "uniform"), 1.0, 0.9, 2.0), *few], tmp_path / "a.png", "a machine")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_must_be_sent():
