@@ -27,7 +27,7 @@ def take_widened(weight: jax.Array, local: jax.Array) -> jax.Array:
     """
     if weight.dtype.itemsize >= 4:
         return take_zero_filled(weight, local)
-    if 2 * local.size < weight.shape[0] and _local_alone(weight, local):
+    if 0 < 2 * local.size < weight.shape[0] and _local_alone(weight, local):
         return _take.bind(weight, local)
     return _plain_take(weight, local)
 

@@ -19,6 +19,11 @@ DTYPES = ["float32", "float16", "bfloat16"]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
+@pytest.fixture(params=["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def kind(request):
+    return request.param
+
+
 def layer(mesh_of, **options):
     return ParallelVocabEmbedding(VOCAB, EMB, mesh_of((RANKS,)), **options)
 

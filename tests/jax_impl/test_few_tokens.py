@@ -20,6 +20,11 @@ DTYPES = [jnp.float16, jnp.bfloat16]
 IDS = np.concatenate([[-1, 0, 0, 1, 511, 512, 513, 2047, 2048, 2**31 - 1], np.full(22, 700), np.arange(1020, 1028)])
 
 
+@pytest.fixture(params=["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def kind(request):
+    return request.param
+
+
 def layer(mesh, **options):
     return ParallelVocabEmbedding(VOCAB, EMB, mesh, **options)
 
