@@ -19,6 +19,11 @@ DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 MESHES = [((1,), ("tp",)), ((2,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 2, 2), ("dp", "tp", "sp"))]
 
 
+@pytest.fixture(params=["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def kind(request):
+    return request.param
+
+
 def gradient(emb, ids, grad_output):
     """The gradient of the table, when every rank's partial gets ``grad_output``."""
 
