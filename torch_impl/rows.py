@@ -19,16 +19,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from shared.bits import STORED_DTYPES
+from torch_impl import gpu
 
 __all__ = [
+    "differentiable",
     "fill_rows",
     "into_place",
     "lookup_rows",
     "memory_of",
     "row_gradient",
+    "row_sum",
     "sum_distinct",
     "sum_rows",
     "take_rows",
+    "transformed",
 ]
 
 _BYTES = 1 << 24
@@ -76,7 +80,7 @@ def take_rows(weight: Tensor, rows: Tensor, owned: Tensor, counted: Tensor | Non
         return _TracedLookup.apply(weight, rows, owned, counted, sparse)
     if torch._C._are_functorch_transforms_active():
         return _TransformedLookup.apply(weight, rows, owned, counted, sparse)
-    if not _differentiable(weight):
+    if not differentiable(weight):
         return lookup_rows(weight, rows, owned)
     if counted is None and not sparse and _few(weight, rows, owned):
         return torch.where(owned.unsqueeze(-1), torch.embedding(weight, rows), 0)
@@ -104,10 +108,19 @@ _FEW_BYTES = 1 << 17
 _FEW_TOKENS = 64
 
 
-def _differentiable(tensor: Tensor) -> bool:
+def differentiable(tensor: Tensor) -> bool:
     """Whether reverse or forward mode has to know what is done with the tensor. To ask takes no time; its nodes do."""
     recorded = tensor.requires_grad and torch.is_grad_enabled()
     return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def transformed() -> bool:
+    """Whether a compiler, a transform of torch.func or forward mode is at work, which only ``take_rows`` has rules for."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _keep(ctx: Any, weight: Tensor, rows: Tensor, counted: Tensor, sparse: bool) -> None:
@@ -118,8 +131,7 @@ def _keep(ctx: Any, weight: Tensor, rows: Tensor, counted: Tensor, sparse: bool)
 def _gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     """The gradient of the table, itself differentiable where that is wanted."""
     rows, counted = ctx.saved_tensors
-    add_up = _RowSum.apply if _differentiable(grad_output) else sum_rows
-    return add_up(grad_output, rows, counted, ctx.num_rows, ctx.device, ctx.sparse)
+    return row_sum(grad_output, rows, counted, ctx.num_rows, ctx.device, ctx.sparse)
 
 
 class _Lookup(torch.autograd.Function):
@@ -192,6 +204,14 @@ class _TransformedLookup(_TracedLookup):
             here: list[Any] = [t if t is None else t[i] for t in batched]
             each.append(take_rows(table, here[0], here[1], here[2], inputs[4]))
         return torch.stack(each), 0
+
+
+def row_sum(
+    grad_output: Tensor, rows: Tensor, counted: Tensor, num_rows: int, device: torch.device, sparse: bool
+) -> Tensor:
+    """``sum_rows``, itself differentiable where that is wanted."""
+    add_up = _RowSum.apply if differentiable(grad_output) else sum_rows
+    return add_up(grad_output, rows, counted, num_rows, device, sparse)
 
 
 class _RowSum(torch.autograd.Function):
@@ -311,6 +331,10 @@ def lookup_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
     if not _on_cpu(weight_NE, rows):
         if _owned_rows_only(weight_NE.device, weight_NE, rows):
             return _travelling_rows(weight_NE, rows, owned)
+        if gpu.serves(weight_NE, rows) and not torch.compiler.is_compiling():  # a compiler makes one kernel of the rest
+            from torch_impl.gpu.kernels import take_owned_rows
+
+            return take_owned_rows(weight_NE, torch.where(owned, rows, -1), 0, len(weight_NE), None, False)[0]
         return F.embedding(rows, weight_NE).masked_fill(~owned.unsqueeze(-1), 0)
     here, tokens, emb_size = int(owned.count_nonzero()), rows.numel(), weight_NE.shape[1]
     row_bytes = emb_size * weight_NE.element_size()
@@ -362,6 +386,8 @@ def sum_rows(
             return sums.to(grad_TE.dtype)
         distinct, sums = sum_distinct(grad_TE, rows_T, counted_T)
         return row_gradient(distinct.to(device), sums.to(device), num_rows, sparse)
+    if device == rows.device and gpu.serves(grad_TE, rows_T):
+        return gpu.sum_rows_by_key(grad_TE, torch.where(counted_T, rows_T, num_rows), num_rows)
     dtype = grad_TE.dtype
     grad_TE = grad_TE.to(torch.float32 if dtype.itemsize < 4 else dtype)
     grad_TE = grad_TE.masked_fill(~counted_T.unsqueeze(1), 0).to(device)
