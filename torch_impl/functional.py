@@ -164,10 +164,10 @@ def lookup_checked(
 ) -> Tensor:
     """``partial_lookup`` for a caller that has checked all but the ids; ``rank`` may be a 0-d tensor."""
     ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
-    if not sparse and gpu.serves(weight, ids) and not transformed():
+    if not sparse and not transformed() and gpu.serves(weight, ids):
         from torch_impl.gpu.lookup import fused_lookup
 
-        return fused_lookup(weight, ids, *partition.owned_range(rank), padding_idx)
+        return fused_lookup(weight, ids, *partition.owned_range(int(rank)), padding_idx)
     rows, owned = partition.clipped_rows(ids, rank)
     counted = None if padding_idx is None else owned & (ids != padding_idx)
     return take_rows(weight, rows, owned, counted, sparse)

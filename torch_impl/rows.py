@@ -117,9 +117,7 @@ def differentiable(tensor: Tensor) -> bool:
 def transformed() -> bool:
     """Whether a compiler, a transform of torch.func or forward mode is at work, which only ``take_rows`` has rules for."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 

@@ -46,8 +46,9 @@ class _FusedLookup(torch.autograd.Function):
         (keys,), grad_output = ctx.saved_tensors, grad_outputs[0]
         if differentiable(grad_output):
             rows = keys.view(grad_output.shape[:-1]).long()
-            grad = row_sum(grad_output, rows.clamp(max=ctx.num_rows - 1), rows < ctx.num_rows, ctx.num_rows, rows.device, False)
+            grad = row_sum(
+                grad_output, rows.clamp(max=ctx.num_rows - 1), rows < ctx.num_rows, ctx.num_rows, rows.device, False
+            )
         else:
             grad = kernels.sum_rows_by_key(grad_output.reshape(-1, grad_output.shape[-1]), keys, ctx.num_rows)
         return grad, None, None, None, None
-
