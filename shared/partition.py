@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -83,18 +83,17 @@ class VocabPartition:
     vocab_size: int
     world_size: int
     padded_vocab_size: Any = None  # an int, once it is made
+    rows_per_rank: int = field(init=False, repr=False, compare=False)
+    """Rows that each rank keeps, ``n = padded_vocab_size // world_size``."""
 
     def __post_init__(self) -> None:
         vocab_size = check_size("vocab_size", self.vocab_size)
         world_size = check_size("world_size", self.world_size)
         object.__setattr__(self, "vocab_size", vocab_size)
         object.__setattr__(self, "world_size", world_size)
-        object.__setattr__(self, "padded_vocab_size", _padded_size(vocab_size, world_size, self.padded_vocab_size))
-
-    @property
-    def rows_per_rank(self) -> int:
-        """Rows that each rank keeps, ``n = padded_vocab_size // world_size``."""
-        return self.padded_vocab_size // self.world_size
+        padded_vocab_size = _padded_size(vocab_size, world_size, self.padded_vocab_size)
+        object.__setattr__(self, "padded_vocab_size", padded_vocab_size)
+        object.__setattr__(self, "rows_per_rank", padded_vocab_size // world_size)
 
     @property
     def padding_rows(self) -> int:
@@ -159,6 +158,31 @@ class VocabPartition:
         rows = local.clip(0, self.rows_per_rank - 1)
         owned = rows == local
         return rows, owned & (wide_ids < self.vocab_size) if self.padding_rows else owned
+
+    def has_padding(self, rank: int) -> bool:
+        """Whether some of the rows that ``rank`` keeps are padding."""
+        return (rank + 1) * self.rows_per_rank > self.vocab_size
+
+    def framed_rows(self, wide_ids: Any, rank: Any) -> Any:
+        """Row numbers in a table of ``rank`` with one more row before its first and one after its last.
+
+        An id that the rank does not own names one of these two. Only for ranks without padding: past the last id there is
+        nothing else.
+
+        Args:
+            wide_ids: an array of ids as ``shared.ids.widen`` leaves them.
+            rank: whose rows.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared import VocabPartition
+            >>> VocabPartition(vocab_size=12, world_size=3).framed_rows(np.array([-1, 3, 4, 7, 12]), rank=1)
+            array([0, 0, 1, 4, 5])
+        """
+        before = rank * self.rows_per_rank - 1
+        rows = wide_ids.clip(before, before + self.rows_per_rank + 1)
+        rows -= before
+        return rows
 
 
 def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> int:

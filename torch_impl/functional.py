@@ -7,11 +7,10 @@ from torch import Tensor
 
 from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
 from shared.partition import VocabPartition
-from torch_impl import gpu
 from torch_impl.ids import as_ids, check_ids
 from torch_impl.placement import resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
-from torch_impl.rows import take_rows, transformed
+from torch_impl.rows import take_own
 
 __all__ = ["partial_lookup", "reduced_lookup"]
 
@@ -164,10 +163,4 @@ def lookup_checked(
 ) -> Tensor:
     """``partial_lookup`` for a caller that has checked all but the ids; ``rank`` may be a 0-d tensor."""
     ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
-    if not sparse and not transformed() and gpu.serves(weight, ids):
-        from torch_impl.gpu.lookup import fused_lookup
-
-        return fused_lookup(weight, ids, *partition.owned_range(int(rank)), padding_idx)
-    rows, owned = partition.clipped_rows(ids, rank)
-    counted = None if padding_idx is None else owned & (ids != padding_idx)
-    return take_rows(weight, rows, owned, counted, sparse)
+    return take_own(weight, ids, partition, rank, padding_idx, sparse)

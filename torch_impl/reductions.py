@@ -17,7 +17,8 @@ from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.exchange import ChunkRoutes, gather_everywhere
 from torch_impl.faults import naming_the_operation
 from torch_impl.placement import find_group
-from torch_impl.rows import lookup_rows, row_gradient, sum_distinct, sum_rows
+from torch_impl.rows import lookup_own
+from torch_impl.sums import row_gradient, sum_distinct, sum_rows
 
 __all__ = ["ReductionOptions", "choose_exchange", "reduce_lookup"]
 
@@ -96,7 +97,7 @@ class _AllReduce:
         if group is not None and self._exchange == "routed" and ids.numel():
             output = gather_everywhere(weight, ids, partition, rank, group)
         else:
-            output = lookup_rows(weight, *partition.clipped_rows(ids, rank))
+            output = lookup_own(weight, ids, partition, rank)
             if group is not None and ids.numel():
                 with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
                     dist.all_reduce(_as_integers(output), group=group)
@@ -139,7 +140,7 @@ class _ReduceScatter:
         if self._routes is not None:
             output = self._routes.gather(weight, self._shape)
         else:
-            partial = lookup_rows(weight, *partition.clipped_rows(ids_WC, self._rank))
+            partial = lookup_own(weight, ids_WC, partition, self._rank)
             output = partial.new_empty(*self._shape, weight.shape[1])
             if ids_WC.numel():
                 with naming_the_operation("reduce_scatter of the embedding's forward (dense)", self._group):

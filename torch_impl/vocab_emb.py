@@ -25,13 +25,15 @@ from shared.checks import (
 )
 from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
+from torch_impl.accumulation import into_place
 from torch_impl.faults import check_agreement
+from torch_impl.frame import KeptFrame, empty_table
 from torch_impl.functional import lookup_checked
 from torch_impl.ids import as_ids, check_ids
 from torch_impl.initial import fill_normal
 from torch_impl.placement import find_group, resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
-from torch_impl.rows import into_place
+from torch_impl.rows import differentiable, take_few
 from torch_impl.table import fill_from_table, write_table
 
 __all__ = ["ParallelVocabEmbedding"]
@@ -154,7 +156,8 @@ class ParallelVocabEmbedding(nn.Module):
             raise ValueError("check=True compares the ranks of a process_group: pass it")
         # Compiled graphs take the rank as data, so that they are the same on every rank.
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
-        self.weight = nn.Parameter(torch.empty(self.partition.rows_per_rank, self.emb_size, dtype=dtype, device=device))
+        self._frame = KeptFrame()
+        self.weight = nn.Parameter(empty_table(self.partition.rows_per_rank, self.emb_size, dtype, device))
         self.reset_parameters()
 
     @property
@@ -232,7 +235,7 @@ class ParallelVocabEmbedding(nn.Module):
             device="meta",
             **options,
         )
-        self.weight = nn.Parameter(torch.empty(self.weight.shape, dtype=dtype, device=device))
+        self.weight = nn.Parameter(empty_table(self.partition.rows_per_rank, self.emb_size, dtype, device))
         if not self.weight.is_meta:
             fill_from_table(self.weight, table, self.partition, self.rank)
         return self
@@ -350,10 +353,14 @@ class ParallelVocabEmbedding(nn.Module):
                 ranks disagree.
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
+        weight: Tensor = self.weight
+        if self.reduction == "none" and self.invalid_ids == "zero" and not differentiable(weight):
+            found = take_few(weight, ids, self.partition, self.rank, self._frame)
+            if found is not None:
+                return found
         if self.check and self._group_name is not None:
             ids = self._agreed(ids)
         rank = self._rank_tensor if torch.compiler.is_compiling() else self.rank
-        weight: Tensor = self.weight
         sparse = self.sparse
         if self.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
             weight, sparse = into_place(weight), True
@@ -370,6 +377,10 @@ class ParallelVocabEmbedding(nn.Module):
             None if torch.compiler.is_compiling() else self.rank,
         )
         return reduce_lookup(weight, ids, self.partition, options)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._frame.drop()
+        return super()._apply(fn, recurse)
 
     def _agreed(self, ids: Tensor) -> Tensor:
         """The ids, once all ranks are known to look the same ones up in the same way."""

@@ -163,6 +163,7 @@ import torch_impl.rows as rows_of
 from shared.harness import serve
 from torch_impl.runner import run
 
+rows_of.framed = lambda weight: None
 lookup = rows_of.lookup_rows
 rows_of.lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
 serve("torch", {}, run)

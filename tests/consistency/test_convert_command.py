@@ -264,6 +264,7 @@ def test_a_damaged_set_is_refused_and_nothing_is_written(capsys, place):
 INTERRUPTED = """
 import os, signal, sys
 from shared import table_writer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without
 copy, interrupted = table_writer._copy, []
 def interrupted_once(*arguments):
     if not interrupted:

@@ -23,6 +23,16 @@ def test_every_id_has_exactly_one_owner(rows, world_size, data):
         local = partition.local_ids(ids, rank)
         np.testing.assert_array_equal((local >= 0) & (local < partition.rows_per_rank), owned[rank])
         np.testing.assert_array_equal(local[owned[rank]] + partition.start(rank), ids[owned[rank]])
+        start, stop = partition.owned_range(rank)
+        assert partition.has_padding(rank) == (stop - start < partition.rows_per_rank)
+        if not partition.has_padding(rank):
+            before = ids.copy()
+            framed = partition.framed_rows(ids, rank)
+            np.testing.assert_array_equal((framed > 0) & (framed <= partition.rows_per_rank), owned[rank])
+            np.testing.assert_array_equal(framed[owned[rank]] - 1, local[owned[rank]])
+            assert framed.min(initial=0) >= 0
+            assert framed.max(initial=0) <= partition.rows_per_rank + 1
+            np.testing.assert_array_equal(ids, before)
 
 
 def test_ranges_are_half_open_and_meet():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from torch_impl import ParallelVocabEmbedding, gpu, rows
+from torch_impl import ParallelVocabEmbedding, gpu, rows, sums
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,8 +32,9 @@ def on_kernels(monkeypatch):
 
         monkeypatch.setattr(kernels, name, type("Noting", (), {"__getitem__": lambda _, grid, f=noting: f(grid)})())
     monkeypatch.setattr(gpu, "serves", lambda *tensors: True)
-    monkeypatch.setattr(rows, "_on_cpu", lambda *tensors: False)
-    monkeypatch.setattr(rows, "_owned_rows_only", lambda *tensors: False)
+    monkeypatch.setattr(rows, "on_cpu", lambda *tensors: False)
+    for module in (rows, sums):
+        monkeypatch.setattr(module, "owned_rows_only", lambda *tensors: False)
     return launched
 
 

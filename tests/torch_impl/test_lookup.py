@@ -10,6 +10,7 @@ from shared import VocabPartition
 from shared.oracle import partial_lookup as oracle_lookup
 from torch_impl import ParallelVocabEmbedding, partial_lookup
 
+pytestmark = pytest.mark.usefixtures("where_the_table_lies")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64

@@ -15,9 +15,10 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 def serves(*tensors: Tensor) -> bool:
     """Whether there are kernels for these: plain tensors on one and the same GPU."""
-    device = tensors[0].device
-    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.device == device for tensor in tensors)
-    return device.type == "cuda" and plain and _TRITON
+    first = tensors[0]
+    if not first.is_cuda or not _TRITON:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device == first.device for tensor in tensors)
 
 
 @torch.library.custom_op("pve::sum_rows_by_key", mutates_args=())
