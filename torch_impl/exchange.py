@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared.partition import VocabPartition
 from torch_impl.faults import naming_the_operation
-from torch_impl.sums import sum_distinct
+from torch_impl.local.sums import sum_distinct
 
 __all__ = ["ChunkRoutes", "gather_everywhere"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shared.global_normal import normal_rows
 from shared.partition import VocabPartition
-from torch_impl.memory import fill_rows
+from torch_impl.local.memory import fill_rows
 
 __all__ = ["fill_normal"]
 

@@ -16,9 +16,9 @@ from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.exchange import ChunkRoutes, gather_everywhere
 from torch_impl.faults import naming_the_operation
+from torch_impl.local.sums import row_gradient, sum_distinct, sum_rows
 from torch_impl.placement import find_group
 from torch_impl.rows import lookup_own
-from torch_impl.sums import row_gradient, sum_distinct, sum_rows
 
 __all__ = ["ReductionOptions", "choose_exchange", "reduce_lookup"]
 

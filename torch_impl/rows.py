@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 
 from shared.partition import VocabPartition
 from torch_impl import gpu
-from torch_impl.frame import KeptFrame, framed
-from torch_impl.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, zeros
-from torch_impl.sums import sum_rows
+from torch_impl.local.frame import KeptFrame, framed
+from torch_impl.local.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, zeros
+from torch_impl.local.sums import sum_rows
 
 __all__ = [
     "differentiable",

@@ -13,7 +13,7 @@ from shared.partition import VocabPartition
 from shared.table_file import TableFile
 from shared.table_writer import write_together
 from torch_impl.faults import gather_objects
-from torch_impl.memory import fill_rows, memory_of
+from torch_impl.local.memory import fill_rows, memory_of
 
 __all__ = ["fill_from_table", "write_table"]
 

@@ -25,12 +25,12 @@ from shared.checks import (
 )
 from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
-from torch_impl.accumulation import into_place
 from torch_impl.faults import check_agreement
-from torch_impl.frame import KeptFrame, empty_table
 from torch_impl.functional import lookup_checked
 from torch_impl.ids import as_ids, check_ids
 from torch_impl.initial import fill_normal
+from torch_impl.local.accumulation import into_place
+from torch_impl.local.frame import KeptFrame, empty_table
 from torch_impl.placement import find_group, resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
 from torch_impl.rows import differentiable, take_few

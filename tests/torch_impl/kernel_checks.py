@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from torch_impl import ParallelVocabEmbedding, gpu, rows, sums
+from torch_impl import ParallelVocabEmbedding, gpu, rows
+from torch_impl.local import sums
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

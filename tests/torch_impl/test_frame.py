@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torch_impl import ParallelVocabEmbedding
-from torch_impl.frame import KeptFrame, empty_table, framed
+from torch_impl.local.frame import KeptFrame, empty_table, framed
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IDS = torch.tensor([[0, 8, 9, 15, 16], [-1, 24, 2**40, -(2**63), 12]])

@@ -24,7 +24,7 @@ def way(request, monkeypatch):
     if request.param != "by size":
         monkeypatch.setattr("torch_impl.rows._FEW_BYTES", 0)
     if request.param == "sorted":
-        monkeypatch.setattr("torch_impl.sums._SMALL_TOKENS", 0)
+        monkeypatch.setattr("torch_impl.local.sums._SMALL_TOKENS", 0)
 
 
 def as_numpy(tensor):

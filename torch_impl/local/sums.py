@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_impl import gpu
-from torch_impl.memory import MANY_BYTES, owned_rows_only, zeros
+from torch_impl.local.memory import MANY_BYTES, owned_rows_only, zeros
 
 __all__ = ["row_gradient", "sum_distinct", "sum_rows"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_impl.memory import PLAIN, zeros
+from torch_impl.local.memory import PLAIN, zeros
 
 __all__ = ["into_place"]
 
