@@ -19,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.cases import Case, traffic
 from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
-from benchmarks.machine import describe, machine_facts
-from benchmarks.plots import draw_local
+from benchmarks.machine import NO_GPU, describe, machine_facts
+from benchmarks.plots import draw_exchange, draw_local
 
 __all__ = ["main"]
 
@@ -99,13 +99,16 @@ def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, 
 
 def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progress) -> list[Result]:
     """The local result of each case, each in a process of its own: what one leaves in memory is not the next one's."""
-    per_case = (rounds + 1) * (2 if framework == "torch" else 1)
+    per_case = (rounds + 1) * (1 if framework == "jax" else 2)
     task = progress.add_task(f"{framework}, local", total=len(cases) * per_case)
+    module = "jax" if framework == "jax" else "torch"
+    device = "cuda" if framework == "torch on a GPU" else "cpu"
     results = []
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
-            result, spec = Path(folder) / "result.json", json.dumps({"cases": [case.as_json()], "rounds": rounds})
-            command = [sys.executable, "-m", f"benchmarks.{framework}_local", spec, str(result)]
+            result = Path(folder) / "result.json"
+            spec = json.dumps({"cases": [case.as_json()], "rounds": rounds, "device": device})
+            command = [sys.executable, "-m", f"benchmarks.{module}_local", spec, str(result)]
             _wait_for([command], f"{framework}, {case}", lambda: progress.advance(task))
             results.append(Result(framework, case, json.loads(result.read_text())[0]))
     return results
@@ -180,7 +183,10 @@ def main() -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for framework in frameworks if options.part != "exchange" else []:
-            local += _run_local(framework, local_cases(options.quick)[framework], rounds, progress)
+            cases = local_cases(options.quick)[framework]
+            local += _run_local(framework, cases, rounds, progress)
+            if framework == "torch" and facts["gpu"] != NO_GPU:
+                local += _run_local("torch on a GPU", cases, rounds, progress)
         for framework in frameworks if options.part != "local" else []:
             megatron = importlib.util.find_spec("megatron") is not None
             peers = [name for name in _PEERS[framework] if name != "Megatron-core" or megatron]
@@ -191,19 +197,17 @@ def main() -> int:
                 found = _run(framework, group, candidates, rounds, progress)
                 exchange += [(framework, case, each) for case, each in zip(group, found, strict=True)]
     options.output.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, title = [], describe(facts).partition(". ")[0]
     if local:
         lines = _table("Targets", _TARGETS_HEADER, [targets(local)], console)
         lines += [*_WHY.splitlines(), ""]
-        for framework in frameworks:
+        for framework in dict.fromkeys(result.framework for result in local):
             lines += _table(framework, HEADER, [rows_of(r) for r in local if r.framework == framework], console)
         stored = [{"framework": r.framework, "case": r.case.as_json(), "found": r.found} for r in local]
         _write(options.output, "local", "One rank's lookup", rounds, facts, lines, stored)
         written += ["local.json", "local.md"]
-        if draw_local(local, options.output / "local.png", describe(facts).partition(". ")[0]):
+        if draw_local(local, options.output / "local.png", title):
             written.append("local.png")
-        else:
-            console.print("no figure: matplotlib is not installed")
     if exchange:
         lines = []
         for framework in frameworks:
@@ -215,6 +219,12 @@ def main() -> int:
         ]
         _write(options.output, "exchange", "The exchanges", rounds, facts, lines, stored)
         written += ["exchange.json", "exchange.md"]
+        if draw_exchange(
+            [(f"{name}: {case}", found) for name, case, found in exchange], options.output / "exchange.png", title
+        ):
+            written.append("exchange.png")
+    if not any(name.endswith(".png") for name in written):
+        console.print("no figures: matplotlib is not installed")
     console.print(f"written to {options.output}: {', '.join(written)}")
     return 0
 

@@ -21,7 +21,8 @@ class Case:
     """One table and one batch of ids over some ranks.
 
     Attributes:
-        reduction: what the layer returns.
+        reduction: what the layer returns; ``"accumulate"``: a rank's own rows, and the gradient is added to one that is
+            there.
         world_size: ranks.
         ids: how the ids are distributed: ``"uniform"``, or ``"zipf"``, id i with a probability of 1 / (i + 1).
         batch, sequence: the ids' shape.
@@ -90,8 +91,16 @@ def warm_pages(size: int = 2**28) -> None:
     np.empty(size, np.uint8).fill(1)
 
 
-def peak_of(run: Callable[[], Any]) -> float:
+def peak_of(run: Callable[[], Any], device: str = "cpu") -> float:
     """Bytes of memory that a call has at most more than there was before it; NaN where Linux does not tell."""
+    if device != "cpu":
+        import torch
+
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return float(torch.cuda.max_memory_allocated() - before)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     run()
     try:

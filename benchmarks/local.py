@@ -10,7 +10,9 @@ from benchmarks.cases import Case
 
 __all__ = ["HEADER", "Result", "local_cases", "rows_of", "targets"]
 
-HEADER = ["case", "", "forward", "/ floor", "/ ours", "forward + backward", "/ floor", "/ ours", "extra peak, MB"]
+HEADER = ["case", ""]
+HEADER += [text for kind in ("forward", "backward", "forward + backward") for text in (kind, "/ floor", "/ ours")]
+HEADER += ["extra peak, MB"]
 _BASE = Case("none", 8, "uniform")
 _TOKENS = (1, 8, 64, 512, 2048)
 
@@ -20,7 +22,7 @@ class Result:
     """What was found of a case.
 
     Attributes:
-        framework: ``"torch"`` or ``"jax"``.
+        framework: ``"torch"``, ``"torch on a GPU"`` or ``"jax"``.
         case: what was measured.
         found: by candidate, seconds and bytes; ``"floor"`` is among them.
     """
@@ -40,8 +42,9 @@ def local_cases(quick: bool) -> dict[str, list[Case]]:
     ids, dtypes = ("uniform", "zipf"), ("float32", "bfloat16")
     base = [replace(_BASE, ids=kind, dtype=dtype) for kind in ids for dtype in dtypes]
     few = [replace(_BASE, ids=kind, batch=1, sequence=tokens) for kind in ids for tokens in _TOKENS]
+    micro = [replace(_BASE, reduction="accumulate", world_size=1, ids=kind, batch=1) for kind in ids]
     if quick:
-        return {"torch": [*base, *few[:5]], "jax": [base[0], base[2], base[1], replace(few[2])]}
+        return {"torch": [*base, *few[:5], *micro], "jax": [base[0], base[2], base[1], replace(few[2])]}
     more: list[dict[str, Any]] = [
         {"vocab_size": 32768},
         {"vocab_size": 1048576},
@@ -50,9 +53,10 @@ def local_cases(quick: bool) -> dict[str, list[Case]]:
         *({"world_size": w} for w in (1, 2, 4, 16)),
         {"batch": 32},
     ]
-    every = [*base, *few, *(replace(_BASE, ids=kind, **change) for kind in ids for change in more)]
+    few16 = [replace(_BASE, dtype="bfloat16", batch=1, sequence=tokens) for tokens in _TOKENS]
+    every = [*base, *few, *few16, *(replace(_BASE, ids=kind, **change) for kind in ids for change in more)]
     # On one machine JAX's devices hold the whole table and w outputs: what needs more than it has is left out.
-    return {"torch": every, "jax": [case for case in every if _jax_bytes(case) < 6e9]}
+    return {"torch": [*every, *micro], "jax": [case for case in every if _jax_bytes(case) < 6e9]}
 
 
 def _jax_bytes(case: Case) -> float:
@@ -69,8 +73,9 @@ def rows_of(result: Result) -> list[list[str]]:
     rows = []
     for name, times in result.found.items():
         row = [str(result.case) if name == "ours" else "", name]
-        for kind in ("forward", "forward_backward"):
-            row += [_time(times[kind]), *(f"{result.ratio(kind, name, over):.2f}" for over in ("floor", "ours"))]
+        for kind in ("forward", "backward", "forward_backward"):
+            ratios = [f"{result.ratio(kind, name, over):.2f}" for over in ("floor", "ours")]
+            row += [_time(times[kind]), *ratios] if kind in times else ["", "", ""]
         rows.append([*row, f"{times['peak_extra_bytes'] / 1e6:.1f}"])
     return rows
 
@@ -78,6 +83,9 @@ def rows_of(result: Result) -> list[list[str]]:
 def _of_torch(result: Result) -> list[tuple[str, float, float]]:
     """What is compared, what was found and what it may be at most."""
     megatron, large = "Megatron's form", result.case.batch * result.case.sequence >= 8192
+    if result.case.reduction == "accumulate":
+        plain = result.ratio("forward_backward", "ours", "ours, plain")
+        return [("a micro-batch / the plain way", plain, 1 / 5)]
     lines = [(f"{kind} / {megatron}", result.ratio(kind, "ours", megatron), 1.0) for kind in _KINDS]
     if large:
         lines = [
@@ -87,9 +95,18 @@ def _of_torch(result: Result) -> list[tuple[str, float, float]]:
             (f"forward + backward / {megatron}", result.ratio("forward_backward", "ours", megatron), 1 / 1.8),
         ]
     elif result.case.batch * result.case.sequence <= 64:
-        itself = "F.embedding of as many rows"
-        lines.append(("forward / F.embedding's own call", result.ratio("forward", "ours", itself), 1.5))
+        itself = "nn.Embedding, local ids"
+        lines.append(("forward / nn.Embedding's own call", result.ratio("forward", "ours", itself), 1.5))
     return lines
+
+
+def _of_gpu(result: Result) -> list[tuple[str, float, float]]:
+    """Bytes a second against those of a copy: a lookup reads a row for each token that is owned, and writes one for all."""
+    tokens = result.case.batch * result.case.sequence
+    if tokens < 8192:
+        return []
+    moved = (tokens + result.found["ours"]["owned_tokens"]) / (2 * tokens)
+    return [("time / that of copying as many bytes", result.ratio("forward", "ours", "floor") / moved, 1 / 0.85)]
 
 
 _KINDS = ("forward", "forward_backward")
@@ -111,7 +128,8 @@ def targets(results: list[Result]) -> list[list[str]]:
     """
     rows = []
     for result in results:
-        for what, found, limit in (_of_torch if result.framework == "torch" else _of_jax)(result):
+        of = {"torch": _of_torch, "jax": _of_jax, "torch on a GPU": _of_gpu}[result.framework]
+        for what, found, limit in of(result):
             if math.isnan(found):
                 continue
             allowed = limit * 1.05 if limit == 1.0 else limit

@@ -8,9 +8,12 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["describe", "machine_facts"]
+__all__ = ["NO_GPU", "describe", "machine_facts"]
 
-_NO_GPU = "No GPU: of the GPU path only results have been checked, and nothing of its speed."
+NO_GPU = (
+    "No GPU: of the GPU path only results have been checked, by running its kernels in Triton's interpreter and compiling "
+    "them; nothing of its speed."
+)
 
 
 def machine_facts() -> dict[str, str]:
@@ -31,7 +34,7 @@ def machine_facts() -> dict[str, str]:
 def _gpu() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else _NO_GPU
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else NO_GPU
 
 
 def describe(facts: dict[str, str]) -> str:

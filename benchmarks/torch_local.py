@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,6 @@ def _bags(weight: Tensor, start: int) -> Lookup:
     return lookup
 
 
-def _own_rows(weight: Tensor, start: int) -> Lookup:
-    """No lookup of a part: every id names a row. What F.embedding itself takes."""
-    n = len(weight)
-    return lambda ids: F.embedding(ids % n, weight)
-
-
 CANDIDATES: dict[str, Callable[[Tensor, int], Lookup]] = {
     "Megatron's form": _megatron,
     "Megatron's, deterministic": _megatron_deterministic,
@@ -109,7 +104,6 @@ CANDIDATES: dict[str, Callable[[Tensor, int], Lookup]] = {
     "TGI's null row": _null_row,
     "torchtitan's, times the mask": _times_mask,
     "embedding_bag": _bags,
-    "F.embedding of as many rows": _own_rows,
 }
 """The forms of a lookup that peers have, in our own words; of a rank's table and its first row."""
 
@@ -125,76 +119,129 @@ class _Module(nn.Module):
         return self.lookup(ids)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What is timed: a call, and what is then done with its output where the gradient is measured too."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]
+
+
 def _expected(weight: Tensor, ids: Tensor, start: int) -> np.ndarray:
-    table, local = weight.detach().float().numpy(), ids.numpy() - start
+    table, local = weight.detach().cpu().float().numpy(), ids.cpu().numpy() - start
     owned = (local >= 0) & (local < len(table))
     return np.where(owned[..., None], table[np.where(owned, local, 0)], 0)
 
 
-def _measure(case: Case, rounds: int, advance: Callable[[], None]) -> dict[str, dict[str, float]]:
+def _modules(case: Case, emb: ParallelVocabEmbedding) -> dict[str, nn.Module]:
+    """By name, ours first: what looks global ids up in one and the same table."""
+    start = emb.partition.start(emb.rank)
+    if case.reduction != "accumulate":
+        return {"ours": emb} | {name: _Module(make(emb.weight, start)) for name, make in CANDIDATES.items()}
+    fused = ParallelVocabEmbedding(
+        case.vocab_size,
+        case.emb_size,
+        emb.rank,
+        case.world_size,
+        dtype=emb.weight.dtype,
+        device="meta",
+        gradient_accumulation_fusion=True,
+    )
+    fused.weight = nn.Parameter(emb.weight.detach())
+    return {"ours": fused, "ours, plain": emb, "Megatron's form": _Module(_megatron(emb.weight, start))}
+
+
+def _measure(case: Case, rounds: int, device: str, advance: Callable[[], None]) -> dict[str, dict[str, float]]:
     dtype, w = getattr(torch, case.dtype), case.world_size
     rank = 0 if case.ids == "zipf" else w // 2  # the first ranks own most tokens of a real text
-    emb = ParallelVocabEmbedding(case.vocab_size, case.emb_size, rank, w, dtype=dtype)
-    ids, weight, start = torch.from_numpy(make_ids(case)), emb.weight, emb.partition.start(rank)
-    lookups: dict[str, Lookup] = {"ours": emb}
-    lookups |= {name: _Module(make(weight, start)) for name, make in CANDIDATES.items()}
+    emb = ParallelVocabEmbedding(case.vocab_size, case.emb_size, rank, w, dtype=dtype, device=device)
+    ids, weight, start = torch.from_numpy(make_ids(case)).to(device), emb.weight, emb.partition.start(rank)
+    modules = _modules(case, emb)
     expected = _expected(weight, ids, start)
-    for name, lookup in lookups.items():
-        if lookup is not lookups["F.embedding of as many rows"]:
-            np.testing.assert_array_equal(lookup(ids).detach().float().numpy(), expected, err_msg=name)
+    for name, module in modules.items():
+        np.testing.assert_array_equal(module(ids).detach().cpu().float().numpy(), expected, err_msg=name)
+    owned = int(np.any(expected != 0, axis=-1).sum())
     del expected
-    upstream = torch.randn(*ids.shape, case.emb_size).to(dtype)
-    forward: dict[str, Callable[[], Any]] = {
-        name: lambda lookup=lookup: lookup(ids)  # type: ignore[misc]
-        for name, lookup in lookups.items()
+    upstream = torch.randn(*ids.shape, case.emb_size, device=device).to(dtype)
+    runs = {
+        name: _Run(lambda module=module: module(ids), lambda output: output.backward(upstream))  # type: ignore[misc]
+        for name, module in modules.items()
     }
-    both: dict[str, Callable[[], Any]] = {
-        name: lambda lookup=lookup: lookup(ids).backward(upstream)  # type: ignore[misc]
-        for name, lookup in lookups.items()
-    }
-    forward["floor"] = upstream.clone
-    both["floor"] = lambda: (torch.zeros(upstream.shape, dtype=dtype), torch.zeros(weight.shape, dtype=dtype))
-    parameters = [weight, lookups["TGI's null row"].lookup.parameter]  # type: ignore[attr-defined]
-    found: dict[str, dict[str, float]] = {name: {} for name in forward}
+    # Every id names a row, of a table that is not split: what PyTorch's own layer takes.
+    whole, local = nn.Embedding(*weight.shape, _weight=weight.detach()), ids % len(weight)
+    runs["nn.Embedding, local ids"] = _Run(lambda: whole(local), lambda output: output.backward(upstream))
+    if case.reduction == "accumulate":  # what is read and written is the tokens'
+        runs["floor"] = _Run(upstream.clone, lambda _: upstream.clone())
+    else:
+        runs["floor"] = _Run(upstream.clone, lambda _: torch.zeros(weight.shape, dtype=dtype, device=device))
+        runs["zeros"] = _Run(lambda: torch.zeros_like(upstream), runs["floor"].backward)
+    parameters = [whole.weight, *(p for module in modules.values() for p in module.parameters())]
+    if case.reduction != "accumulate" and "TGI's null row" in modules:
+        parameters.append(modules["TGI's null row"].lookup.parameter)  # type: ignore[union-attr, arg-type]
+    found: dict[str, dict[str, float]] = {name: {"owned_tokens": owned} for name in runs}
     with torch.no_grad():
-        for name, run in forward.items():
-            found[name]["peak_extra_bytes"] = peak_of(run)
-            found[name]["forward"] = 0.0
-    for kind, runs in (("forward", forward), ("forward_backward", both)):
-        with torch.set_grad_enabled(kind != "forward"):
-            times = _times(runs, parameters, rounds, advance)
-        for name, each in times.items():
-            found[name][kind] = float(np.median(each))
+        for name, run in runs.items():
+            found[name]["peak_extra_bytes"] = peak_of(run.forward, device)
+        for name, times in _times(runs, False, [], rounds, device, advance).items():
+            found[name]["forward"] = float(np.median(times, axis=0)[0])
+    # The floor of a forward and backward has its output as zeros: to allocate it is all that must be.
+    runs["floor"] = runs.get("zeros", runs["floor"])
+    fresh = [] if case.reduction == "accumulate" else parameters
+    for name, times in _times(runs, True, fresh, rounds, device, advance).items():
+        medians = np.median(times, axis=0)
+        found[name] |= {"backward": float(medians[1]), "forward_backward": float(np.median(times.sum(axis=1)))}
     return found
 
 
 def _times(
-    runs: dict[str, Callable[[], Any]], parameters: list[Any], rounds: int, advance: Callable[[], None]
-) -> dict[str, list[float]]:
-    """Seconds a call of each, round after round; short calls are repeated for two milliseconds or so."""
-    names, times = list(runs), {name: [] for name in runs}  # type: ignore[var-annotated]
+    runs: dict[str, _Run],
+    backward: bool,
+    parameters: list[Any],
+    rounds: int,
+    device: str,
+    advance: Callable[[], None],
+) -> dict[str, np.ndarray]:
+    """Seconds of each, forward and backward, round after round; short calls are repeated for two milliseconds or so.
+
+    Args:
+        runs: by name.
+        backward: whether gradients are computed too.
+        parameters: what has its gradient taken away before each call.
+        rounds: how often all of them are timed, in an order that changes.
+        device: where they run; on an accelerator the host waits for it before it looks at the clock.
+        advance: called after each round.
+    """
+    names, times = list(runs), np.zeros((len(runs), rounds, 2))
     repeats = dict.fromkeys(names, 1)
-    for turn in range(rounds + 1):
-        for place in shuffled(len(names), turn):
+
+    def now() -> float:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def call(run: _Run) -> np.ndarray:
+        for parameter in parameters:
+            parameter.grad = None
+        begin = now()
+        output = run.forward()
+        middle = now() if backward else 0.0
+        if backward:
+            run.backward(output)
+        end = now()
+        return np.array([middle - begin, end - middle] if backward else [end - begin, 0.0])
+
+    for turn in range(-1, rounds):  # the first is not counted
+        for place in shuffled(len(names), turn + 1):
             name = names[place]
-            if repeats[name] == 1:
+            if repeats[name] == 1 and device == "cpu":
                 warm_pages()
-            spent = 0.0
-            for _ in range(repeats[name]):
-                for parameter in parameters:
-                    parameter.grad = None
-                begin = time.perf_counter()
-                output = runs[name]()
-                spent += time.perf_counter() - begin
-                del output
-            if turn == 0:  # not counted
-                again = time.perf_counter()
-                runs[name]()
-                repeats[name] = max(1, min(100, int(2e-3 / (time.perf_counter() - again))))
+            spent = sum((call(runs[name]) for _ in range(repeats[name])), np.zeros(2))
+            if turn < 0:
+                repeats[name] = max(1, min(100, int(2e-3 / call(runs[name]).sum())))
             else:
-                times[name].append(spent / repeats[name])
+                times[place, turn] = spent / repeats[name]
         advance()
-    return times
+    return dict(zip(names, times, strict=True))
 
 
 def main() -> None:
@@ -207,7 +254,8 @@ def main() -> None:
     def advance() -> None:
         print(json.dumps({"done": 1}), flush=True)
 
-    found = [_measure(Case(**fields), cases["rounds"], advance) for fields in cases["cases"]]
+    device = cases.get("device", "cpu")
+    found = [_measure(Case(**fields), cases["rounds"], device, advance) for fields in cases["cases"]]
     result.write_text(json.dumps(found))
 
 

@@ -9,7 +9,7 @@ from rich.progress import Progress
 from benchmarks.__main__ import _rows, _run, _run_local
 from benchmarks.cases import Case, make_ids, traffic
 from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
-from benchmarks.plots import draw_local
+from benchmarks.plots import draw_exchange, draw_local
 
 
 @pytest.mark.slow
@@ -35,8 +35,10 @@ def test_every_local_candidate_is_measured_once_its_output_is_right(framework):
     case = Case("none", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
     with Progress(disable=True) as progress:
         (result,) = _run_local(framework, [case], 2, progress)
+    if framework == "torch":
+        assert all(times["backward"] <= times["forward_backward"] for times in result.found.values())
     names = {
-        "torch": {"ours", "floor", "Megatron's form", "vLLM's form", "TGI's null row", "F.embedding of as many rows"},
+        "torch": {"ours", "floor", "Megatron's form", "vLLM's form", "TGI's null row", "nn.Embedding, local ids"},
         "jax": {"ours", "floor", "ours, all_reduce", "jnp.take, GSPMD", "Explicit .at[].get", "one-hot matmul"},
     }
     assert names[framework] <= set(result.found)
@@ -44,6 +46,15 @@ def test_every_local_candidate_is_measured_once_its_output_is_right(framework):
         assert times["forward"] > 0
         assert times["forward_backward"] > 0
         assert times["peak_extra_bytes"] >= 0 or np.isnan(times["peak_extra_bytes"])
+
+
+@pytest.mark.slow
+def test_accumulation_is_measured():
+    case = Case("accumulate", 1, "zipf", 1, 8, vocab_size=64, emb_size=16)
+    with Progress(disable=True) as progress:
+        (result,) = _run_local("torch", [case], 2, progress)
+    assert {"ours", "ours, plain", "Megatron's form", "floor"} <= set(result.found)
+    assert [row[1] for row in targets([result])] == ["a micro-batch / the plain way"]
 
 
 def result_of(case, ours, floor, megatron):
@@ -64,7 +75,11 @@ def test_a_target_is_met_or_missed_by_what_was_measured():
         ["forward + backward / Megatron's form", "0.69", "0.56", "missed"],
     ]
     few = result_of(Case("none", 8, "uniform", 1, 64), 1.2, 1.0, 1.0)
-    assert [row[4] for row in targets([few])] == ["missed", "missed"]  # F.embedding's own call was not measured
+    assert [row[4] for row in targets([few])] == ["missed", "missed"]  # nn.Embedding's own call was not measured
+    moved = {"owned_tokens": 1024}
+    gpu = Result("torch on a GPU", large.case, {name: {**times, **moved} for name, times in large.found.items()})
+    # 8192 rows written and 1024 read in the time in which a copy writes and reads 8192 each.
+    assert [row[2:] for row in targets([gpu])] == [["1.85", "1.18", "missed"]]
     rows = rows_of(large)
     assert all(len(row) == len(HEADER) for row in rows)
     assert rows[0][2:5] == ["1040.00 ms", "1.04", "1.00"]
@@ -89,7 +104,10 @@ def test_every_axis_is_measured():
 def test_a_figure_is_drawn(tmp_path):
     few = [result_of(Case("none", 8, "uniform", 1, tokens), 1e-5, 1e-6, 1e-5) for tokens in (1, 8)]
     assert draw_local([result_of(Case("none", 8, "uniform"), 1.0, 0.9, 2.0), *few], tmp_path / "a.png", "a machine")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    found = {name: {"forward": 1.0, "forward_backward": 2.0} for name in ("ours, auto", "DTensor")}
+    assert draw_exchange([("torch: a case", found)], tmp_path / "b.png", "a machine")
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_must_be_sent():
