@@ -17,7 +17,7 @@ from shared.partition import VocabPartition
 from torch_impl import gpu
 from torch_impl.local.frame import KeptFrame, framed
 from torch_impl.local.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, zeros
-from torch_impl.local.sums import sum_rows
+from torch_impl.local.sums import is_small, sum_in_place, sum_rows
 
 __all__ = [
     "differentiable",
@@ -53,9 +53,12 @@ def take_own(
         from torch_impl.gpu.lookup import fused_lookup
 
         return fused_lookup(weight, ids, *partition.owned_range(int(rank)), padding_idx)
-    table = _table_with_zeros(weight, ids, partition, rank)
     recorded = differentiable(weight)
-    if table is None or (recorded and _few(weight, ids)):
+    if recorded and padding_idx is None and not sparse and on_cpu(weight, ids) and _exact(weight, ids):
+        rows, owned = partition.clipped_rows(ids, rank)
+        return torch.where(owned.unsqueeze(-1), torch.embedding(weight, rows), 0)
+    table = _table_with_zeros(weight, ids, partition, rank)
+    if table is None:
         return _take_masked(weight, ids, partition, rank, padding_idx, sparse)
     rows = partition.framed_rows(ids, rank)
     if not recorded:
@@ -116,8 +119,6 @@ def take_rows(weight: Tensor, rows: Tensor, owned: Tensor, counted: Tensor | Non
         return _TransformedLookup.apply(weight, rows, owned, counted, sparse)
     if not differentiable(weight):
         return lookup_rows(weight, rows, owned)
-    if counted is None and not sparse and on_cpu(weight, rows) and _exact(weight, rows, owned):
-        return torch.where(owned.unsqueeze(-1), torch.embedding(weight, rows), 0)
     return _apply(_Lookup, weight, (rows, owned, counted), sparse)
 
 
@@ -126,25 +127,17 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def _few(weight: Tensor, ids: Tensor) -> bool:
-    """Whether a batch is so small that a Python function in the graph would cost more than the lookup."""
-    itemsize, (num_rows, emb_size) = weight.dtype.itemsize, weight.shape
-    if ids.numel() * emb_size * itemsize > _FEW_BYTES or num_rows * emb_size * itemsize >= MANY_BYTES:
-        return False
-    return itemsize >= 4 or ids.numel() <= _FEW_TOKENS
+def _exact(weight: Tensor, ids: Tensor) -> bool:
+    """Whether to leave a batch's gradient to PyTorch: one so small that a Python function in the graph takes longer.
 
-
-def _exact(weight: Tensor, rows: Tensor, owned: Tensor) -> bool:
-    """Whether to leave a small batch's gradient to PyTorch, which adds 16-bit gradients up in their own dtype.
-
-    Exact, if no row is asked for twice.
+    PyTorch adds 16-bit gradients up in their own dtype: exact, if no id is there twice.
     """
-    if not _few(weight, rows):
+    itemsize, (num_rows, emb_size), tokens = weight.dtype.itemsize, weight.shape, ids.numel()
+    if tokens * emb_size * itemsize > _FEW_BYTES or num_rows * emb_size * itemsize >= MANY_BYTES:
         return False
-    if weight.dtype.itemsize >= 4 or rows.numel() == 1:
+    if itemsize >= 4 or tokens <= 1:
         return True
-    asked_for = rows[owned].tolist()
-    return len(asked_for) == len(set(asked_for))
+    return tokens <= _FEW_TOKENS and len(set(ids.reshape(-1).tolist())) == tokens
 
 
 _FEW_BYTES = 1 << 17
@@ -210,12 +203,17 @@ class _FramedLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        rows, num_rows = ctx.saved_tensors[0] - 1, ctx.num_rows
+        (framed_rows,), num_rows, grad_output = ctx.saved_tensors, ctx.num_rows, grad_outputs[0]
+        plain = ctx.padding_row is None and not (ctx.sparse or differentiable(grad_output))
+        if plain and grad_output.dtype.itemsize < 4 and is_small(grad_output, framed_rows, num_rows):
+            sums = sum_in_place(grad_output, framed_rows, num_rows + 2)
+            return sums[1:-1].to(grad_output.dtype), None, None
+        rows = framed_rows - 1
         inside = rows.clamp(0, num_rows - 1)
         counted = inside == rows
         if ctx.padding_row is not None:
             counted &= rows != ctx.padding_row
-        return row_sum(grad_outputs[0], inside, counted, num_rows, rows.device, ctx.sparse), None, None
+        return row_sum(grad_output, inside, counted, num_rows, rows.device, ctx.sparse), None, None
 
 
 class _TracedLookup(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_impl import gpu
 from torch_impl.local.memory import MANY_BYTES, owned_rows_only, zeros
 
-__all__ = ["row_gradient", "sum_distinct", "sum_rows"]
+__all__ = ["is_small", "row_gradient", "sum_distinct", "sum_in_place", "sum_rows"]
 
 _PART_BYTES = 1 << 21
 """Of half a megabyte to 32, what was fastest on a machine with 1 MiB of second-level and 32 of third-level cache."""
@@ -32,11 +32,8 @@ def sum_rows(
     if sparse or owned_rows_only(device, grad_output, rows):
         if torch.compiler.is_compiling():
             raise ValueError("sparse=True cannot be compiled: use sparse=False, or keep the embedding out of the graph")
-        if not sparse and _small(grad_TE, rows_T, num_rows, device):
-            wide_TE = grad_TE.float() if grad_TE.dtype.itemsize < 4 else grad_TE
-            rows_T = torch.where(counted_T, rows_T, -1)  # the row that this operation leaves out
-            sums = torch.ops.aten.embedding_dense_backward(wide_TE, rows_T, num_rows, -1, False)
-            return sums.to(grad_TE.dtype)
+        if not sparse and device.type == "cpu" and is_small(grad_output, rows, num_rows):
+            return sum_in_place(grad_output, torch.where(counted, rows, -1), num_rows).to(grad_output.dtype)
         distinct, sums = sum_distinct(grad_TE, rows_T, counted_T)
         return row_gradient(distinct.to(device), sums.to(device), num_rows, sparse)
     if device == rows.device and gpu.serves(grad_TE, rows_T):
@@ -47,11 +44,17 @@ def sum_rows(
     return torch.ops.aten.embedding_dense_backward(grad_TE, rows_T.to(device), num_rows, -1, False).to(dtype)
 
 
-def _small(grad_TE: Tensor, rows_T: Tensor, num_rows: int, device: torch.device) -> bool:
-    """Whether to add the gradients up where they belong is faster than to sort them: bits are the same."""
-    size = num_rows * grad_TE.shape[1]
-    most = 1 << 16 if grad_TE.dtype.itemsize < 4 else MANY_BYTES // grad_TE.dtype.itemsize
-    return size < most and len(rows_T) <= _SMALL_TOKENS and device.type == "cpu" and grad_TE.is_cpu and rows_T.is_cpu
+def is_small(grad_output: Tensor, rows: Tensor, num_rows: int) -> bool:
+    """Whether to add gradients up where they belong is faster than to sort them, on a CPU: the bits are the same."""
+    most = 1 << 16 if grad_output.dtype.itemsize < 4 else MANY_BYTES // grad_output.dtype.itemsize
+    few = num_rows * grad_output.shape[-1] < most and rows.numel() <= _SMALL_TOKENS
+    return few and grad_output.is_cpu and rows.is_cpu
+
+
+def sum_in_place(grad_output: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The sum of each row's gradients, float32 of 16-bit ones, added up where they belong; row -1 has none."""
+    wide = grad_output.float() if grad_output.dtype.itemsize < 4 else grad_output
+    return torch.ops.aten.embedding_dense_backward(wide, rows, num_rows, -1, False)
 
 
 _SMALL_TOKENS = 1 << 14
@@ -72,6 +75,8 @@ def sum_distinct(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, wide: bool 
     16-bit gradients are summed in float32, and rounded unless the sums are wanted ``wide``.
     """
     dtype = torch.float32 if wide and grad_TE.dtype.itemsize < 4 else grad_TE.dtype
+    if len(rows_T) <= _FEW_TOKENS and grad_TE.is_cpu and rows_T.is_cpu:
+        return _sum_few(grad_TE, rows_T, counted_T, dtype)
     positions = counted_T.nonzero().squeeze(1)
     rows, order = rows_T[positions].sort(stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
@@ -94,12 +99,26 @@ def sum_distinct(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, wide: bool 
     return distinct, sums
 
 
+def _sum_few(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same, bit for bit, of so few tokens that lists take less time than operations."""
+    rows = [row if counted else -1 for row, counted in zip(rows_T.tolist(), counted_T.tolist(), strict=True)]
+    distinct = sorted({*rows} - {-1})
+    place = {row: i for i, row in enumerate(distinct)}
+    places = torch.tensor([place.get(row, -1) for row in rows], dtype=torch.int64)
+    wide_TE = grad_TE.float() if grad_TE.dtype.itemsize < 4 else grad_TE
+    sums = torch.ops.aten.embedding_dense_backward(wide_TE, places, len(distinct), -1, False)
+    return torch.tensor(distinct, dtype=torch.int64), sums.to(dtype)
+
+
+_FEW_TOKENS = 64
+
+
 def _parts(offsets: Tensor, count: int, row_bytes: int) -> Iterator[tuple[int, int, int, int]]:
     """Runs ``[first, last)`` and their items ``[start, stop)``, two megabytes of float32 or so at a time, for the cache.
 
     All at once on an accelerator, which has no such cache and whose numbers the host would have to wait for.
     """
-    if offsets.device.type != "cpu":
+    if offsets.device.type != "cpu" or count * row_bytes <= _PART_BYTES:
         yield 0, len(offsets), 0, count
         return
     starts = offsets.numpy()
