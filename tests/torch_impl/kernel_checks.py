@@ -99,8 +99,10 @@ def test_interpreted_one_launch_forward_and_two_backward(padding_idx, on_kernels
     assert emb.weight.grad[:, 0].tolist() == [3, 0 if padding_idx else 2, 1, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [15, 16, 255, 256, 257, 1100])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, tokens) for tokens in (15, 16, 255, 256, 1100))],
+)
 def test_interpreted_gradients_are_the_cpus(dtype, tokens, request):
     torch.manual_seed(tokens)
     for equal in (0.0, 0.6, 1.0):  # part of the tokens that ask for one row: it goes on through several windows
@@ -115,10 +117,10 @@ def test_interpreted_gradients_are_the_cpus(dtype, tokens, request):
         assert torch.equal(found, expected)
 
 
-def test_interpreted_5000_equal_ids_do_not_saturate(on_kernels):
+def test_interpreted_1500_equal_ids_do_not_saturate(on_kernels):
     emb = ParallelVocabEmbedding(8, 4, 1, 2, dtype=torch.bfloat16)
-    emb(torch.full((5000,), 6)).sum().backward()
-    assert torch.equal(emb.weight.grad[2], torch.full((4,), 5000.0).bfloat16())
+    emb(torch.full((1500,), 6)).sum().backward()
+    assert torch.equal(emb.weight.grad[2], torch.full((4,), 1500.0).bfloat16())
     assert not emb.weight.grad[[0, 1, 3]].any()
 
 

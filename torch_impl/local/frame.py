@@ -61,15 +61,15 @@ class KeptFrame:
 
     def drop(self) -> None:
         """Keep nothing."""
-        self._pointer: int | None = None
-        self._shape: torch.Size | None = None
-        self._table: Tensor | None = None
+        self._kept: tuple[int | None, torch.Size | None, Tensor | None] = (None, None, None)
 
     def of(self, weight: Tensor) -> Tensor | None:
         """``framed(weight)``, for a weight on a CPU."""
-        if weight.data_ptr() != self._pointer or weight.shape != self._shape or not weight.is_contiguous():
-            self._pointer, self._shape, self._table = weight.data_ptr(), weight.shape, framed(weight)
-        return self._table
+        pointer, shape, table = self._kept
+        if weight.data_ptr() != pointer or weight.shape != shape or not weight.is_contiguous():
+            table = framed(weight)
+            self._kept = weight.data_ptr(), weight.shape, table  # at once, whatever other threads do
+        return table
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KeptFrame, ()
