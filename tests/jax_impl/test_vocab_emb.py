@@ -46,7 +46,13 @@ def test_the_signature_is_the_promised_one():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mean"), [(jnp.float32, 0.0), (jnp.float32, 0.5), (jnp.bfloat16, 0.5), (jnp.float16, 0.5)]
+    ("dtype", "mean"),
+    [
+        pytest.param(jnp.float32, 0.0, marks=pytest.mark.slow),
+        (jnp.float32, 0.5),
+        (jnp.bfloat16, 0.5),
+        pytest.param(jnp.float16, 0.5, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((2, 4), ("dp", "tp"))])
 def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
