@@ -161,7 +161,7 @@ class VocabPartition:
 
     def has_padding(self, rank: int) -> bool:
         """Whether some of the rows that ``rank`` keeps are padding."""
-        return (rank + 1) * self.rows_per_rank > self.vocab_size
+        return int(self.stop(rank)) > self.vocab_size
 
     def framed_rows(self, wide_ids: Any, rank: Any) -> Any:
         """Row numbers in a table of ``rank`` with one more row before its first and one after its last.
@@ -179,7 +179,7 @@ class VocabPartition:
             >>> VocabPartition(vocab_size=12, world_size=3).framed_rows(np.array([-1, 3, 4, 7, 12]), rank=1)
             array([0, 0, 1, 4, 5])
         """
-        before = rank * self.rows_per_rank - 1
+        before = self.start(rank) - 1
         rows = wide_ids.clip(before, before + self.rows_per_rank + 1)
         rows -= before
         return rows

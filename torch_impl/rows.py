@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from shared.partition import VocabPartition
 from torch_impl import gpu
-from torch_impl.local.frame import KeptFrame, framed
+from torch_impl.local.frame import framed
 from torch_impl.local.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, zeros
 from torch_impl.local.sums import is_small, sum_in_place, sum_rows
 
@@ -55,7 +55,7 @@ def take_own(
         return fused_lookup(weight, ids, *partition.owned_range(int(rank)), padding_idx)
     recorded = differentiable(weight)
     if recorded and padding_idx is None and not sparse and on_cpu(weight, ids) and _exact(weight, ids):
-        rows, owned = partition.clipped_rows(ids, rank)
+        rows, owned = partition.clipped_rows(ids.contiguous(), rank)
         return torch.where(owned.unsqueeze(-1), torch.embedding(weight, rows), 0)
     table = _table_with_zeros(weight, ids, partition, rank)
     if table is None:
@@ -64,7 +64,7 @@ def take_own(
     if not recorded:
         return gather_rows(table, rows)
     padding_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
-    return _apply(_FramedLookup, weight, (table, rows, padding_row), sparse)
+    return _framed_lookup(weight, (table, rows, padding_row), sparse)
 
 
 def _take_masked(
@@ -75,13 +75,13 @@ def _take_masked(
     return take_rows(weight, rows, owned, counted, sparse)
 
 
-def take_few(weight: Tensor, ids: Any, partition: VocabPartition, rank: int, frame: KeptFrame) -> Tensor | None:
+def take_few(weight: Tensor, ids: Any, partition: VocabPartition, rank: int) -> Tensor | None:
     """``take_own`` without a gradient, for ids that take less time to look up than it takes to decide how; else None."""
     if type(ids) is not Tensor or ids.dtype is not torch.int64 or not on_cpu(weight, ids):
         return None
     if ids.numel() > _FEW_TOKENS or partition.has_padding(rank) or torch._C._are_functorch_transforms_active():
         return None
-    table = frame.of(weight)
+    table = framed(weight)
     return None if table is None else torch.embedding(table, partition.framed_rows(ids, rank))
 
 
@@ -119,12 +119,7 @@ def take_rows(weight: Tensor, rows: Tensor, owned: Tensor, counted: Tensor | Non
         return _TransformedLookup.apply(weight, rows, owned, counted, sparse)
     if not differentiable(weight):
         return lookup_rows(weight, rows, owned)
-    return _apply(_Lookup, weight, (rows, owned, counted), sparse)
-
-
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    """What Function.apply comes to where no transform is active; to find that out again takes it 2 us."""
-    return super(torch.autograd.Function, function).apply(*arguments)
+    return _lookup(weight, (rows, owned, counted), sparse)
 
 
 def _exact(weight: Tensor, ids: Tensor) -> bool:
@@ -214,6 +209,11 @@ class _FramedLookup(torch.autograd.Function):
         if ctx.padding_row is not None:
             counted &= rows != ctx.padding_row
         return row_sum(grad_output, inside, counted, num_rows, rows.device, ctx.sparse), None, None
+
+
+# What Function.apply comes to where no transform is active; to find that out again takes it 2 us.
+_lookup = super(torch.autograd.Function, _Lookup).apply
+_framed_lookup = super(torch.autograd.Function, _FramedLookup).apply
 
 
 class _TracedLookup(torch.autograd.Function):

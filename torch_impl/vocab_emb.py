@@ -30,7 +30,7 @@ from torch_impl.functional import lookup_checked
 from torch_impl.ids import as_ids, check_ids
 from torch_impl.initial import fill_normal
 from torch_impl.local.accumulation import into_place
-from torch_impl.local.frame import KeptFrame, empty_table
+from torch_impl.local.frame import empty_table
 from torch_impl.placement import find_group, resolve_group, resolve_rank
 from torch_impl.reductions import ReductionOptions, reduce_lookup
 from torch_impl.rows import differentiable, take_few
@@ -156,7 +156,6 @@ class ParallelVocabEmbedding(nn.Module):
             raise ValueError("check=True compares the ranks of a process_group: pass it")
         # Compiled graphs take the rank as data, so that they are the same on every rank.
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
-        self._frame = KeptFrame()
         self.weight = nn.Parameter(empty_table(self.partition.rows_per_rank, self.emb_size, dtype, device))
         self.reset_parameters()
 
@@ -354,8 +353,8 @@ class ParallelVocabEmbedding(nn.Module):
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
         weight: Tensor = self.weight
-        if self.reduction == "none" and self.invalid_ids == "zero" and not differentiable(weight):
-            found = take_few(weight, ids, self.partition, self.rank, self._frame)
+        if self.reduction == "none" and self.invalid_ids == "zero" and not (self.check or differentiable(weight)):
+            found = take_few(weight, ids, self.partition, self.rank)
             if found is not None:
                 return found
         if self.check and self._group_name is not None:
@@ -377,10 +376,6 @@ class ParallelVocabEmbedding(nn.Module):
             None if torch.compiler.is_compiling() else self.rank,
         )
         return reduce_lookup(weight, ids, self.partition, options)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._frame.drop()
-        return super()._apply(fn, recurse)
 
     def _agreed(self, ids: Tensor) -> Tensor:
         """The ids, once all ranks are known to look the same ones up in the same way."""

@@ -132,6 +132,19 @@ def test_interpreted_a_foreign_token_may_have_any_gradient(on_kernels):
     assert emb.weight.grad.isfinite().all()
 
 
+def test_interpreted_columns_that_are_far_apart():
+    """As those of a transposed table or gradient: further than 32 bits count."""
+    from torch_impl.gpu.kernels import sum_rows_by_key, take_owned_rows
+
+    memory = torch.empty(9 * 2**28 + 8, dtype=torch.bfloat16)  # of which only some pages are touched
+    far = memory.as_strided((8, 10), (1, 2**28))
+    far.copy_(torch.arange(80).view(8, 10))
+    found, _ = take_owned_rows(far, IDS, 8, 16, None, False)
+    assert torch.equal(found[0, 1:3], far[:2])
+    sums = sum_rows_by_key(far, torch.tensor([0, 1, 1, 2, 3, 3, 3, 3], dtype=torch.int32), 3)
+    assert torch.equal(sums, torch.stack([far[0], far[1] + far[2], far[3]]))
+
+
 def test_interpreted_gradients_are_the_same_every_time(on_kernels):
     # The interpreter cuts to bfloat16 where a GPU rounds (test_compiled_for_gpus): float16 it rounds.
     emb, ids, upstream = layers(torch.float16)[1], torch.randint(8, 16, (700,)), torch.randn(700, 5).half()

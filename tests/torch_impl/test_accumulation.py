@@ -54,6 +54,45 @@ def test_into_main_grad(dtype):
     assert fused.weight.grad is None
 
 
+@pytest.mark.parametrize(
+    ("main_grad", "error"),
+    [
+        (torch.zeros(3, 4), ValueError),
+        (torch.zeros(24, 4), ValueError),
+        (torch.zeros(12, 3), ValueError),
+        (torch.zeros(12, 4, dtype=torch.int32), ValueError),
+        (torch.zeros(12, 4, dtype=torch.float16), ValueError),
+        (torch.zeros(12, 4, device="meta"), ValueError),
+        ([0.0], TypeError),
+    ],
+)
+def test_a_main_grad_that_does_not_fit_is_refused(main_grad, error):
+    emb = ParallelVocabEmbedding(12, 4, **FUSED)
+    emb.weight.main_grad = main_grad
+    with pytest.raises(error, match="main_grad must be"):
+        emb(torch.tensor([1, 5]))
+
+
+def test_megatrons_flag_is_set():
+    emb = ParallelVocabEmbedding(12, 4, **FUSED)
+    emb.weight.main_grad, emb.weight.grad_added_to_main_grad = torch.zeros(12, 4), False
+    emb(torch.tensor([1])).sum().backward()
+    assert emb.weight.grad_added_to_main_grad is True
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_a_compiler_leaves_it_to_eager_mode():
+    torch._dynamo.reset()
+    gradients = []
+    for options in ({}, FUSED):
+        emb = ParallelVocabEmbedding(12, 4, **options)
+        lookup = torch.compile(emb, backend="aot_eager")
+        for ids in (torch.tensor([1, 2, 2]), torch.arange(12).repeat(100)):
+            lookup(ids).sum().backward()
+        gradients.append(emb.weight.grad)
+    assert torch.equal(*gradients)
+
+
 def test_two_uses_in_one_graph():
     plain, fused = (ParallelVocabEmbedding(12, 4, **options) for options in ({}, FUSED))
     for emb in (plain, fused):
@@ -120,6 +159,7 @@ def test_what_is_not_eager_is_refused():
     emb, ids = ParallelVocabEmbedding(12, 4, **FUSED), torch.tensor([1])
     with pytest.raises(ValueError, match="eager mode only"):
         torch.func.vmap(emb)(ids)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="eager mode only"):
         torch.compile(emb, backend="eager", fullgraph=True)(ids)
     with pytest.raises(ValueError, match="the table is computed"):

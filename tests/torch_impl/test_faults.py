@@ -82,6 +82,21 @@ def test_ranks_that_disagree_when_compiled(world):
     world(2)(check_disagreement, {}, OTHER_IDS, r"ids\[1, 3\] is 11 on rank 0; 40 on rank 1", True)
 
 
+def check_few_ids_without_a_gradient():
+    """What looks few ids up in little time leaves no check out, on ranks with padding and without."""
+    emb = embedding(vocab_size=11, reduction="none", padded_vocab_size="even")
+    ids = torch.arange(3)
+    with torch.no_grad():
+        assert emb(ids).shape == (3, 4)
+        for other in (ids + 1, torch.arange(70)):
+            with pytest.raises(ValueError, match="disagree about"):
+                emb(other if dist.get_rank() else ids)
+
+
+def test_few_ids_without_a_gradient(world):
+    world(2)(check_few_ids_without_a_gradient)
+
+
 def check_switch():
     os.environ["PVE_CHECK"] = "1"
     try:

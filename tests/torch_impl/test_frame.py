@@ -8,10 +8,12 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from torch_impl import ParallelVocabEmbedding
-from torch_impl.local.frame import KeptFrame, empty_table, framed
+from torch_impl import ParallelVocabEmbedding, partial_lookup
+from torch_impl.local.frame import empty_table, framed
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IDS = torch.tensor([[0, 8, 9, 15, 16], [-1, 24, 2**40, -(2**63), 12]])
@@ -101,9 +103,9 @@ def test_a_part_of_a_table_has_none():
     for part in (weight[:, :2], weight[:4], weight[1:], weight.view(4, 10), weight.T, weight.view(torch.int32)):
         assert framed(part) is None
     square = empty_table(4, 4, torch.float32, "cpu")
-    kept = KeptFrame()
-    assert kept.of(square) is not None
-    assert kept.of(square.T) is None
+    assert framed(square) is not None
+    assert framed(square.T) is None
+    assert framed(empty_table(4, 4, torch.float16, "cpu").view(torch.bfloat16)) is None
 
 
 def test_what_is_looked_up_follows_the_table(ids):
@@ -133,22 +135,75 @@ def test_padding_may_hold_anything(ids):
             assert torch.equal(emb(ids), expected(rows, ids, 3 * rank))
 
 
-def test_no_memory_outlives_the_table():
+@pytest.mark.parametrize("how", ["to", "another parameter", "data"])
+def test_no_memory_outlives_the_table(how):
     emb = layer()
     with torch.no_grad():
         emb(IDS)
-    memory = weakref.ref(emb.weight.untyped_storage())
-    emb.double()
+    longer = weakref.ref(framed(emb.weight).untyped_storage())
+    emb.double() if how == "to" else moved(how, emb)
     gc.collect()
-    assert memory() is None
+    assert longer() is None
 
 
-def test_a_copy_of_a_layer_that_was_used_has_one_table():
+def test_the_storage_is_the_table_and_no_more():
     emb = layer()
-    with torch.no_grad():
-        emb(IDS)
-    size = len(pickle.dumps(layer()))
-    assert len(pickle.dumps(emb)) == size
+    storage = emb.weight.untyped_storage()
+    assert (storage.nbytes(), emb.weight.storage_offset(), storage.data_ptr()) == (8 * 5 * 4, 0, emb.weight.data_ptr())
+    assert len(pickle.dumps(emb.weight)) == len(pickle.dumps(nn.Parameter(emb.weight.detach().clone())))
+    with pytest.raises(RuntimeError, match="not resizable"):  # the rows of zeros would be left behind
+        storage.resize_(0)
+
+
+def test_a_tied_table_is_saved_and_loaded(tmp_path):
+    def model():
+        emb, head = ParallelVocabEmbedding(12, 4), nn.Linear(4, 12, bias=False)
+        head.weight = emb.weight
+        return nn.ModuleDict({"emb": emb, "head": head})
+
+    saved, loaded = model(), model()
+    save_model(saved, tmp_path / "model.safetensors")
+    loaded["emb"].weight.data.zero_()
+    load_model(loaded, tmp_path / "model.safetensors")
+    assert torch.equal(loaded["emb"](torch.arange(12)), saved["emb"].weight)
+
+
+def test_a_device_by_default_is_nobody_elses():
+    ids = torch.arange(24).repeat(400)
+    with torch.device("meta"):
+        emb = ParallelVocabEmbedding(24, 1024, 1, 3)
+        found = emb(ids)  # 37 MiB
+        found.sum().backward()
+    assert framed(emb.weight) is not None
+    assert torch.equal(found[:24], expected(emb.weight, ids[:24]))
+    assert emb.weight.grad[:, 0].tolist() == [400] * 8
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("write_down", [lambda f, example: make_fx(f)(*example), torch.jit.trace])
+def test_a_graph_that_is_written_down_reads_the_weight_it_is_given(write_down, ids):
+    emb, other = layer(), torch.randn(8, 5)
+    partition = emb.partition
+    written = write_down(lambda weight, ids: partial_lookup(weight, ids, partition, 1), (emb.weight.detach(), ids))
+    assert torch.equal(written(other, ids.flip(0)), expected(other, ids.flip(0)))
+
+
+def test_a_rank_is_one_of_those_there_are():
+    emb = layer()
+    for rank, error in ((-1, ValueError), (3, ValueError), (True, TypeError)):
+        with pytest.raises(error, match="rank must be"):
+            partial_lookup(emb.weight, IDS, emb.partition, rank)
+
+
+def test_rows_lie_as_the_ids_do_not():
+    """As torch's own: what is looked up can be viewed as rows."""
+    emb = layer()
+    for repeats in (1, 1000):
+        ids = torch.arange(6).repeat(repeats).reshape(2, -1).T
+        with torch.no_grad():
+            assert emb(ids).is_contiguous()
+        assert emb(ids).is_contiguous()
+        assert torch.equal(emb(ids), expected(emb.weight, ids))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -54,7 +54,7 @@ def _take(
     BLOCK_E: tl.constexpr,
 ):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     within = tokens < num_tokens
     ids = tl.load(ids_ptr + tokens, mask=within, other=0).to(tl.int64)
     owned = within & (ids >= start) & (ids < stop)
@@ -90,7 +90,7 @@ def _sum_pieces(
     for a row that came from the window before, and for one that goes on in the next.
     """
     first = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     cells = columns < emb_size
     key = tl.load(keys_ptr + first)
     before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
@@ -129,7 +129,7 @@ def _join_pieces(
 ):
     """For each window that a row begins in and leaves: the row's pieces, in order."""
     window = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     cells = columns < emb_size
     start = window * WINDOW
     following = start + WINDOW
@@ -183,7 +183,7 @@ def take_owned_rows(
         return output, keys
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_NE.element_size()]
     block = _block(emb_size, weight_NE.element_size())
-    block_tokens = max(1, _BLOCK_BYTES // (block * weight_NE.element_size()) // 4)
+    block_tokens = max(1, _BLOCK_BYTES // (block * weight_NE.element_size()))
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(emb_size, block))
     not_counted = -1 if padding_idx is None else padding_idx
     with _on(weight_NE):

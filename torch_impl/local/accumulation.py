@@ -17,8 +17,13 @@ def into_place(weight: Tensor) -> Tensor:
 
     That takes as long as the rows it has, not as long as the table; autograd itself is handed nothing.
 
+    ``main_grad`` has the table's shape and device, and its dtype, float32 or a wider one. Where the parameter has
+    Megatron's flag ``grad_added_to_main_grad``, it is set.
+
     Raises:
-        ValueError: somebody waits for the gradient that autograd would have handed on.
+        TypeError: ``main_grad`` is no tensor.
+        ValueError: it is of another shape or device, or of a dtype that would lose bits; somebody waits for the gradient
+            that autograd would have handed on.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +38,22 @@ def into_place(weight: Tensor) -> Tensor:
         problem = "DistributedDataParallel waits for the gradient: use fully_shard, or all-reduce the buffer yourself"
     if problem is not None:
         raise ValueError(f"gradient_accumulation_fusion must be False here: {problem}")
+    _check_main_grad(weight)
     return _IntoPlace.apply(weight)
+
+
+def _check_main_grad(weight: Tensor) -> None:
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return
+    if not isinstance(buffer, Tensor):
+        raise TypeError(f"main_grad must be a tensor like the table, got {type(buffer).__name__}")
+    fits = buffer.is_floating_point() and buffer.dtype.itemsize >= min(weight.dtype.itemsize, 4)
+    if buffer.shape != weight.shape or buffer.device != weight.device or not fits:
+        raise ValueError(
+            f"main_grad must be {tuple(weight.shape)} on {weight.device}, as the table is, in {weight.dtype}, float32 or "
+            f"wider; got {tuple(buffer.shape)} {buffer.dtype} on {buffer.device}: use torch.zeros_like(weight)"
+        )
 
 
 class _IntoPlace(torch.autograd.Function):
@@ -55,5 +75,7 @@ class _IntoPlace(torch.autograd.Function):
             if weight.grad is None:
                 weight.grad = zeros(tuple(weight.shape), weight)
             buffer = weight.grad
+        elif hasattr(weight, "grad_added_to_main_grad"):
+            weight.grad_added_to_main_grad = True
         if len(rows):
             buffer.index_copy_(0, rows, buffer.index_select(0, rows).add_(values))

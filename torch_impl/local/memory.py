@@ -15,7 +15,17 @@ from torch import Tensor
 
 from shared.bits import STORED_DTYPES
 
-__all__ = ["MANY_BYTES", "PLAIN", "empty_to_fill", "fill_rows", "memory_of", "on_cpu", "owned_rows_only", "zeros"]
+__all__ = [
+    "MANY_BYTES",
+    "PLAIN",
+    "empty_to_fill",
+    "fill_rows",
+    "memory_of",
+    "on_cpu",
+    "owned_rows_only",
+    "traced",
+    "zeros",
+]
 
 MANY_BYTES = 1 << 25
 """From there on the C library takes fresh memory from the operating system for each tensor, and gives it back."""
@@ -42,7 +52,7 @@ def fill_rows(rows: Tensor, fill: Callable[[int, np.ndarray], Any]) -> None:
         return
     step = max(1, _BYTES // (rows.shape[1] * rows.element_size()))
     for first in range(0, len(rows), step):
-        part = torch.empty(min(step, len(rows) - first), rows.shape[1], dtype=rows.dtype)
+        part = torch.empty(min(step, len(rows) - first), rows.shape[1], dtype=rows.dtype, device="cpu")
         fill(first, memory_of(part))
         rows[first : first + len(part)].copy_(part)
 
@@ -64,7 +74,7 @@ def empty_to_fill(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     What the C library has kept is the fastest memory there is. Where many bytes would be fresh ones, they are taken in
     huge pages: to fault so many small ones in takes longer than to write them.
     """
-    tensor = torch.empty(size, dtype=dtype)
+    tensor = torch.empty(size, dtype=dtype, device="cpu")
     if tensor.nbytes < MANY_BYTES or _is_there(tensor):
         return tensor
     del tensor
@@ -92,8 +102,19 @@ def _mapped(size: tuple[int, ...], dtype: torch.dtype, huge_pages: bool) -> Tens
     if huge_pages:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor: Any = torch.empty(0, dtype=dtype)
+    tensor: Any = torch.empty(0, dtype=dtype, device="cpu")
     return tensor.set_(torch.frombuffer(memory, dtype=torch.uint8).untyped_storage(), 0, size)
+
+
+def traced() -> bool:
+    """Whether what is done is being written down, to be done again with other data: then nothing may depend on these."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
 
 
 def on_cpu(one: Tensor, other: Tensor) -> bool:
@@ -102,7 +123,7 @@ def on_cpu(one: Tensor, other: Tensor) -> bool:
     A graph that is being traced has no data, nor has a tensor that stands for another.
     """
     both = one.is_cpu and other.is_cpu and type(one) in PLAIN and type(other) in PLAIN
-    return both and not torch.compiler.is_compiling()
+    return both and not traced()
 
 
 def owned_rows_only(device: torch.device, one: Tensor, other: Tensor) -> bool:
@@ -111,7 +132,7 @@ def owned_rows_only(device: torch.device, one: Tensor, other: Tensor) -> bool:
     Worth it on the CPU and between devices. On an accelerator it would make the host wait for the device: there every
     position is worked on, under a mask.
     """
-    if torch.compiler.is_compiling() or not (type(one) in PLAIN and type(other) in PLAIN):
+    if traced() or not (type(one) in PLAIN and type(other) in PLAIN):
         return False
     devices = {device, one.device, other.device}
     return (len(devices) > 1 or one.is_cpu) and torch.device("meta") not in devices

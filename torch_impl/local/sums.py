@@ -104,10 +104,10 @@ def _sum_few(grad_TE: Tensor, rows_T: Tensor, counted_T: Tensor, dtype: torch.dt
     rows = [row if counted else -1 for row, counted in zip(rows_T.tolist(), counted_T.tolist(), strict=True)]
     distinct = sorted({*rows} - {-1})
     place = {row: i for i, row in enumerate(distinct)}
-    places = torch.tensor([place.get(row, -1) for row in rows], dtype=torch.int64)
+    places = torch.tensor([place.get(row, -1) for row in rows], dtype=torch.int64, device="cpu")
     wide_TE = grad_TE.float() if grad_TE.dtype.itemsize < 4 else grad_TE
     sums = torch.ops.aten.embedding_dense_backward(wide_TE, places, len(distinct), -1, False)
-    return torch.tensor(distinct, dtype=torch.int64), sums.to(dtype)
+    return torch.tensor(distinct, dtype=torch.int64, device="cpu"), sums.to(dtype)
 
 
 _FEW_TOKENS = 64
