@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.cases import Case, traffic
-from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
+from benchmarks.cases import Case, time_and_spread, traffic
+from benchmarks.local import HEADER, WHAT_IS_WHAT, Result, local_cases, reasons, rows_of, targets
 from benchmarks.machine import NO_GPU, describe, machine_facts
 from benchmarks.plots import draw_exchange, draw_local
 
@@ -46,6 +46,7 @@ examples:
 _ROOT = Path(__file__).parents[1]
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
 _LARGE = (4, 2048)
+_WIDTH = 230
 
 
 def _exchange_cases(quick: bool) -> dict[str, list[Case]]:
@@ -121,25 +122,12 @@ def _rows(case: Case, found: dict[str, dict[str, float]]) -> list[list[str]]:
     for name, times in found.items():
         row = [str(case) if name == "ours, auto" else "", name]
         for key in ("forward", "forward_backward"):
-            row += [f"{times[key] * 1e3:.1f}", f"{times[key] / ours[key]:.2f}"]
+            row += [time_and_spread(times, key), f"{times[key] / ours[key]:.2f}"]
         rows.append([*row, f"{times['sent_bytes'] / 1e6:.1f}" if "sent_bytes" in times else ""])
     return rows
 
 
-_HEADER = ["case", "", "forward, ms", "/ ours", "forward + backward, ms", "/ ours", "MB sent per rank"]
-_WHY = """\
-Where a target is missed:
-
-- Forward over a clone, outputs below 32 MiB or so: the C library may hand a clone memory that is already there (16 MiB in
-  1.4 ms), and a lookup reads ids, gathers, and wipes foreign rows in a second pass. From 32 MiB on, ours is in huge pages of
-  its own: faster than fresh memory (0.67), slower than memory that the C library kept, as it does or does not by what the
-  process did before. That is also what moves a ratio from one run to the next.
-- Forward + backward over allocating both, bfloat16 and Zipf ids: the floor's zeros may be such kept memory too, and sums
-  are float32, rounded once: what the faster forms leave out.
-- F.embedding's own call is one operation; each further one costs 1.3 us or so, and where ids are not all owned a lookup
-  needs six: the distance from the rank's first row, its clipping, who is owned, how many, the rows, and their wiping.
-- JAX, a batch of 64: both programs take a millisecond or two; why they differ has not been looked into.
-"""
+_HEADER = ["case", "", "forward", "/ ours", "forward + backward", "/ ours", "MB sent per rank"]
 _TARGETS_HEADER = ["case", "ours: what over what", "found", "at most", ""]
 
 
@@ -175,9 +163,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (4 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     rounds = options.rounds or (4 if options.quick else 7)
     frameworks = [options.only] if options.only else ["torch", "jax"]
     console, facts = Console(), machine_facts()
+    if console.width < _WIDTH:  # cut off, numbers say nothing: a terminal may break the lines, or scroll
+        console = Console(width=_WIDTH, soft_wrap=True)
     local: list[Result] = []
     exchange: list[tuple[str, Case, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -199,8 +191,11 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     written, title = [], describe(facts).partition(". ")[0]
     if local:
-        lines = _table("Targets", _TARGETS_HEADER, [targets(local)], console)
-        lines += [*_WHY.splitlines(), ""]
+        reached = targets(local)
+        lines = [*WHAT_IS_WHAT.splitlines(), "", *_table("Targets", _TARGETS_HEADER, [reached], console)]
+        if why := reasons(reached):
+            console.print("\n".join(why), style="dim", markup=False)
+            lines += ["Where a target is missed:", "", *why, ""]
         for framework in dict.fromkeys(result.framework for result in local):
             lines += _table(framework, HEADER, [rows_of(r) for r in local if r.framework == framework], console)
         stored = [{"framework": r.framework, "case": r.case.as_json(), "found": r.found} for r in local]
@@ -209,7 +204,12 @@ def main() -> int:
         if draw_local(local, options.output / "local.png", title):
             written.append("local.png")
     if exchange:
-        lines = []
+        lines = [
+            "Each rank's whole embedding, or its part of it, by each exchange; `auto` is what the layer chooses by itself,",
+            "one of the two others. MB sent: counted on the loopback, of all processes together, divided by their number;",
+            "JAX's devices share one process. Times are medians, with half the distance of the quartiles.",
+            "",
+        ]
         for framework in frameworks:
             groups = [_rows(case, found) for name, case, found in exchange if name == framework]
             lines += _table(framework, _HEADER, groups, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from shared import VocabPartition
 from shared.sequence import rows_needed
 
-__all__ = ["Case", "make_ids", "peak_of", "shuffled", "traffic", "warm_pages"]
+__all__ = ["Case", "make_ids", "peak_of", "shuffled", "time_and_spread", "timing", "traffic", "warm_pages"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,19 @@ def shuffled(count: int, turn: int) -> list[int]:
     return [int(place) for place in np.random.default_rng(turn).permutation(count)]
 
 
+def timing(kind: str, seconds: Any) -> dict[str, float]:
+    """The median of some measurements, and half the distance of their quartiles as a part of it."""
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return {kind: float(median), f"{kind}_spread": float((high - low) / 2 / median)}
+
+
+def time_and_spread(found: dict[str, float], kind: str) -> str:
+    """The same to read."""
+    seconds = found[kind]
+    value = f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+    return f"{value} ±{found.get(f'{kind}_spread', math.nan):.0%}"
+
+
 def warm_pages(size: int = 2**28) -> None:
     """Fault memory in and free it again: a virtual machine may hand free pages back to its host after a while.
 
@@ -104,11 +118,12 @@ def peak_of(run: Callable[[], Any], device: str = "cpu") -> float:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     run()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library has kept would not count
         reset.write_text("5")
         before = int(status.read_text().split("VmRSS:")[1].split()[0])
         output = run()
         most = int(status.read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
+    except (OSError, IndexError, AttributeError):
         return math.nan
     del output
     return 1024.0 * max(0, most - before)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.cases import Case, make_ids, shuffled, warm_pages
+from benchmarks.cases import Case, make_ids, shuffled, timing, warm_pages
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -100,9 +100,8 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
             if turn >= 0:
                 times[turn, place] = forward_time, time.perf_counter() - start
         print(json.dumps({"done": turn + 1, "of": rounds}), flush=True)
-    forward_time, both_time = np.median(times, axis=0).T
     return {
-        name: {"forward": float(forward_time[i]), "forward_backward": float(both_time[i])}
+        name: timing("forward", times[:, i, 0]) | timing("forward_backward", times[:, i, 1])
         for i, name in enumerate(programs)
     }
 

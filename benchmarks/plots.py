@@ -43,7 +43,7 @@ def draw_local(results: Sequence[Result], path: Path, title: str) -> bool:
     if few:
         flat[-2].legend(fontsize=6)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return True
@@ -59,7 +59,7 @@ def draw_exchange(results: Sequence[tuple[str, Found]], path: Path, title: str) 
         for axis, kind in zip(row, ("forward", "forward_backward"), strict=True):
             _bars(axis, found, kind, f"{case}, {kind.replace('_', ' + ')}")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=80)
     plt.close(figure)
     return True

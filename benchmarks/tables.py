@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.cases import warm_pages
+from benchmarks.machine import describe, machine_facts
 from shared.bits import DTYPES
 from shared.global_normal import normal_rows
 from shared.tensor_file import header_bytes
@@ -138,7 +138,9 @@ def _report(converted: dict[str, object], made: dict[str, list[float]], rounds: 
     lines = [
         "# Tables",
         "",
-        f"{os.cpu_count()} CPUs, {platform.machine()}, {rounds} rounds, medians.",
+        describe(machine_facts()),
+        "",
+        f"{rounds} rounds, medians.",
         "",
         f"A table of {size / 2**30:.1f} GiB in bfloat16, in 8 shards. Peak memory of any command: {peak / 1e6:.0f} MB.",
         "",
@@ -177,8 +179,7 @@ def main() -> int:
     text = _report(converted, made, options.rounds)
     console.print(text, markup=False)
     options.output.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    stored = {**machine, "converted": converted, "million_numbers_a_second": made}
+    stored = {**machine_facts(), "converted": converted, "million_numbers_a_second": made}
     (options.output / "tables.json").write_text(json.dumps(stored, indent=1))
     (options.output / "tables.md").write_text(text)
     return 0

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids, shuffled, warm_pages
+from benchmarks.cases import Case, make_ids, shuffled, timing, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -129,9 +129,9 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
             print(json.dumps({"done": turn, "of": rounds}), flush=True)
     slowest = torch.from_numpy(times[1:])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    forward, both = slowest.median(0).values.unbind(1)
+    forward, both = slowest.unbind(2)
     return {
-        name: {"forward": float(forward[i]), "forward_backward": float(both[i]), "sent_bytes": sent[name]}
+        name: timing("forward", forward[:, i]) | timing("forward_backward", both[:, i]) | {"sent_bytes": sent[name]}
         for i, name in enumerate(modules)
     }
 

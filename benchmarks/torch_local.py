@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids, peak_of, shuffled, warm_pages
+from benchmarks.cases import Case, make_ids, peak_of, shuffled, timing, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["CANDIDATES", "main"]
@@ -183,13 +183,12 @@ def _measure(case: Case, rounds: int, device: str, advance: Callable[[], None]) 
         for name, run in runs.items():
             found[name]["peak_extra_bytes"] = peak_of(run.forward, device)
         for name, times in _times(runs, False, [], rounds, device, advance).items():
-            found[name]["forward"] = float(np.median(times, axis=0)[0])
+            found[name] |= timing("forward", times[:, 0])
     # The floor of a forward and backward has its output as zeros: to allocate it is all that must be.
     runs["floor"] = runs.get("zeros", runs["floor"])
     fresh = [] if case.reduction == "accumulate" else parameters
     for name, times in _times(runs, True, fresh, rounds, device, advance).items():
-        medians = np.median(times, axis=0)
-        found[name] |= {"backward": float(medians[1]), "forward_backward": float(np.median(times.sum(axis=1)))}
+        found[name] |= timing("backward", times[:, 1]) | timing("forward_backward", times.sum(axis=1))
     return found
 
 

@@ -7,8 +7,8 @@ import pytest
 from rich.progress import Progress
 
 from benchmarks.__main__ import _rows, _run, _run_local
-from benchmarks.cases import Case, make_ids, traffic
-from benchmarks.local import HEADER, Result, local_cases, rows_of, targets
+from benchmarks.cases import Case, make_ids, timing, traffic
+from benchmarks.local import HEADER, Result, local_cases, reasons, rows_of, targets
 from benchmarks.plots import draw_exchange, draw_local
 
 
@@ -58,7 +58,7 @@ def test_accumulation_is_measured():
 
 
 def result_of(case, ours, floor, megatron):
-    both = {"peak_extra_bytes": 2e6}
+    both = {"peak_extra_bytes": 2e6, "forward_spread": 0.1}
     found = {
         name: {"forward": t, "forward_backward": 2 * t, **both}
         for name, t in (("ours", ours), ("floor", floor), ("Megatron's form", megatron))
@@ -74,6 +74,8 @@ def test_a_target_is_met_or_missed_by_what_was_measured():
         ["forward / Megatron's form", "0.69", "0.71", "met"],
         ["forward + backward / Megatron's form", "0.69", "0.56", "missed"],
     ]
+    (reason,) = reasons(targets([large]))
+    assert reason.startswith("- Megatron's form: ")
     few = result_of(Case("none", 8, "uniform", 1, 64), 1.2, 1.0, 1.0)
     assert [row[4] for row in targets([few])] == ["missed", "missed"]  # nn.Embedding's own call was not measured
     moved = {"owned_tokens": 1024}
@@ -82,7 +84,7 @@ def test_a_target_is_met_or_missed_by_what_was_measured():
     assert [row[2:] for row in targets([gpu])] == [["1.85", "1.18", "missed"]]
     rows = rows_of(large)
     assert all(len(row) == len(HEADER) for row in rows)
-    assert rows[0][2:5] == ["1040.00 ms", "1.04", "1.00"]
+    assert rows[0][2:5] == ["1040.00 ms ±10%", "1.04", "1.00"]
 
 
 def test_every_axis_is_measured():
@@ -92,10 +94,11 @@ def test_every_axis_is_measured():
         tokens = {case.batch * case.sequence for case in cases}
         assert {1, 64, 8192} <= tokens
         if framework == "torch":  # JAX's devices are all on one machine, which has not the memory for the largest
-            assert {case.emb_size for case in cases} == {256, 1024, 8192}
+            assert {case.emb_size for case in cases} >= {256, 1024, 8192}
             assert {case.world_size for case in cases} == {1, 2, 4, 8, 16}
-            assert {32768, 131072, 1048576} == {case.vocab_size for case in cases}
+            assert {32768, 131072, 1048576} <= {case.vocab_size for case in cases}
             assert 65536 in tokens
+            assert {case.reduction for case in cases} == {"none", "accumulate"}
     quick = local_cases(quick=True)
     assert all(set(quick[name]) <= set(cases) for name, cases in local_cases(quick=False).items())
 
@@ -104,7 +107,8 @@ def test_every_axis_is_measured():
 def test_a_figure_is_drawn(tmp_path):
     few = [result_of(Case("none", 8, "uniform", 1, tokens), 1e-5, 1e-6, 1e-5) for tokens in (1, 8)]
     assert draw_local([result_of(Case("none", 8, "uniform"), 1.0, 0.9, 2.0), *few], tmp_path / "a.png", "a machine")
-    found = {name: {"forward": 1.0, "forward_backward": 2.0} for name in ("ours, auto", "DTensor")}
+    assert timing("forward", [1.0, 2.0, 3.0]) == {"forward": 2.0, "forward_spread": 0.25}
+    found = {name: timing("forward", [1.0]) | timing("forward_backward", [2.0]) for name in ("ours, auto", "DTensor")}
     assert draw_exchange([("torch: a case", found)], tmp_path / "b.png", "a machine")
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
