@@ -160,12 +160,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the base cases only, in less than five minutes")
     parser.add_argument("--part", choices=["local", "exchange"], help="one part")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
-    parser.add_argument("--rounds", type=int, default=None, help="measurements of each (4 with --quick, else 7)")
+    parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
-    rounds = options.rounds or (4 if options.quick else 7)
+    rounds = options.rounds or (3 if options.quick else 7)
     frameworks = [options.only] if options.only else ["torch", "jax"]
     console, facts = Console(), machine_facts()
     if console.width < _WIDTH:  # cut off, numbers say nothing: a terminal may break the lines, or scroll

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.cases import Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -109,6 +109,7 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Run as ``python -m benchmarks.jax_exchange CASES RESULT``."""
     cases, result = json.loads(sys.argv[1]), Path(sys.argv[2])
+    warm_pages(FIRST)
     jax.config.update("jax_num_cpu_devices", max(fields["world_size"] for fields in cases["cases"]))
     found = [_measure(Case(**fields), cases["candidates"], cases["rounds"]) for fields in cases["cases"]]
     result.write_text(json.dumps(found))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.cases import Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -137,6 +137,7 @@ def _measure(case: Case, rounds: int, advance: Callable[[], None]) -> dict[str, 
 def main() -> None:
     """Run as ``python -m benchmarks.jax_local CASES RESULT``."""
     cases, result = json.loads(sys.argv[1]), Path(sys.argv[2])
+    warm_pages(FIRST)
     jax.config.update("jax_num_cpu_devices", max(fields["world_size"] for fields in cases["cases"]))
 
     def advance() -> None:

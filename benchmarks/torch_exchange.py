@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -140,6 +140,7 @@ def main() -> None:
     """Run as ``python -m benchmarks.torch_exchange RENDEZVOUS RANK CASES RESULT``."""
     rendezvous, rank, cases, result = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    warm_pages(FIRST // 2)
     world_size = cases["cases"][0]["world_size"]
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     found = []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids, peak_of, shuffled, timing, warm_pages
+from benchmarks.cases import FIRST, Case, make_ids, peak_of, shuffled, timing, warm_pages
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["CANDIDATES", "main"]
@@ -247,6 +247,7 @@ def main() -> None:
     """Run as ``python -m benchmarks.torch_local CASES RESULT``."""
     cases, result = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.manual_seed(0)
+    warm_pages(FIRST)
     # As in any process that has worked for a while: from then on the C library keeps smaller pieces of memory than this.
     np.empty(31 << 20, np.uint8).fill(1)
 

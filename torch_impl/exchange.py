@@ -18,7 +18,7 @@ from shared.partition import VocabPartition
 from torch_impl.faults import naming_the_operation
 from torch_impl.local.sums import sum_distinct
 
-__all__ = ["ChunkRoutes", "gather_everywhere"]
+__all__ = ["ChunkRoutes", "distinct_ids", "gather_everywhere"]
 
 
 class ChunkRoutes:
@@ -37,7 +37,7 @@ class ChunkRoutes:
         cuts = torch.arange(w + 1, device=ids_WC.device) * n
         # Ids outside the vocabulary become n * w: one more row, the last, which stays zero.
         mine_C = ids_WC[rank]
-        wanted_K, self._slots_C = torch.where(partition.is_valid(mine_C), mine_C, n * w).unique(return_inverse=True)
+        wanted_K, self._slots_C = distinct_ids(mine_C, partition)
         self._num_slots = len(wanted_K)
         destinations = torch.arange(w, device=ids_WC.device).unsqueeze(1)
         keys = (destinations * n + partition.local_ids(ids_WC, rank))[partition.owns(ids_WC, rank)].unique()
@@ -67,17 +67,29 @@ class ChunkRoutes:
         return recv
 
 
+def distinct_ids(ids: Tensor, partition: VocabPartition) -> tuple[Tensor, Tensor]:
+    """The distinct ids, ascending, all those outside the vocabulary as one past its end; and where each of the ids is."""
+    wanted, slots = torch.where(partition.is_valid(ids), ids, partition.padded_vocab_size).unique(return_inverse=True)
+    return wanted, slots
+
+
 def gather_everywhere(
-    weight: Tensor, ids: Tensor, partition: VocabPartition, rank: int, group: dist.ProcessGroup
+    weight: Tensor, wanted: Tensor, slots: Tensor, partition: VocabPartition, rank: int, group: dist.ProcessGroup
 ) -> Tensor:
-    """The rows of all the ids, ``[*ids.shape, E]``, on every rank: each owner broadcasts the distinct ones it has.
+    """The rows of all the ids, ``[*slots.shape, E]``, on every rank: each owner broadcasts the distinct ones it has.
 
     A broadcast goes round by way of the other ranks, so that an owner of most of the rows need not send each of them
     ``W - 1`` times by itself.
+
+    Args:
+        weight: this rank's rows, ``[N, E]``.
+        wanted, slots: the ids, as ``distinct_ids`` has them.
+        partition: who owns what.
+        rank: this rank.
+        group: where the ranks are.
     """
     n, w = partition.rows_per_rank, partition.world_size
-    wanted, slots = torch.where(partition.is_valid(ids), ids, n * w).unique(return_inverse=True)
-    bounds = torch.searchsorted(wanted, torch.arange(w + 1, device=ids.device) * n).tolist()
+    bounds = torch.searchsorted(wanted, torch.arange(w + 1, device=wanted.device) * n).tolist()
     rows = weight.new_empty(len(wanted), weight.shape[1])
     rows[bounds[w] :] = 0
     mine = slice(bounds[rank], bounds[rank + 1])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
-from torch_impl.exchange import ChunkRoutes, gather_everywhere
+from torch_impl.exchange import ChunkRoutes, distinct_ids, gather_everywhere
 from torch_impl.faults import naming_the_operation
 from torch_impl.local.sums import row_gradient, sum_distinct, sum_rows
 from torch_impl.placement import find_group
 from torch_impl.rows import lookup_own
 
-__all__ = ["ReductionOptions", "choose_exchange", "reduce_lookup"]
+__all__ = ["ReductionOptions", "choose_exchange", "reduce_lookup", "worth_broadcasting"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def choose_exchange(exchange: str, num_tokens: int, row_bytes: int, device: str)
 
     Routed, where the embedding of all tokens has 1 MiB or more: from there on it was faster over gloo for w = 2, 4 and 8,
     uniform and Zipf-distributed ids, float32 and bfloat16, forward by up to 9 times, and never behind by more than a
-    tenth; below, now one and now the other was faster. (``python -m benchmarks`` measures it again.) On accelerators,
-    where nothing has been measured and where routing makes the host wait for the device, ``"auto"`` stands for dense.
+    tenth; below, now one and now the other was faster. (``python -m benchmarks`` measures it again.) Of a large all_reduce,
+    ``worth_broadcasting`` has the last word. On accelerators, where nothing has been measured and where routing makes the
+    host wait for the device, ``"auto"`` stands for dense.
 
     Args:
         exchange: returned as it is, unless it is ``"auto"``.
@@ -67,6 +68,20 @@ def choose_exchange(exchange: str, num_tokens: int, row_bytes: int, device: str)
     if exchange != "auto":
         return exchange
     return "routed" if device == "cpu" and num_tokens * row_bytes >= 2**20 else "dense"
+
+
+def worth_broadcasting(num_tokens: int, num_distinct: int, row_bytes: int) -> bool:
+    """Whether ``"auto"`` keeps to routed for an all_reduce, once the ids are known to all ranks: the same on each.
+
+    Not from 32 MiB on, where nearly no token repeats: there an all_reduce took 0.6 to 1.0 of the broadcasts' time over
+    gloo at w = 2, 4 and 8; where tokens repeat, or below, 1.0 to 2.0.
+
+    Args:
+        num_tokens: ids in all.
+        num_distinct: of which so many are distinct.
+        row_bytes: bytes of a row.
+    """
+    return num_tokens * row_bytes < 2**25 or 4 * num_distinct <= 3 * num_tokens
 
 
 def reduce_lookup(weight: Tensor, ids: Tensor, partition: VocabPartition, options: ReductionOptions) -> Tensor:
@@ -95,12 +110,14 @@ class _AllReduce:
     def gather(self, weight: Tensor) -> Tensor:
         partition, ids, rank, group = self._partition, self._ids, self._rank, self._group
         if group is not None and self._exchange == "routed" and ids.numel():
-            output = gather_everywhere(weight, ids, partition, rank, group)
-        else:
-            output = lookup_own(weight, ids, partition, rank)
-            if group is not None and ids.numel():
-                with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
-                    dist.all_reduce(_as_integers(output), group=group)
+            wanted, slots = distinct_ids(ids, partition)
+            row_bytes = weight.shape[1] * weight.element_size()
+            if self._options.exchange == "routed" or worth_broadcasting(ids.numel(), len(wanted), row_bytes):
+                return gather_everywhere(weight, wanted, slots, partition, rank, group).to(self._output_device)
+        output = lookup_own(weight, ids, partition, rank)
+        if group is not None and ids.numel():
+            with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
+                dist.all_reduce(_as_integers(output), group=group)
         return output.to(self._output_device)
 
     def scatter(self, grad_output: Tensor) -> Tensor:

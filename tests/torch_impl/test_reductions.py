@@ -14,7 +14,7 @@ from shared import VocabPartition
 from shared.generate import exact_gradient, zipf_ids
 from shared.oracle import partial_lookup, weight_grad
 from torch_impl import ParallelVocabEmbedding, reduced_lookup
-from torch_impl.reductions import choose_exchange
+from torch_impl.reductions import choose_exchange, worth_broadcasting
 
 REDUCTIONS, EXCHANGES = ["all_reduce", "reduce_scatter"], ["dense", "routed", "auto"]
 DTYPES = {
@@ -383,6 +383,19 @@ def test_auto_goes_by_size_and_never_routes_where_nothing_was_measured():
     assert choose_exchange("routed", 1, 4, "cuda") == "routed"
 
 
-def test_auto_on_a_large_batch(world):
+def test_auto_broadcasts_what_repeats_or_is_small():
+    assert worth_broadcasting(8191, 8191, 4096)
+    assert not worth_broadcasting(8192, 8192, 4096)
+    assert worth_broadcasting(8192, 6144, 4096)
+    assert not worth_broadcasting(8192, 6145, 4096)
+
+
+@pytest.mark.parametrize("repeated", [1, 2])
+def test_auto_on_a_large_batch(world, repeated):
+    ids = np.random.default_rng(0).permutation(4100)[: 2048 // repeated] - 2
+    world(2)(check_case, np.tile(ids, repeated).reshape(4, 512), 4096, 4096, torch.float32)
+
+
+def test_auto_on_a_batch_of_some_size(world):
     ids = np.random.default_rng(0).integers(-2, 4098, (4, 256))
     world(4)(check_case, ids, 4096, 512, torch.float32)
