@@ -79,8 +79,9 @@ class ParallelVocabEmbedding(nn.Module):
             bytes, and on an accelerator the host waits for the device.
         gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad`` where there is
             such a tensor, to ``weight.grad`` else, and hand autograd nothing: a micro-batch then takes as long as its
-            tokens, not as the table. The result is the plain one, of ``main_grad.add_(grad)``. Under ``fully_shard`` too;
-            refused under DistributedDataParallel, torch.compile, torch.func and with hooks on the table. Gradients are
+            tokens, not as the table. The result is the plain one, of ``main_grad.add_(grad)``; ``main_grad`` has the table's
+            shape and device, and its dtype, float32 or a wider one. Under ``fully_shard`` too; refused under
+            DistributedDataParallel, torch.func and with hooks on the table; torch.compile breaks the graph. Gradients are
             not to be had from ``torch.autograd.grad``. On an accelerator the host waits for the device.
 
     Attributes:

@@ -101,6 +101,12 @@ def test_the_commands_to_set_up_are_those_that_ci_runs():
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
+def test_what_was_measured_is_what_is_shown():
+    from benchmarks.readme import with_tables
+
+    assert with_tables(README.read_text()) == README.read_text()
+
+
 def test_every_kind_of_difference_is_listed():
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", README.read_text().partition("it looks like")[2], re.M)
     listed = dict(rows[: len(KINDS) + 1])

@@ -1,0 +1,120 @@
+"""``python -m benchmarks.readme``: put what was measured, as it is in ``benchmarks/results``, into the README's tables."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+
+__all__ = ["main", "tables", "with_tables"]
+
+_ROOT = Path(__file__).parents[1]
+_NAMES = {
+    "ours": "**this layer**",
+    "ours, auto": "**this layer**",
+    "ours, dense": 'the same, `exchange="dense"`',
+    "ours, plain": "this layer, the plain way",
+    "ours, all_reduce": "**this layer, all_reduce**",
+    "Megatron-core": "Megatron-core 0.16.1 `VocabParallelEmbedding`",
+    "DTensor": "DTensor `RowwiseParallel`",
+    "psum": "masked lookup, then `psum` or `psum_scatter`",
+}
+_LARGE = [("uniform", "float32"), ("zipf", "float32"), ("uniform", "bfloat16"), ("zipf", "bfloat16")]
+_TOKENS = (1, 8, 64, 512, 2048)
+
+
+def _results(name: str) -> list[dict[str, Any]]:
+    return list(json.loads((_ROOT / f"benchmarks/results/{name}.json").read_text())["results"])
+
+
+def _found(results: list[dict[str, Any]], framework: str, case: Case) -> dict[str, dict[str, float]]:
+    return next(each["found"] for each in results if each["framework"] == framework and Case(**each["case"]) == case)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    for name, *cells in rows:
+        bold = name.startswith("**")
+        shown = [f"**{cell}**" if bold and cell else cell for cell in cells]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
+    return "\n".join(lines)
+
+
+def _side_by_side(
+    found: list[dict[str, dict[str, float]]], left_out: tuple[str, ...], floor: str, kinds: tuple[str, ...]
+) -> list[list[str]]:
+    """A row for each candidate, and in it the times of each case."""
+    names = {**_NAMES, "floor": floor}
+    rows = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        if name not in left_out:
+            cells = [" / ".join(_ms(each[name][kind]) for kind in kinds) if name in each else "" for each in found]
+            rows.append([names.get(name, name), *cells])
+    return rows
+
+
+def tables() -> dict[str, str]:
+    """By the name that the README has them under."""
+    local, exchange = _results("local"), _results("exchange")
+    both = ("forward", "forward_backward")
+    headers = [f"{dtype}, {ids} ids" for ids, dtype in _LARGE]
+    large = [Case("none", 8, ids, dtype=dtype) for ids, dtype in _LARGE]
+    torch = [_found(local, "torch", case) for case in large]
+    jax = [_found(local, "jax", case) for case in large]
+    few = [_found(local, "torch", Case("none", 8, "uniform", 1, tokens)) for tokens in _TOKENS]
+    micro = [_found(local, "torch", Case("accumulate", 1, ids, 1)) for ids in ("uniform", "zipf")]
+    in_us = [
+        [_NAMES.get(name, name), *(f"{each[name]['forward'] * 1e6:.0f}" for each in few)]
+        for name in few[0]
+        if name not in ("floor", "zeros")
+    ]
+    of_exchange = []
+    for framework, w in (("torch", 4), ("jax", 8)):
+        for reduction in ("reduce_scatter", "all_reduce"):
+            found = [_found(exchange, framework, Case(reduction, w, ids)) for ids in ("zipf", "uniform")]
+            rows = _side_by_side(found, ("ours, routed",), "", both)
+            rows[0][0] = f"**{framework}, w={w}, {reduction}**"
+            sent = [each.get("sent_bytes") for name, each in found[0].items() if name != "ours, routed"]
+            of_exchange += [
+                [*row, "" if count is None else f"{count / 1e6:.1f}"] for row, count in zip(rows, sent, strict=True)
+            ]
+    return {
+        "torch": _table(["", *headers], _side_by_side(torch, ("zeros",), "a clone; allocating both", both)),
+        "jax": _table(["", *headers], _side_by_side(jax, ("one-hot matmul",), "a gather without a mask", both)),
+        "few": _table(["tokens", *map(str, _TOKENS)], in_us),
+        "accumulation": _table(
+            ["", "uniform ids", "zipf ids"],
+            _side_by_side(micro, (), "copying the tokens' rows twice", ("forward_backward",)),
+        ),
+        "exchange": _table(["", "zipf ids", "uniform ids", "MB sent per rank, zipf"], of_exchange),
+    }
+
+
+def with_tables(text: str) -> str:
+    """The README with each table where its mark is."""
+    for name, table in tables().items():
+        mark = f"<!-- measured: {name} -->\n\n"
+        pattern = re.compile(re.escape(mark) + r"(?:\|[^\n]*\n)*")
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no mark {mark.strip()}")
+        text = pattern.sub(lambda _, new=mark + table + "\n": new, text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Write the README anew."""
+    readme = _ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
