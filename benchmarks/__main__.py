@@ -99,7 +99,10 @@ def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, 
 
 
 def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progress) -> list[Result]:
-    """The local result of each case, each in a process of its own: what one leaves in memory is not the next one's."""
+    """The local result of each case, each in a process of its own: what one leaves in memory is not the next one's.
+
+    A case that fails, for want of memory say, is named and left out: the others are not lost with it.
+    """
     per_case = (rounds + 1) * (1 if framework == "jax" else 2)
     task = progress.add_task(f"{framework}, local", total=len(cases) * per_case)
     module = "jax" if framework == "jax" else "torch"
@@ -110,7 +113,11 @@ def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progres
             result = Path(folder) / "result.json"
             spec = json.dumps({"cases": [case.as_json()], "rounds": rounds, "device": device})
             command = [sys.executable, "-m", f"benchmarks.{module}_local", spec, str(result)]
-            _wait_for([command], f"{framework}, {case}", lambda: progress.advance(task))
+            try:
+                _wait_for([command], f"{framework}, {case}", lambda: progress.advance(task))
+            except RuntimeError as error:
+                progress.console.print(f"left out: {error}", markup=False)
+                continue
             results.append(Result(framework, case, json.loads(result.read_text())[0]))
     return results
 
@@ -225,6 +232,9 @@ def main() -> int:
             written.append("exchange.png")
     if not any(name.endswith(".png") for name in written):
         console.print("no figures: matplotlib is not installed")
+    if not written:
+        console.print("nothing could be measured")
+        return 1
     console.print(f"written to {options.output}: {', '.join(written)}")
     return 0
 

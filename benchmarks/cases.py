@@ -97,7 +97,7 @@ def time_and_spread(found: dict[str, float], kind: str) -> str:
     return f"{value} ±{found.get(f'{kind}_spread', math.nan):.0%}"
 
 
-FIRST = 2**31
+FIRST = 2**30
 """So much a process faults in before all else: what a virtual machine's host has not backed yet takes ten times as long."""
 
 

@@ -63,7 +63,7 @@ def local_cases(quick: bool) -> dict[str, list[Case]]:
     few16 = [replace(_BASE, dtype="bfloat16", batch=1, sequence=tokens) for tokens in _TOKENS]
     every = [*base, *few, *few16, *(replace(_BASE, ids=kind, **change) for kind in ids for change in more)]
     # On one machine JAX's devices hold the whole table and w outputs: what needs more than it has is left out.
-    return {"torch": [*every, *small, *micro], "jax": [case for case in every if _jax_bytes(case) < 6e9]}
+    return {"torch": [*every, *small, *micro], "jax": [case for case in every if _jax_bytes(case) < 4e9]}
 
 
 def _jax_bytes(case: Case) -> float:

@@ -111,7 +111,7 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
         for place in shuffled(len(modules), turn):
             name, module = names[place], modules[names[place]]
             module.weight.grad = None
-            warm_pages()
+            warm_pages(2**27)
             dist.barrier()
             before = _sent_bytes()
             start = time.perf_counter()
