@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from shared.partition import VocabPartition
 from torch_impl import gpu
 from torch_impl.local.frame import framed
-from torch_impl.local.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, zeros
+from torch_impl.local.memory import MANY_BYTES, empty_to_fill, on_cpu, owned_rows_only, traced, zeros
 from torch_impl.local.sums import is_small, sum_in_place, sum_rows
 
 __all__ = [
@@ -147,9 +147,7 @@ def differentiable(tensor: Tensor) -> bool:
 
 def transformed() -> bool:
     """Whether a compiler, a transform of torch.func or forward mode is at work, which only ``take_rows`` has rules for."""
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return traced() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _keep(ctx: Any, weight: Tensor, rows: Tensor, counted: Tensor, sparse: bool) -> None:
@@ -318,7 +316,7 @@ def lookup_rows(weight_NE: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
     if not on_cpu(weight_NE, rows):
         if owned_rows_only(weight_NE.device, weight_NE, rows):
             return _travelling_rows(weight_NE, rows, owned)
-        if gpu.serves(weight_NE, rows) and not torch.compiler.is_compiling():  # a compiler makes one kernel of the rest
+        if gpu.serves(weight_NE, rows) and not traced():  # a compiler makes one kernel of the rest
             from torch_impl.gpu.kernels import take_owned_rows
 
             return take_owned_rows(weight_NE, torch.where(owned, rows, -1), 0, len(weight_NE), None, False)[0]
