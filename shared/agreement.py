@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shared.checks import check_flag
+
 __all__ = ["checks_wanted", "describe_ids", "disagreement", "ids_disagreement"]
 
 _SWITCH = "PVE_CHECK"
@@ -20,8 +22,7 @@ def checks_wanted(check: bool) -> bool:
         TypeError: ``check`` is not a bool.
         ValueError: the variable holds something else than 0 or 1.
     """
-    if not isinstance(check, bool):
-        raise TypeError(f"check must be True or False, got {check!r}")
+    check = check_flag("check", check)
     value = os.environ.get(_SWITCH, "") or "0"
     if value not in ("0", "1"):
         raise ValueError(f"the environment variable {_SWITCH} must be 0 or 1, got {value!r}")

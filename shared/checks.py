@@ -13,10 +13,12 @@ from typing import Any
 __all__ = [
     "EXCHANGES",
     "INITS",
+    "INVALID_IDS",
     "REDUCTIONS",
     "SEED_LIMIT",
     "as_int",
     "check_choice",
+    "check_flag",
     "check_normal",
     "check_padding_idx",
     "check_rank",
@@ -36,6 +38,9 @@ REDUCTIONS = ("none", "all_reduce", "reduce_scatter")
 
 EXCHANGES = ("auto", "dense", "routed")
 """How rows travel."""
+
+INVALID_IDS = ("zero", "error")
+"""What an id outside the vocabulary gives: a row of zeros, or an IndexError."""
 
 INITS = ("per_rank", "global")
 """What a table's first numbers depend on: the rank they lie on, or their row alone."""
@@ -114,6 +119,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """A switch: True or False, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 

@@ -101,88 +101,79 @@ class VocabPartition:
         return self.padded_vocab_size - self.vocab_size
 
     def owned_range(self, rank: int) -> tuple[int, int]:
-        """The ids that ``rank`` owns, half-open: what it keeps without the padding; empty where that is all it has."""
+        """Half-open range of ids owned by ``rank``, excluding padding; may be empty."""
         start = int(self.start(rank))
         return min(start, self.vocab_size), min(start + self.rows_per_rank, self.vocab_size)
 
     def start(self, rank: Any) -> Any:
-        """First row of ``rank``. A rank given as a number is range-checked; a traced one (JAX) cannot be."""
-        if isinstance(rank, (int, np.integer)):
+        """First row of ``rank``. A rank given as a number is range-checked; a tensor or a tracer cannot be."""
+        if isinstance(rank, np.generic) or not hasattr(rank, "dtype"):
             rank = check_rank(rank, self.world_size)
+        elif not _dtype_name(rank).startswith(("int", "uint")):
+            raise TypeError(f"rank must be an integer, got one of dtype {_dtype_name(rank)}")
         return rank * self.rows_per_rank
 
     def stop(self, rank: Any) -> Any:
-        """One past the last row of ``rank``, those of padding included."""
+        """One past the last row of ``rank``, padding rows included."""
         return self.start(rank) + self.rows_per_rank
+
+    def has_padding(self, rank: int) -> bool:
+        """Whether some of the rows that ``rank`` keeps are padding."""
+        return int(self.stop(rank)) > self.vocab_size
+
+    def locate(self, ids: Any, rank: Any) -> tuple[Any, Any]:
+        """Find each id's row in the table of ``rank``, and whether the rank owns it.
+
+        Args:
+            ids: an array of ids, any integer dtype and shape.
+            rank: whose table; a number, or an integer array without dimensions (a traced rank).
+
+        Returns:
+            ``(rows, owned)``, both shaped as ``ids``. ``rows`` are legal rows of the table, ``[0, rows_per_rank)``, for
+            foreign ids too: only those that are ``owned`` mean anything.
+
+        Raises:
+            TypeError: ids or rank are not integers.
+            ValueError: rank is a number outside ``[0, world_size)``.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared import VocabPartition
+            >>> VocabPartition(vocab_size=12, world_size=3).locate(np.array([0, 4, 7, 12]), rank=1)
+            (array([0, 0, 3, 3]), array([False,  True,  True, False]))
+        """
+        ids = widen(ids)
+        local = ids - self.start(rank)
+        last = self.rows_per_rank - 1
+        rows = min(max(local, 0), last) if isinstance(local, int) else local.clip(0, last)
+        owned = rows == local
+        return rows, owned & (ids < self.vocab_size) if self.padding_rows else owned
+
+    def owns(self, ids: Any, rank: Any) -> Any:
+        """True where ``rank`` owns the id."""
+        return self.locate(ids, rank)[1]
+
+    def local_ids(self, ids: Any, rank: Any) -> Any:
+        """Row numbers in the table of ``rank``; outside ``[0, rows_per_rank)`` for ids that it does not own."""
+        ids = widen(ids)
+        local = ids - self.start(rank)
+        if self.padding_rows:  # an id in the padding must not name a row
+            local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
+        return local
+
+    def owner(self, ids: Any) -> Any:
+        """The rank that owns each id; -1 for ids outside the vocabulary."""
+        ids = widen(ids)
+        return (ids // self.rows_per_rank + 1) * self.is_valid(ids) - 1
 
     def is_valid(self, ids: Any) -> Any:
         """True where an id lies in ``[0, vocab_size)``."""
         ids = widen(ids)
         return (ids >= 0) & (ids < self.vocab_size)
 
-    def owner(self, ids: Any) -> Any:
-        """The rank that owns each id; -1 for ids outside the vocabulary."""
-        ids = widen(ids)
-        valid = (ids >= 0) & (ids < self.vocab_size)
-        return (ids // self.rows_per_rank + 1) * valid - 1
 
-    def owns(self, ids: Any, rank: Any) -> Any:
-        """True where ``rank`` owns the id."""
-        ids = widen(ids)
-        start = self.start(rank)
-        owned = (ids >= start) & (ids < start + self.rows_per_rank)
-        return owned & (ids < self.vocab_size) if self.padding_rows else owned
-
-    def local_ids(self, ids: Any, rank: Any) -> Any:
-        """Row numbers in the table of ``rank``; for ids it does not own they lie outside ``[0, rows_per_rank)``."""
-        ids = widen(ids)
-        local = ids - self.start(rank)
-        if self.padding_rows:  # an id there must not name a row of padding
-            local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
-        return local
-
-    def clipped_rows(self, wide_ids: Any, rank: Any) -> tuple[Any, Any]:
-        """Row numbers that any table of ``rank`` has, and where they are those of ids that it owns.
-
-        Args:
-            wide_ids: an array of ids as ``shared.ids.widen`` leaves them.
-            rank: whose rows.
-
-        Example:
-            >>> import numpy as np
-            >>> from shared import VocabPartition
-            >>> VocabPartition(vocab_size=12, world_size=3).clipped_rows(np.array([0, 4, 7, 12]), rank=1)
-            (array([0, 0, 3, 3]), array([False,  True,  True, False]))
-        """
-        local = wide_ids - self.start(rank)
-        rows = local.clip(0, self.rows_per_rank - 1)
-        owned = rows == local
-        return rows, owned & (wide_ids < self.vocab_size) if self.padding_rows else owned
-
-    def has_padding(self, rank: int) -> bool:
-        """Whether some of the rows that ``rank`` keeps are padding."""
-        return int(self.stop(rank)) > self.vocab_size
-
-    def framed_rows(self, wide_ids: Any, rank: Any) -> Any:
-        """Row numbers in a table of ``rank`` with one more row before its first and one after its last.
-
-        An id that the rank does not own names one of these two. Only for ranks without padding: past the last id there is
-        nothing else.
-
-        Args:
-            wide_ids: an array of ids as ``shared.ids.widen`` leaves them.
-            rank: whose rows.
-
-        Example:
-            >>> import numpy as np
-            >>> from shared import VocabPartition
-            >>> VocabPartition(vocab_size=12, world_size=3).framed_rows(np.array([-1, 3, 4, 7, 12]), rank=1)
-            array([0, 0, 1, 4, 5])
-        """
-        before = self.start(rank) - 1
-        rows = wide_ids.clip(before, before + self.rows_per_rank + 1)
-        rows -= before
-        return rows
+def _dtype_name(array: Any) -> str:
+    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
 
 
 def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> int:

@@ -37,7 +37,7 @@ def chunk_shape(shape: Sequence[int], seq_dim: int, world_size: int) -> tuple[in
         (4, 256)
     """
     dim = resolve_seq_dim(len(shape), seq_dim)
-    length, over = divmod(shape[dim], world_size)
+    length, over = shape[dim] // world_size, shape[dim] % world_size  # a traced size has no divmod
     if over:
         raise ValueError(
             f"the sequence must be divisible by world_size: ids of shape {tuple(shape)} have {shape[dim]} positions "

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from shared.partition import VocabPartition
+from torch_impl.private_api import tensor_without_storage
 
 __all__ = ["TableRows"]
 
@@ -33,7 +34,7 @@ class TableRows(Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor, partition: VocabPartition, rank: int) -> TableRows:
         size = torch.Size([partition.vocab_size, rows.shape[1]])
-        self: TableRows = torch.Tensor._make_wrapper_subclass(cls, size, dtype=rows.dtype, device=rows.device)
+        self: TableRows = tensor_without_storage(cls, size, rows)
         return self
 
     def __init__(self, rows: Tensor, partition: VocabPartition, rank: int) -> None:

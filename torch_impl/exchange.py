@@ -1,105 +1,304 @@
-"""The direct exchange: each distinct row goes from its one owner straight to the ranks that need it.
+"""The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
 
-Every rank knows all the ids, so each works out what it sends and what it gets: no counts are exchanged. Shape suffixes: W
-ranks, C tokens of a chunk, E columns, K distinct rows that this rank's chunk needs.
+Each reduction is one operator with its transpose. Every rank knows all the ids, so each works out what it sends and what it
+gets: no counts are exchanged. Rows travel as they are, bit for bit.
+Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from shared.partition import VocabPartition
-from torch_impl.faults import naming_the_operation
-from torch_impl.local.sums import sum_distinct
+from shared.config import EmbeddingConfig
+from shared.sequence import chunk_shape, resolve_seq_dim
+from torch_impl.agreement import naming_the_operation
+from torch_impl.kernels import cpu
+from torch_impl.lookup import eager_mode_only, gather, keys_of, sparse_gradient
+from torch_impl.process_group import find_group
 
-__all__ = ["ChunkRoutes", "distinct_ids", "gather_everywhere"]
+__all__ = ["choose_exchange", "reduced_lookup"]
 
 
-class ChunkRoutes:
-    """Who sends which rows to whom, so that each rank gets the rows of its own chunk of the ids.
+def choose_exchange(exchange: str, device: str) -> str:
+    """``"dense"`` or ``"routed"``: what ``"auto"`` stands for is routed on CPUs, dense on accelerators.
 
-    Args:
-        ids_WC: all the ids, int64, chunk by chunk; on the table's device.
-        partition: who owns what.
-        rank: this rank.
-        group: where the ranks are.
+    Over gloo routed is ahead in every measured case (``python -m benchmarks``). On an accelerator it makes the host wait for
+    the number of rows, and nothing was measured.
     """
-
-    def __init__(self, ids_WC: Tensor, partition: VocabPartition, rank: int, group: dist.ProcessGroup) -> None:
-        self._group = group
-        n, w = partition.rows_per_rank, partition.world_size
-        cuts = torch.arange(w + 1, device=ids_WC.device) * n
-        # Ids outside the vocabulary become n * w: one more row, the last, which stays zero.
-        mine_C = ids_WC[rank]
-        wanted_K, self._slots_C = distinct_ids(mine_C, partition)
-        self._num_slots = len(wanted_K)
-        destinations = torch.arange(w, device=ids_WC.device).unsqueeze(1)
-        keys = (destinations * n + partition.local_ids(ids_WC, rank))[partition.owns(ids_WC, rank)].unique()
-        self.rows_to_send = keys % n
-        bounds = torch.stack([torch.searchsorted(wanted_K, cuts), torch.searchsorted(keys, cuts)])
-        # On an accelerator the host waits here, once: the collective needs the sizes.
-        self._recv_counts, self._send_counts = bounds.diff().tolist()
-        self._num_wanted = sum(self._recv_counts)
-
-    def gather(self, weight: Tensor, shape: Sequence[int]) -> Tensor:
-        """The rows of this rank's chunk, ``[*shape, E]``."""
-        recv_KE = weight.new_empty(self._num_slots, weight.shape[1])
-        recv_KE[self._num_wanted :] = 0
-        send = weight.index_select(0, self.rows_to_send)
-        with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", self._group):
-            dist.all_to_all_single(
-                recv_KE[: self._num_wanted], send, self._recv_counts, self._send_counts, group=self._group
-            )
-        return F.embedding(self._slots_C.view(*shape), recv_KE)
-
-    def scatter(self, grad_CE: Tensor) -> Tensor:
-        """For each of ``rows_to_send``, the sum of its gradients over the chunk it went to; float32 for 16-bit ones."""
-        _slots, sums_KE = sum_distinct(grad_CE, self._slots_C, self._slots_C < self._num_wanted, wide=True)
-        recv = sums_KE.new_empty(len(self.rows_to_send), sums_KE.shape[1])
-        with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", self._group):
-            dist.all_to_all_single(recv, sums_KE, self._send_counts, self._recv_counts, group=self._group)
-        return recv
+    if exchange != "auto":
+        return exchange
+    return "routed" if device == "cpu" else "dense"
 
 
-def distinct_ids(ids: Tensor, partition: VocabPartition) -> tuple[Tensor, Tensor]:
-    """The distinct ids, ascending, all those outside the vocabulary as one past its end; and where each of the ids is."""
-    wanted, slots = torch.where(partition.is_valid(ids), ids, partition.padded_vocab_size).unique(return_inverse=True)
-    return wanted, slots
-
-
-def gather_everywhere(
-    weight: Tensor, wanted: Tensor, slots: Tensor, partition: VocabPartition, rank: int, group: dist.ProcessGroup
+def reduced_lookup(
+    weight: Tensor,
+    ids: Tensor,
+    config: EmbeddingConfig,
+    group_name: str,
+    zero_padded: Tensor | None = None,
+    sparse: bool = False,
 ) -> Tensor:
-    """The rows of all the ids, ``[*slots.shape, E]``, on every rank: each owner broadcasts the distinct ones it has.
-
-    A broadcast goes round by way of the other ranks, so that an owner of most of the rows need not send each of them
-    ``W - 1`` times by itself.
+    """Look ids up in a table that is split over a process group.
 
     Args:
-        weight: this rank's rows, ``[N, E]``.
-        wanted, slots: the ids, as ``distinct_ids`` has them.
-        partition: who owns what.
-        rank: this rank.
-        group: where the ranks are.
+        weight: the rank's rows, ``[N, E]``.
+        ids: int64, any shape; the same on all ranks.
+        config: the options; ``reduction`` is not ``"none"``.
+        group_name: the ranks.
+        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
+        sparse: make the gradient a sparse COO tensor.
+
+    Returns:
+        ``[*ids.shape, E]`` on the device of the ids; for ``"reduce_scatter"`` this rank's chunk of it.
+
+    Raises:
+        RuntimeError: a collective failed; the message names it.
     """
-    n, w = partition.rows_per_rank, partition.world_size
-    bounds = torch.searchsorted(wanted, torch.arange(w + 1, device=wanted.device) * n).tolist()
-    rows = weight.new_empty(len(wanted), weight.shape[1])
-    rows[bounds[w] :] = 0
+    ids_here = ids.to(weight.device, copy=True)  # the caller may write over them before backward
+    output = _ReducedLookup.apply(weight, ids_here, zero_padded, config.text, group_name, sparse)
+    return output.to(ids.device)
+
+
+class _ReducedLookup(torch.autograd.Function):
+    """From a rank's rows to the embedding; its transpose is ``_ReducedScatterAdd``."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor, ids: Tensor, zero_padded: Tensor | None, config: str, group_name: str, sparse: bool
+    ) -> Tensor:
+        return torch.ops.pve.reduced_lookup(weight if zero_padded is None else zero_padded, ids, config, group_name)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _weight, ids, _zero_padded, ctx.config, ctx.group_name, ctx.sparse = inputs
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        if ctx.sparse:
+            config = EmbeddingConfig.from_text(ctx.config)
+            with eager_mode_only():
+                rows = _sums_of_own_rows(grad_outputs[0], ids, config, ctx.group_name)
+            grad = sparse_gradient(*rows, config.partition.rows_per_rank)
+        else:
+            grad = _ReducedScatterAdd.apply(grad_outputs[0], ids, ctx.config, ctx.group_name)
+        return grad, None, None, None, None, None
+
+
+class _ReducedScatterAdd(torch.autograd.Function):
+    """From the gradient of the embedding to that of a rank's rows; its transpose is ``_ReducedLookup``."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+        return torch.ops.pve.reduced_scatter_add(grad_output, ids, config, group_name)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _grad_output, ids, ctx.config, ctx.group_name = inputs
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        return _ReducedLookup.apply(grad_outputs[0], ids, None, ctx.config, ctx.group_name, False), None, None, None
+
+
+@torch.library.custom_op("pve::reduced_lookup", mutates_args=())
+def _reduced_lookup(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+    known = EmbeddingConfig.from_text(config)
+    group = find_group(group_name, None, known.world_size)
+    routed = choose_exchange(known.exchange, table.device.type) == "routed"
+    shape = _output_shape(ids, known)
+    if ids.numel() == 0:
+        return table.new_empty(*shape, table.shape[1])
+    if known.reduction == "all_reduce":
+        forward = _routed_all_reduce if routed else _dense_all_reduce
+        return forward(table, ids, known, group)
+    reduce = _routed_reduce_scatter if routed else _dense_reduce_scatter
+    return reduce(table, _by_chunk(ids, known), shape, known, group)
+
+
+@_reduced_lookup.register_fake
+def _(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+    return table.new_empty(*_output_shape(ids, EmbeddingConfig.from_text(config)), table.shape[1])
+
+
+@torch.library.custom_op("pve::reduced_scatter_add", mutates_args=())
+def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+    known = EmbeddingConfig.from_text(config)
+    n = known.partition.rows_per_rank
+    if grad_output.device.type != "cpu" and choose_exchange(known.exchange, grad_output.device.type) == "dense":
+        # All tokens in one sum, and the host need not wait for the number of rows.
+        group = find_group(group_name, None, known.world_size)
+        ids_T, grad_TE = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
+        if known.reduction == "reduce_scatter":
+            ids_T, grad_TE = _by_chunk(ids, known).reshape(-1), _all_gather(grad_TE, group)
+        return torch.ops.pve.scatter_add(grad_TE, _grad_keys(ids_T, known, group.rank()), n)
+    distinct, sums = _sums_of_own_rows(grad_output, ids, known, group_name)
+    return cpu.spread(distinct, sums, n)
+
+
+@_reduced_scatter_add.register_fake
+def _(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+    return grad_output.new_empty(EmbeddingConfig.from_text(config).partition.rows_per_rank, grad_output.shape[-1])
+
+
+def _output_shape(ids: Tensor, config: EmbeddingConfig) -> tuple[int, ...]:
+    if config.reduction == "all_reduce":
+        return tuple(ids.shape)
+    return chunk_shape(ids.shape, config.seq_dim, config.world_size)
+
+
+def _by_chunk(ids: Tensor, config: EmbeddingConfig) -> Tensor:
+    """The ids chunk by chunk, ``[W, C]``."""
+    dim, w = resolve_seq_dim(ids.dim(), config.seq_dim), config.world_size
+    return ids.unflatten(dim, (w, ids.shape[dim] // w)).movedim(dim, 0).reshape(w, ids.numel() // w)
+
+
+def _dense_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
+    keys = keys_of(ids, config, group.rank())
+    partial = gather(table, keys, config.partition.rows_per_rank, cpu.gather)
+    with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
+        dist.all_reduce(_as_integers(partial), group=group)
+    return partial
+
+
+def _routed_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
+    """Each owner broadcasts the distinct rows that it has: by way of the other ranks, not ``W - 1`` times by itself."""
+    partition, rank = config.partition, group.rank()
+    wanted_K, slots = _distinct(ids, config)
+    bounds = _owner_bounds(wanted_K, config)
+    rows_KE = cpu.empty((len(wanted_K), table.shape[1]), table.dtype, table.device)
+    rows_KE[bounds[-1] :] = 0
     mine = slice(bounds[rank], bounds[rank + 1])
-    torch.index_select(weight, 0, partition.local_ids(wanted[mine], rank), out=rows[mine])
+    torch.index_select(table, 0, wanted_K[mine] - partition.start(rank), out=rows_KE[mine])
     with naming_the_operation("broadcast of the embedding's forward (routed all_reduce)", group):
         under_way = [
-            dist.broadcast(rows[start:stop], group=group, group_src=owner, async_op=True)
+            dist.broadcast(rows_KE[start:stop], group=group, group_src=owner, async_op=True)
             for owner, (start, stop) in enumerate(itertools.pairwise(bounds))
             if start < stop
         ]
         for work in under_way:
             work.wait()
-    return F.embedding(slots, rows)
+    return cpu.gather(rows_KE, slots)
+
+
+def _dense_reduce_scatter(
+    table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
+) -> Tensor:
+    keys_T = keys_of(ids_WC.reshape(-1), config, group.rank())
+    partial_TE = gather(table, keys_T, config.partition.rows_per_rank, cpu.gather)
+    output = table.new_empty(*shape, table.shape[1])
+    with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
+        reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
+    return output
+
+
+def _routed_reduce_scatter(
+    table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
+) -> Tensor:
+    """Each distinct row goes from its owner straight to each rank whose chunk asks for it, once."""
+    rank = group.rank()
+    wanted_K, slots_C = _distinct(ids_WC[rank], config)
+    bounds = _owner_bounds(wanted_K, config)
+    rows_to_send, send_counts = _rows_to_send(ids_WC, config, rank)
+    rows_KE = table.new_empty(len(wanted_K), table.shape[1])
+    rows_KE[bounds[-1] :] = 0
+    send, recv = table.index_select(0, rows_to_send), rows_KE[: bounds[-1]]
+    with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", group):
+        dist.all_to_all_single(recv, send, _counts(bounds), send_counts, group=group)
+    return cpu.gather(rows_KE, slots_C.view(shape))
+
+
+def _sums_of_own_rows(
+    grad_output: Tensor, ids: Tensor, config: EmbeddingConfig, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """The rank's rows that occur, ascending, and the sums of their gradients, rounded to the dtype of ``grad_output``.
+
+    A row's gradients are added chunk by chunk, then the chunks' sums in order: the same bits by either exchange.
+    """
+    group = find_group(group_name, None, config.world_size)
+    rank, n = group.rank(), config.partition.rows_per_rank
+    grad = grad_output.reshape(-1, grad_output.shape[-1])
+    if config.reduction == "all_reduce":
+        return cpu.sum_rows(grad, _grad_keys(ids.reshape(-1), config, rank), n)
+    ids_WC, wide = _by_chunk(ids, config), cpu.accumulation_dtype(grad.dtype)
+    if ids.numel() == 0:
+        rows, sums = ids.reshape(-1), grad.to(wide)
+    elif choose_exchange(config.exchange, grad.device.type) == "routed":
+        wanted_K, slots_C = _distinct(ids_WC[rank], config)
+        bounds = _owner_bounds(wanted_K, config)
+        rows, send_counts = _rows_to_send(ids_WC, config, rank)
+        _, sums_KE = cpu.sum_rows(grad, slots_C, bounds[-1], wide)
+        sums = sums_KE.new_empty(len(rows), sums_KE.shape[1])
+        with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", group):
+            dist.all_to_all_single(sums, sums_KE, send_counts, _counts(bounds), group=group)
+    else:
+        owned_rows, owned = config.partition.locate(ids_WC, rank)
+        chunks = torch.arange(len(ids_WC), device=ids.device).unsqueeze(1)
+        keys = torch.where(owned, chunks * n + owned_rows, len(ids_WC) * n)
+        places, sums = cpu.sum_rows(_all_gather(grad, group), keys.reshape(-1), len(ids_WC) * n, wide)
+        rows = places % n
+    if config.padding_idx is not None and config.partition.owns(config.padding_idx, rank):
+        rows = rows.masked_fill(rows == config.padding_idx - config.partition.start(rank), n)
+    return cpu.sum_rows(sums, rows, n, grad.dtype)
+
+
+def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
+    keys = keys_of(ids, config, rank)
+    if config.padding_idx is None:
+        return keys
+    return keys.masked_fill(ids == config.padding_idx, config.partition.rows_per_rank)
+
+
+def _all_gather(grad_CE: Tensor, group: dist.ProcessGroup) -> Tensor:
+    grad_TE = grad_CE.new_empty(grad_CE.shape[0] * group.size(), grad_CE.shape[1])
+    if grad_TE.numel():
+        with naming_the_operation("all_gather of the embedding's backward (dense)", group):
+            all_gather(_as_integers(grad_TE), _as_integers(grad_CE.contiguous()), group=group)
+    return grad_TE
+
+
+def _distinct(ids: Tensor, config: EmbeddingConfig) -> tuple[Tensor, Tensor]:
+    """The distinct ids, ascending, and which of them each id is; those outside the vocabulary are one, the last."""
+    valid = config.partition.is_valid(ids)
+    return torch.where(valid, ids, config.padded_vocab_size).unique(return_inverse=True)
+
+
+def _owner_bounds(wanted_K: Tensor, config: EmbeddingConfig) -> list[int]:
+    """Where each owner's ids begin among the distinct ones; at the end, how many have an owner. The host waits here."""
+    cuts = torch.arange(config.world_size + 1, device=wanted_K.device) * config.partition.rows_per_rank
+    return torch.searchsorted(wanted_K, cuts).tolist()
+
+
+def _rows_to_send(ids_WC: Tensor, config: EmbeddingConfig, rank: int) -> tuple[Tensor, list[int]]:
+    """The rank's distinct rows that each chunk asks for, chunk after chunk, and how many they are. The host waits here."""
+    n, w = config.partition.rows_per_rank, config.world_size
+    rows, owned = config.partition.locate(ids_WC, rank)
+    chunks = torch.arange(w, device=ids_WC.device).unsqueeze(1)
+    keys = (chunks * n + rows)[owned].unique()
+    bounds = torch.searchsorted(keys, torch.arange(w + 1, device=keys.device) * n).tolist()
+    return keys % n, _counts(bounds)
+
+
+def _counts(bounds: list[int]) -> list[int]:
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
+
+
+def _as_integers(rows: Tensor) -> Tensor:
+    """The same memory as integers: added up with zeros, every bit stays as it is, of NaN and -0.0 too."""
+    flat, width = rows.view(-1), rows.element_size()
+    if width == 2:  # gloo has no int16
+        return flat.view(torch.int32 if rows.shape[-1] % 2 == 0 else torch.uint8)
+    return flat.view(torch.int32 if width == 4 else torch.int64)
+
+
+# torch 2.13 renames these two; before that, and for a while after, the old names do the same.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

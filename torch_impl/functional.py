@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
+from shared.checks import REDUCTIONS, check_choice
+from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
-from torch_impl.ids import as_ids, check_ids
-from torch_impl.placement import resolve_group, resolve_rank
-from torch_impl.reductions import ReductionOptions, reduce_lookup
-from torch_impl.rows import take_own
+from torch_impl.exchange import reduced_lookup as lookup_over_group
+from torch_impl.ids import checked_ids
+from torch_impl.lookup import lookup
+from torch_impl.process_group import resolve_group, resolve_rank
 
 __all__ = ["partial_lookup", "reduced_lookup"]
 
@@ -25,7 +28,9 @@ def partial_lookup(
     padding_idx: int | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0. The ranks' results sum to the embedding.
+    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
+
+    The ranks' results have no row in common: they sum to the embedding.
 
     Args:
         weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
@@ -38,11 +43,10 @@ def partial_lookup(
         sparse: make the weight's gradient a sparse COO tensor of the distinct rows asked for (not under torch.compile).
 
     Returns:
-        ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. Rows are copied bit for bit. Where the
-        weight lives on another device, only the rows it owns travel.
+        ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. Rows are copied bit for bit.
 
     The weight's gradient sums a row's occurrences in float32 for 16-bit tables (in the table's dtype otherwise) and rounds
-    once. Eager CPU sums run in the order of the tokens. First and second derivatives are defined, forward mode too.
+    once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order; forward mode is not.
 
     Raises:
         TypeError: ids are not a tensor of integers.
@@ -67,8 +71,8 @@ def partial_lookup(
                 [6., 7.],
                 [4., 5.]])
     """
-    _check_arguments(weight, partition, invalid_ids, padding_idx)
-    return lookup_checked(weight, ids, partition, rank, invalid_ids, padding_idx, sparse)
+    config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, sparse=sparse)
+    return lookup(weight, checked_ids(ids, invalid_ids, partition.vocab_size), config, rank, sparse=sparse)
 
 
 def reduced_lookup(
@@ -95,7 +99,7 @@ def reduced_lookup(
         process_group: the ranks; None where ``partition.world_size`` is 1.
         reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
         exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
-            from its owner to who needs it; ``"auto"``, whichever is faster by measured rules. The results are equal.
+            from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators. The results are equal.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
         invalid_ids, padding_idx, sparse: as in ``partial_lookup``.
 
@@ -127,40 +131,21 @@ def reduced_lookup(
                 [0., 1.],
                 [0., 0.]])
     """
-    _check_arguments(weight, partition, invalid_ids, padding_idx)
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_choice("exchange", exchange, EXCHANGES)
-    resolve_rank(None, partition.world_size, process_group)
-    options = ReductionOptions(
-        reduction,
-        exchange,
-        as_int("seq_dim", seq_dim),
-        padding_idx,
-        sparse,
-        resolve_group(process_group, reduction, partition.world_size),
-    )
-    ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
-    return reduce_lookup(weight, ids, partition, options)
+    options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "sparse": sparse}
+    config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, **options)
+    rank, _ = resolve_rank(0 if process_group is None else None, partition.world_size, process_group)
+    group_name = resolve_group(process_group, reduction, partition.world_size)
+    ids = checked_ids(ids, invalid_ids, partition.vocab_size)
+    if group_name is None or partition.world_size == 1:
+        return lookup(weight, ids, config, rank, sparse=sparse)
+    return lookup_over_group(weight, ids, config, group_name, sparse=sparse)
 
 
-def _check_arguments(weight: Tensor, partition: VocabPartition, invalid_ids: str, padding_idx: int | None) -> None:
+def _config(weight: Tensor, partition: VocabPartition, **options: Any) -> EmbeddingConfig:
     if weight.dim() != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {tuple(weight.shape)}"
         )
-    check_choice("invalid_ids", invalid_ids, ("zero", "error"))
-    check_padding_idx(padding_idx, partition.vocab_size)
-
-
-def lookup_checked(
-    weight: Tensor,
-    ids: Tensor,
-    partition: VocabPartition,
-    rank: int | Tensor,
-    invalid_ids: str,
-    padding_idx: int | None,
-    sparse: bool,
-) -> Tensor:
-    """``partial_lookup`` for a caller that has checked all but the ids; ``rank`` may be a 0-d tensor."""
-    ids = check_ids(ids, partition.vocab_size) if invalid_ids == "error" else as_ids(ids)
-    return take_own(weight, ids, partition, rank, padding_idx, sparse)
+    sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
+    return EmbeddingConfig(*sizes, **options)

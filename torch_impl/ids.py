@@ -10,43 +10,36 @@ from torch import Tensor
 from shared.checks import ids_type_error
 from shared.ids import check_ids_valid, widen
 
-__all__ = ["as_ids", "check_ids"]
+__all__ = ["checked_ids"]
 
 _INTEGER_DTYPES = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 )
 
 
-def as_ids(ids: Any) -> Tensor:
-    """The ids as int64; unsigned ones beyond it come out negative, outside every vocabulary.
+def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
+    """Return the ids as int64; unsigned ones beyond it come out negative, outside every vocabulary.
+
+    Args:
+        ids: a tensor of integers.
+        invalid_ids: ``"zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the host
+            waits for their device.
+        vocab_size: the first id that is not valid.
 
     Raises:
         TypeError: ids are not a tensor of integers.
+        IndexError: naming the first id outside the vocabulary in row-major order, its position and the legal range.
     """
-    return ids if type(ids) is Tensor and ids.dtype == torch.int64 else widen(_checked_tensor(ids))
-
-
-def check_ids(ids: Any, vocab_size: int) -> Tensor:
-    """The ids as int64, once all of them are known to be valid, for which the host waits for their device.
-
-    Raises:
-        IndexError: naming the first id outside ``[0, vocab_size)`` in row-major order, its position and the legal range.
-        TypeError: ids are not a tensor of integers.
-    """
-    return torch.ops.pve.check_ids(_checked_tensor(ids), vocab_size)
-
-
-def _checked_tensor(ids: Any) -> Tensor:
     if not isinstance(ids, Tensor):
         raise ids_type_error(type(ids).__name__, "a torch.Tensor")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
-    return ids
+    return torch.ops.pve.check_ids(ids, vocab_size) if invalid_ids == "error" else ids.long()
 
 
 @torch.library.custom_op("pve::check_ids", mutates_args=())
 def _check_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """``check_ids`` as an operator, so that compiled graphs can hold it."""
+    """The ids as int64 once all of them are known to be valid, as an operator that compiled graphs can hold."""
     wide = widen(ids)
     if ((wide < 0) | (wide >= vocab_size)).any():
         check_ids_valid(ids.cpu().numpy(), vocab_size)
@@ -56,3 +49,8 @@ def _check_ids(ids: Tensor, vocab_size: int) -> Tensor:
 @_check_ids.register_fake
 def _(ids: Tensor, vocab_size: int) -> Tensor:
     return torch.empty_like(ids, dtype=torch.int64)
+
+
+@_check_ids.register_vmap
+def _(info: Any, in_dims: tuple[int | None, None], ids: Tensor, vocab_size: int) -> tuple[Tensor, int | None]:
+    return torch.ops.pve.check_ids(ids, vocab_size), in_dims[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,88 +12,78 @@ from torch import Tensor, nn
 
 from shared.agreement import checks_wanted
 from shared.bits import DTYPES
-from shared.checks import (
-    EXCHANGES,
-    INITS,
-    REDUCTIONS,
-    as_int,
-    check_choice,
-    check_normal,
-    check_padding_idx,
-    check_seed,
-    check_size,
-    table_dtype_error,
-)
+from shared.checks import table_dtype_error
+from shared.config import OPTIONS, EmbeddingConfig
 from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
-from torch_impl.faults import check_agreement
-from torch_impl.functional import lookup_checked
-from torch_impl.ids import as_ids, check_ids
-from torch_impl.initial import fill_normal
-from torch_impl.local.accumulation import into_place
-from torch_impl.local.frame import empty_table
-from torch_impl.placement import find_group, resolve_group, resolve_rank
-from torch_impl.reductions import ReductionOptions, reduce_lookup
-from torch_impl.rows import differentiable, take_few
-from torch_impl.table import fill_from_table, write_table
+from torch_impl.accumulation import accumulate_in_place
+from torch_impl.agreement import agreed_ids
+from torch_impl.exchange import reduced_lookup
+from torch_impl.files import fill_from_table, write_table
+from torch_impl.ids import checked_ids
+from torch_impl.init import fill_normal
+from torch_impl.lookup import lookup
+from torch_impl.process_group import find_group, resolve_group, resolve_rank
+from torch_impl.zero_row import ModuleWithTable
 
 __all__ = ["ParallelVocabEmbedding"]
 
 
-class ParallelVocabEmbedding(nn.Module):
-    """Rank ``rank``'s rows of an embedding table whose vocabulary is split over ``world_size`` ranks.
+class ParallelVocabEmbedding(ModuleWithTable):
+    """Rows ``[rank * n, (rank + 1) * n)`` of an embedding table that is split over ``world_size`` ranks.
 
-    The module keeps rows ``[rank * n, (rank + 1) * n)``, ``n = vocab_size // world_size`` (``padded_vocab_size`` in the
-    place of ``vocab_size`` where there is padding), looks up the ids it owns and returns all-zero rows for the others. No
-    two ranks' results have a row in common: their sum is the full embedding, which ``reduction`` makes of them.
+    ``n = padded_vocab_size // world_size``. The module looks up the ids it owns and returns all-zero rows for the others. No
+    two ranks' results have a row in common: they sum to the full embedding, which ``reduction`` makes of them.
 
     Args:
-        vocab_size: rows of the whole table, all ranks together; must be divisible by ``world_size``, unless it is padded.
+        vocab_size: rows of the whole table, all ranks together; divisible by ``world_size`` unless it is padded.
         emb_size: columns of the table.
-        rank: this rank, in ``[0, world_size)``. Left out: the group's, or 0 without a group.
+        rank: this rank, in ``[0, world_size)``. Left out: the group's, or 0 if there is one rank only.
         world_size: number of ranks. Left out: the group's, or 1 without a group.
-        process_group: where ``rank`` and ``world_size`` come from; where they are given too, they must agree with it.
+        process_group: where ``rank`` and ``world_size`` come from; numbers given beside it must agree with it.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r draws its rows from a generator of its own, seeded ``init_base_seed + r``.
-        dtype: float16, bfloat16, float32 or float64.
-        device: where the table lives; ``"meta"`` builds it without storage (then ``to_empty`` and ``reset_parameters``).
+        init_base_seed: rank r draws from a generator of its own, seeded ``init_base_seed + r``.
+        dtype: float16, bfloat16, float32 or float64. Left out: PyTorch's default dtype.
+        device: where the table lives. Left out: PyTorch's default device. ``"meta"`` builds it without storage (then
+            ``to_empty`` and ``reset_parameters``).
         reduction: ``"none"``, each rank returns its own incomplete embedding ``Er``, without communication;
             ``"all_reduce"``, every rank returns the embedding ``E``; ``"reduce_scatter"``, each rank returns its
             ``1 / world_size`` of ``E`` along the sequence. The last two need ``process_group`` where there are several
-            ranks, and all ranks must be given the same ids.
+            ranks, and the same ids on all of them.
         exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
-            distinct row straight from its owner to who needs it; ``"auto"``, whichever is faster by measured rules
-            (``torch_impl.reductions.choose_exchange``). Values and gradients are the same, to the last bit on a CPU.
+            distinct row straight from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators.
+            Values and gradients are the same, to the last bit on a CPU.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError on every rank.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient.
-        padded_vocab_size: rows with those of padding, which ``world_size`` divides, or ``"even"`` for the least such size
-            (``shared.pad_vocab_size`` finds others). Padding comes last: zero, no id's, without a gradient, never written
-            to a file. Left out, there is none.
-        sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for (not under torch.compile).
-        init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
-            i alone, the same bits in both frameworks, for any number of ranks and any padding; computed on the host.
-        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
+        padded_vocab_size: rows including padding, a multiple of ``world_size``, or ``"even"`` for the least such size
+            (``shared.pad_vocab_size`` finds others). Padding comes last. It is zero, belongs to no id, gets no gradient and
+            is never written to a file. Left out, there is none.
+        sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for; eager mode only.
+        init: ``"per_rank"``, as described above; ``"global"``, row i is a function of ``init_base_seed`` and i alone: the
+            same bits in both frameworks, for any number of ranks and any padding; computed on the host.
         check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
-            they disagree; the environment variable ``PVE_CHECK=1`` does the same. Costs an exchange of a few hundred
+            they disagree. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a few hundred
             bytes, and on an accelerator the host waits for the device.
-        gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad`` where there is
-            such a tensor, to ``weight.grad`` else, and hand autograd nothing: a micro-batch then takes as long as its
-            tokens, not as the table. The result is the plain one, of ``main_grad.add_(grad)``; ``main_grad`` has the table's
-            shape and device, and its dtype, float32 or a wider one. Under ``fully_shard`` too; refused under
-            DistributedDataParallel, torch.func and with hooks on the table; torch.compile breaks the graph. Gradients are
-            not to be had from ``torch.autograd.grad``. On an accelerator the host waits for the device.
+        gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad``, or to
+            ``weight.grad`` where there is no such tensor. A micro-batch then costs as much as its tokens, not as the table.
+            The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype,
+            float32 or a wider one. Autograd is handed nothing, so DistributedDataParallel, hooks on the table and
+            ``torch.autograd.grad`` are refused; ``fully_shard`` works. Eager mode only. The host waits for the device.
 
     Attributes:
         weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``.
-        partition: the ``shared.VocabPartition``, who owns what.
+        config: the ``shared.EmbeddingConfig``: all options, each of them an attribute of the module too.
+        partition: the ``shared.VocabPartition``: who owns what.
         rank: this rank.
 
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size`` and not padded; ``rank``
-            or ``world_size`` disagrees with ``process_group``; a reduction needs a group and there is none.
+            or ``world_size`` disagrees with ``process_group``; several ranks and neither ``rank`` nor a group; a reduction
+            needs a group and there is none.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -107,7 +98,12 @@ class ParallelVocabEmbedding(nn.Module):
         True
     """
 
-    weight: nn.Parameter
+    config: EmbeddingConfig
+    partition: VocabPartition
+    vocab_size: int
+    emb_size: int
+    world_size: int
+    padded_vocab_size: int
 
     def __init__(
         self,
@@ -119,61 +115,49 @@ class ParallelVocabEmbedding(nn.Module):
         init_mean: float = 0.0,
         init_std: float = 1.0,
         init_base_seed: int = 42,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         *,
         reduction: str = "none",
         exchange: str = "auto",
+        seq_dim: int = -1,
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         padded_vocab_size: int | str | None = None,
         sparse: bool = False,
         init: str = "per_rank",
-        seq_dim: int = -1,
         check: bool = False,
         gradient_accumulation_fusion: bool = False,
     ) -> None:
         super().__init__()
-        self.rank, world_size = resolve_rank(rank, world_size, process_group)
-        self.partition = VocabPartition(vocab_size, world_size, padded_vocab_size)
-        self.emb_size = check_size("emb_size", emb_size)
-        self.init_mean, self.init_std = check_normal(init_mean, init_std)
-        self.init_base_seed = check_seed(init_base_seed, world_size)
+        self.rank, size = resolve_rank(rank, world_size, process_group)
+        self.config = EmbeddingConfig(
+            vocab_size,
+            emb_size,
+            size,
+            padded_vocab_size,
+            reduction,
+            exchange,
+            seq_dim,
+            invalid_ids,
+            padding_idx,
+            sparse,
+            gradient_accumulation_fusion,
+            init_mean,
+            init_std,
+            init_base_seed,
+            init,
+            checks_wanted(check),
+        )
+        dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise table_dtype_error(dtype)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
-        self.exchange = check_choice("exchange", exchange, EXCHANGES)
-        self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
-        self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
-        self.sparse = bool(sparse)
-        self.gradient_accumulation_fusion = bool(gradient_accumulation_fusion)
-        if self.sparse and self.gradient_accumulation_fusion:
-            raise ValueError("gradient_accumulation_fusion must be False with sparse=True, whose gradient is no buffer")
-        self.init = check_choice("init", init, INITS)
-        self.seq_dim = as_int("seq_dim", seq_dim)
-        self._group_name = resolve_group(process_group, self.reduction, world_size)
-        self.check = checks_wanted(check)
-        if check and world_size > 1 and process_group is None:
+        self._group_name = resolve_group(process_group, self.config.reduction, size)
+        if check and size > 1 and process_group is None:
             raise ValueError("check=True compares the ranks of a process_group: pass it")
-        # Compiled graphs take the rank as data, so that they are the same on every rank.
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
-        self.weight = nn.Parameter(empty_table(self.partition.rows_per_rank, self.emb_size, dtype, device))
+        self.allocate_table(self.partition.rows_per_rank, self.config.emb_size, dtype, device)
         self.reset_parameters()
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the whole table, all ranks together."""
-        return self.partition.vocab_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """The same with the rows of padding."""
-        return self.partition.padded_vocab_size
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.partition.world_size
 
     @classmethod
     def from_table(
@@ -186,10 +170,10 @@ class ParallelVocabEmbedding(nn.Module):
         *,
         vocab_size: int | None = None,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """A rank's layer with its rows of a table in files, of which it reads those rows and no others.
+        """Build a rank's layer from a table in files, reading its rows and no others.
 
         Args:
             path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
@@ -225,17 +209,9 @@ class ParallelVocabEmbedding(nn.Module):
             if table.dtype not in DTYPES:
                 raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as torch.bfloat16")
             dtype = getattr(torch, table.dtype)
-        self = cls(
-            table.vocab_size,
-            table.emb_size,
-            rank,
-            world_size,
-            process_group,
-            dtype=dtype,
-            device="meta",
-            **options,
-        )
-        self.weight = nn.Parameter(empty_table(self.partition.rows_per_rank, self.emb_size, dtype, device))
+        sizes = table.vocab_size, table.emb_size, rank, world_size, process_group
+        self = cls(*sizes, dtype=dtype, device="meta", **options)
+        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
         if not self.weight.is_meta:
             fill_from_table(self.weight, table, self.partition, self.rank)
         return self
@@ -248,7 +224,7 @@ class ParallelVocabEmbedding(nn.Module):
         process_group: dist.ProcessGroup | None = None,
         force: bool = False,
     ) -> None:
-        """Write the table to files; every rank writes its own rows, and none writes padding.
+        """Write the table to files: each rank its own rows, without padding.
 
         All ranks call this. What was written is read back. The new table is there whole or not at all; the old one stays
         until it is.
@@ -273,8 +249,7 @@ class ParallelVocabEmbedding(nn.Module):
             >>> torch.equal(ParallelVocabEmbedding.from_table(path).weight, emb.weight)
             True
         """
-        if self.weight.is_meta:
-            raise ValueError("the table must have storage to be saved: call to_empty(device=...) first")
+        self._require_storage()
         if process_group is not None:
             resolve_rank(self.rank, self.world_size, process_group)
         elif self._group_name is not None:
@@ -286,10 +261,10 @@ class ParallelVocabEmbedding(nn.Module):
         write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """What ``torch.distributed.checkpoint`` saves and loads, in place: ``weight`` as the rank's rows of one whole table.
+        """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
 
-        Any number of ranks with any padding load what others saved. (``state_dict()`` is the rank's own: given to that
-        library, it would take the ranks' different rows for copies of one tensor.)
+        Loading writes to the parameter in place. Any number of ranks with any padding load what others saved.
+        (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
 
         Args:
             prefix: what the name begins with.
@@ -308,27 +283,24 @@ class ParallelVocabEmbedding(nn.Module):
             >>> bool((other.weight == emb.weight).all())
             True
         """
-        if self.weight.is_meta:
-            raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+        self._require_storage()
         from torch_impl.checkpoint import TableRows  # half a second, for those who need it
 
         return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
 
-    @torch.no_grad()
+    def _require_storage(self) -> None:
+        if self.weight.is_meta:
+            raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+
     def reset_parameters(self) -> None:
-        """Draw the rank's rows again; padding and the row of ``padding_idx``, where this rank owns it, become zero.
+        """Draw the rank's rows again; padding rows and the row of ``padding_idx``, if owned, become zero.
 
         With ``init="per_rank"`` the numbers are those of ``torch.manual_seed(init_base_seed + rank)`` followed by
         ``nn.init.normal_``, in the table's dtype on its device. The caller's random state is left as it was. A table on
         the meta device stays so.
         """
-        if self.weight.is_meta:
-            return
-        fill_normal(
-            self.weight, self.partition, self.rank, self.init, self.init_mean, self.init_std, self.init_base_seed
-        )
-        if self.padding_idx is not None and self.partition.owns(self.padding_idx, self.rank):
-            self.weight[self.partition.local_ids(self.padding_idx, self.rank)].zero_()
+        if not self.weight.is_meta:
+            fill_normal(self.weight, self.config, self.rank)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up.
@@ -353,55 +325,28 @@ class ParallelVocabEmbedding(nn.Module):
                 ranks disagree.
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
-        weight: Tensor = self.weight
-        if self.reduction == "none" and self.invalid_ids == "zero" and not (self.check or differentiable(weight)):
-            found = take_few(weight, ids, self.partition, self.rank)
-            if found is not None:
-                return found
-        if self.check and self._group_name is not None:
-            ids = self._agreed(ids)
-        rank = self._rank_tensor if torch.compiler.is_compiling() else self.rank
-        sparse = self.sparse
-        if self.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
-            weight, sparse = into_place(weight), True
-        if self.reduction == "none":
-            return lookup_checked(weight, ids, self.partition, rank, self.invalid_ids, self.padding_idx, sparse)
-        ids = check_ids(ids, self.vocab_size) if self.invalid_ids == "error" else as_ids(ids)
-        options = ReductionOptions(
-            self.reduction,
-            self.exchange,
-            self.seq_dim,
-            self.padding_idx,
-            sparse,
-            self._group_name,
-            None if torch.compiler.is_compiling() else self.rank,
-        )
-        return reduce_lookup(weight, ids, self.partition, options)
-
-    def _agreed(self, ids: Tensor) -> Tensor:
-        """The ids, once all ranks are known to look the same ones up in the same way."""
+        config, weight = self.config, self.weight
+        if config.check and self._group_name is not None:
+            ids = agreed_ids(ids, config, weight.dtype, self._group_name)
+        ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
+        rank: int | Tensor = self.rank
+        zero_padded = None
+        if torch.compiler.is_compiling():  # ranks share a graph that takes the rank as data; a compiler fuses the mask
+            rank = self._rank_tensor
+        else:
+            zero_padded = self.zero_padded()
+        sparse, table = config.sparse, weight
+        if config.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
+            sparse, table = True, accumulate_in_place(weight)
+        if config.reduction == "none" or config.world_size == 1:
+            return lookup(table, ids, config, rank, zero_padded, sparse)
         assert self._group_name is not None
-        sizes = ("vocab_size", "padded_vocab_size", "emb_size")
-        names = (*sizes, "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx", "sparse")
-        facts = [f"dtype={self.weight.dtype}", *[f"{name}={getattr(self, name)}" for name in names]]
-        if torch.compiler.is_compiling():
-            return torch.ops.pve.check_agreement(ids, "\n".join(facts), self._group_name, self.world_size)
-        check_agreement(ids, facts, find_group(self._group_name, self.rank, self.world_size))
-        return ids
+        return reduced_lookup(table, ids, config, self._group_name, zero_padded, sparse)
 
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
-        defaults: dict[str, Any] = {
-            "reduction": "none",
-            "exchange": "auto",
-            "invalid_ids": "zero",
-            "padding_idx": None,
-            "padded_vocab_size": self.vocab_size,
-            "sparse": False,
-            "init": "per_rank",
-            "seq_dim": -1,
-            "check": False,
-            "gradient_accumulation_fusion": False,
-        }
-        changed = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
-        return ", ".join([text, *(f"{name}={value!r}" for name, value in changed.items())])
+        return ", ".join([text, *(f"{name}={value!r}" for name, value in self.config.changes().items())])
+
+
+for _name in ("partition", *OPTIONS):
+    setattr(ParallelVocabEmbedding, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))

@@ -25,14 +25,13 @@ def test_every_id_has_exactly_one_owner(rows, world_size, data):
         np.testing.assert_array_equal(local[owned[rank]] + partition.start(rank), ids[owned[rank]])
         start, stop = partition.owned_range(rank)
         assert partition.has_padding(rank) == (stop - start < partition.rows_per_rank)
-        if not partition.has_padding(rank):
-            before = ids.copy()
-            framed = partition.framed_rows(ids, rank)
-            np.testing.assert_array_equal((framed > 0) & (framed <= partition.rows_per_rank), owned[rank])
-            np.testing.assert_array_equal(framed[owned[rank]] - 1, local[owned[rank]])
-            assert framed.min(initial=0) >= 0
-            assert framed.max(initial=0) <= partition.rows_per_rank + 1
-            np.testing.assert_array_equal(ids, before)
+        before = ids.copy()
+        rows, found = partition.locate(ids, rank)
+        np.testing.assert_array_equal(found, owned[rank])
+        np.testing.assert_array_equal(rows[found], local[found])
+        assert rows.min(initial=0) >= 0
+        assert rows.max(initial=0) < partition.rows_per_rank
+        np.testing.assert_array_equal(ids, before)
 
 
 def test_ranges_are_half_open_and_meet():
@@ -90,6 +89,12 @@ def test_sizes_that_are_no_integers_are_refused(sizes):
 def test_a_rank_outside_the_world_is_refused(rank):
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size\)"):
         VocabPartition(12, 3).start(rank)
+
+
+@pytest.mark.parametrize("rank", [1.5, np.float64(1), "1", True, None, np.array(1.0)])
+def test_a_rank_that_is_no_integer_is_refused(rank):
+    with pytest.raises(TypeError, match="rank must be an integer"):
+        VocabPartition(12, 3).locate(np.arange(3), rank)
 
 
 def test_it_is_frozen_and_compares_by_value():

@@ -1,4 +1,4 @@
-"""What goes wrong between ranks: a rank that fails, and ranks that do not agree about what they compute."""
+"""Faults between ranks: a collective that fails, and ranks that do not agree on what they compute."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shared.agreement import describe_ids, disagreement, ids_disagreement
-from torch_impl.placement import find_group
+from shared.config import EmbeddingConfig
+from torch_impl.process_group import find_group
 
-__all__ = ["check_agreement", "gather_objects", "naming_the_operation"]
-
+__all__ = ["agreed_ids", "check_agreement", "gather_objects", "naming_the_operation"]
 
 _COMPARING = "what each rank is about to compute (check=True)"
 
@@ -36,18 +36,18 @@ def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[N
         ) from error
 
 
-def check_agreement(ids: Any, facts: list[str], group: dist.ProcessGroup) -> None:
+def check_agreement(ids: Any, facts: dict[str, str], group: dist.ProcessGroup) -> None:
     """Compare what all ranks of the group are about to compute, before any row travels.
 
     Args:
         ids: this rank's ids; whatever they are, the other ranks are not left waiting.
-        facts: what else must be equal on all ranks, each as ``name=value``.
+        facts: what else must be equal on all ranks, by name.
         group: the ranks.
 
     Raises:
-        ValueError: on every rank, naming the first thing they disagree about and who has what.
+        ValueError: on every rank, naming the first difference and which ranks have what.
     """
-    mine = dict(fact.split("=", 1) for fact in facts)
+    mine = dict(facts)
     if isinstance(ids, Tensor):
         mine |= describe_ids(ids.detach().float().cpu().numpy() if ids.is_floating_point() else ids.cpu().numpy())
         mine["dtype of the ids"] = str(ids.dtype)
@@ -63,15 +63,27 @@ def check_agreement(ids: Any, facts: list[str], group: dist.ProcessGroup) -> Non
     raise ValueError(found)
 
 
+def agreed_ids(ids: Any, config: EmbeddingConfig, dtype: torch.dtype, group_name: str) -> Any:
+    """The ids, once all ranks are known to look the same ones up in the same way; compiled graphs can hold it.
+
+    Raises:
+        ValueError: on every rank, naming the first difference and which ranks have what.
+    """
+    if isinstance(ids, Tensor):
+        return torch.ops.pve.check_agreement(ids, config.text, str(dtype), group_name)
+    check_agreement(ids, {"dtype": str(dtype), **config.agreement()}, find_group(group_name, None, config.world_size))
+    return ids
+
+
 @torch.library.custom_op("pve::check_agreement", mutates_args=())
-def _check_agreement(ids: Tensor, facts: str, group_name: str, world_size: int) -> Tensor:
-    """``check_agreement`` as an operator, so that compiled graphs can hold it."""
-    check_agreement(ids, facts.splitlines(), find_group(group_name, None, world_size))
+def _check_agreement(ids: Tensor, config: str, dtype: str, group_name: str) -> Tensor:
+    known = EmbeddingConfig.from_text(config)
+    check_agreement(ids, {"dtype": dtype, **known.agreement()}, find_group(group_name, None, known.world_size))
     return ids.clone()
 
 
 @_check_agreement.register_fake
-def _(ids: Tensor, facts: str, group_name: str, world_size: int) -> Tensor:
+def _(ids: Tensor, config: str, dtype: str, group_name: str) -> Tensor:
     return torch.empty_like(ids)
 
 

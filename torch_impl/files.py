@@ -12,8 +12,8 @@ from torch import Tensor
 from shared.partition import VocabPartition
 from shared.table_file import TableFile
 from shared.table_writer import write_together
-from torch_impl.faults import gather_objects
-from torch_impl.local.memory import fill_rows, memory_of
+from torch_impl.agreement import gather_objects
+from torch_impl.host_rows import fill_rows, memory_of
 
 __all__ = ["fill_from_table", "write_table"]
 

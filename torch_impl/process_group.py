@@ -1,10 +1,11 @@
-"""Which rank a module is, of how many, and the process group it talks over."""
+"""Who am I: rank, world size and process group of a layer."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 
 from shared.checks import check_rank, check_size
+from torch_impl.private_api import group_of_name
 
 __all__ = ["find_group", "resolve_group", "resolve_rank"]
 
@@ -14,10 +15,15 @@ def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.P
 
     Raises:
         TypeError: a number is not an integer, or ``process_group`` is not a ``torch.distributed.ProcessGroup``.
-        ValueError: a number is out of range or disagrees with the group, or this process is not in the group.
+        ValueError: a number is out of range or disagrees with the group; several ranks, and nothing tells which this is.
     """
     if process_group is None:
         size = 1 if world_size is None else check_size("world_size", world_size)
+        if rank is None and size > 1:
+            raise ValueError(
+                f"rank must be given with world_size={size}: without it every process would hold the rows of rank 0; "
+                f"pass rank, or a process_group that knows it"
+            )
         return check_rank(0 if rank is None else rank, size), size
 
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
@@ -36,7 +42,7 @@ def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.P
 
 
 def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world_size: int) -> str | None:
-    """The group's name, by which a module can be copied and pickled and a compiled graph can hold it.
+    """The group's name: modules are copied and pickled with it, and compiled graphs hold it.
 
     Raises:
         ValueError: there is no group, and ``reduction`` needs one.
@@ -52,15 +58,13 @@ def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world
 
 
 def find_group(name: str, rank: int | None, world_size: int) -> dist.ProcessGroup:
-    """The group of that name, once it is known to be the one a module was made for.
+    """Find the group of that name and check that it is the one a module was built for.
 
     Raises:
         RuntimeError: this process has no such group (any more), or it gives another rank or size.
     """
-    from torch._C._distributed_c10d import _resolve_process_group  # absent where torch is built without distributed
-
     try:
-        group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+        group = group_of_name(name)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"the process group {name!r} of this ParallelVocabEmbedding does not exist in this process; "

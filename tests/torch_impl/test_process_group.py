@@ -6,13 +6,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from torch_impl import ParallelVocabEmbedding
-from torch_impl.placement import resolve_rank
+from torch_impl.process_group import resolve_rank
 
 
 def test_without_a_group():
     assert resolve_rank(None, None, None) == (0, 1)
     assert resolve_rank(2, 3, None) == (2, 3)
-    assert resolve_rank(None, 3, None) == (0, 3)
+    with pytest.raises(ValueError, match="rank must be given with world_size=3"):
+        resolve_rank(None, 3, None)
 
 
 def _refused(match, **arguments):

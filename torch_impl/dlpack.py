@@ -35,7 +35,7 @@ def from_dlpack(array: Any, *, copy: str = "auto") -> Tensor:
 
     Example:
         >>> import numpy as np
-        >>> from torch_impl.interchange import from_dlpack
+        >>> from torch_impl.dlpack import from_dlpack
         >>> array = np.zeros((2, 3), np.float32)
         >>> shared, apart = from_dlpack(array, copy="never"), from_dlpack(array, copy="always")
         >>> shared[0, 0] = 7
@@ -84,7 +84,7 @@ def shards_from_dlpack(array: Any, *, copy: str = "auto") -> list[Tensor]:
     Example:
         >>> from types import SimpleNamespace
         >>> import numpy as np
-        >>> from torch_impl.interchange import shards_from_dlpack
+        >>> from torch_impl.dlpack import shards_from_dlpack
         >>> table = np.arange(4.0).reshape(4, 1)
         >>> index = [(slice(start, start + 2), slice(None)) for start in (0, 2)]
         >>> shards = [SimpleNamespace(data=table[rows], index=rows, replica_id=0) for rows in index]

@@ -1,0 +1,22 @@
+"""The backends that the contract is tested on."""
+
+import contextlib
+import importlib.util
+
+import pytest
+from contract.backends import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Build the named backend's layer: ``backend(table, world_size, **options)``."""
+    framework = request.param.partition(",")[0]
+    if framework != "oracle" and importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
+    with contextlib.ExitStack() as stack:
+        if framework == "jax":
+            import jax
+
+            jax.config.update("jax_num_cpu_devices", 8)
+            stack.enter_context(jax.enable_x64(True))
+        yield BACKENDS[request.param]

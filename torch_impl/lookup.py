@@ -1,0 +1,232 @@
+"""One rank's lookup and its transpose, the sum of the gradients of each row.
+
+A *key* is a row number of the rank's table, or the number of rows where there is none to look up: a foreign id's.
+Around the operators there are stock operations only, so that compilers, transforms and autograd need no other code.
+Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions are flattened to T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.config import EmbeddingConfig
+from torch_impl.kernels import cpu
+
+__all__ = ["eager_mode_only", "gather", "keys_of", "lookup", "scatter_add", "sparse_gradient"]
+
+
+def lookup(
+    weight: Tensor,
+    ids: Tensor,
+    config: EmbeddingConfig,
+    rank: int | Tensor,
+    zero_padded: Tensor | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
+
+    Args:
+        weight: the rank's rows, ``[N, E]``.
+        ids: int64, any shape.
+        config: sizes and ``padding_idx``.
+        rank: whose rows ``weight`` holds; a compiled graph takes it as a tensor without dimensions.
+        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
+        sparse: make the gradient a sparse COO tensor.
+
+    Returns:
+        ``[*ids.shape, E]`` on the device of the ids.
+    """
+    device, num_rows = ids.device, config.partition.rows_per_rank
+    ids = ids.to(weight.device)
+    keys = keys_of(ids, config, rank)
+    if torch.is_grad_enabled():
+        grad_keys = None if config.padding_idx is None else keys.masked_fill(ids == config.padding_idx, num_rows)
+        output = _Lookup.apply(weight, keys, grad_keys, zero_padded, num_rows, sparse)
+    else:
+        output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
+    return output.to(device)
+
+
+def keys_of(ids: Tensor, config: EmbeddingConfig, rank: int | Tensor) -> Tensor:
+    """The ids' rows in the table of ``rank``; the number of its rows for foreign ids."""
+    rows, owned = config.partition.locate(ids, rank)
+    return torch.where(owned, rows, config.partition.rows_per_rank)
+
+
+def gather(
+    table: Tensor, keys: Tensor, num_rows: int, take: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Copy the table's row for each key, bit for bit; a key of ``num_rows`` gives a row of +0.0.
+
+    A table of ``num_rows + 1`` rows has such a row at its end. Else the bits are multiplied by one or zero: as integers,
+    which no NaN withstands.
+
+    Args:
+        table: ``[num_rows, E]`` or ``[num_rows + 1, E]``.
+        keys: int64, any shape.
+        num_rows: rows of the table.
+        take: how rows are copied; the body of an operator passes its kernel.
+    """
+    take = take or _take
+    if table.shape[0] > num_rows:
+        return take(table, keys)
+    output = take(table, keys.clamp(max=num_rows - 1))
+    output.view(_INTEGERS[output.element_size()]).mul_((keys < num_rows).unsqueeze(-1))
+    return output
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _take(table: Tensor, rows: Tensor) -> Tensor:
+    row_bytes = table.shape[1] * table.element_size()
+    if table.device.type == "cpu" and rows.numel() * row_bytes >= cpu.LARGE_BYTES:
+        return torch.ops.pve.gather(table, rows)
+    return F.embedding(rows, table)
+
+
+def scatter_add(grad: Tensor, keys: Tensor, num_rows: int) -> Tensor:
+    """Add the gradients ``[*keys.shape, E]`` to the rows they belong to: ``[num_rows, E]``, itself differentiable."""
+    flat = grad.reshape(-1, grad.shape[-1]), keys.reshape(-1), num_rows
+    return _ScatterAdd.apply(*flat) if torch.is_grad_enabled() else torch.ops.pve.scatter_add(*flat)
+
+
+def sparse_gradient(distinct: Tensor, sums: Tensor, num_rows: int) -> Tensor:
+    """The gradient ``[num_rows, E]`` as a sparse COO tensor of its distinct rows."""
+    size = (num_rows, sums.shape[1])
+    return torch.sparse_coo_tensor(distinct.unsqueeze(0), sums, size, is_coalesced=True, check_invariants=False)
+
+
+@contextlib.contextmanager
+def eager_mode_only() -> Iterator[None]:
+    """Refuse compilers and vmap, which cannot hold a gradient whose size only the data tell."""
+    refusal = "sparse=True and gradient_accumulation_fusion=True"
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{refusal} cannot be compiled: use the dense gradient, or keep the embedding out of the graph")
+    try:
+        yield
+    except RuntimeError as error:
+        if "vmap" in str(error):
+            raise ValueError(f"{refusal} have no gradient under torch.func.vmap: use the dense gradient") from error
+        raise
+
+
+class _Lookup(torch.autograd.Function):
+    """``gather`` as a linear map of the table; its transpose is ``scatter_add``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        keys: Tensor,
+        grad_keys: Tensor | None,
+        zero_padded: Tensor | None,
+        num_rows: int,
+        sparse: bool,
+    ) -> Tensor:
+        return gather(weight if zero_padded is None else zero_padded, keys, num_rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _weight, keys, grad_keys, _zero_padded, ctx.num_rows, ctx.sparse = inputs
+        ctx.save_for_backward(keys if grad_keys is None else grad_keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,), (keys,), num_rows = grad_outputs, ctx.saved_tensors, ctx.num_rows
+        if ctx.sparse:
+            with eager_mode_only():
+                rows = cpu.sum_rows(grad.reshape(-1, grad.shape[-1]), keys.reshape(-1), num_rows)
+            return sparse_gradient(*rows, num_rows), None, None, None, None, None
+        return scatter_add(grad, keys, num_rows), None, None, None, None, None
+
+
+class _ScatterAdd(torch.autograd.Function):
+    """``scatter_add`` as a linear map of the gradients; its transpose is ``gather``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
+        return torch.ops.pve.scatter_add(grad_TE, keys_T, num_rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _grad, keys, ctx.num_rows = inputs
+        ctx.save_for_backward(keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (keys,) = ctx.saved_tensors
+        grad = grad_outputs[0].to_dense() if grad_outputs[0].is_sparse else grad_outputs[0]
+        return _Lookup.apply(grad, keys, None, None, ctx.num_rows, False), None, None
+
+
+@torch.library.custom_op("pve::gather", mutates_args=())
+def _gather_operator(table: Tensor, rows: Tensor) -> Tensor:
+    """The rows of a table, into memory that suits the device."""
+    return cpu.gather(table, rows)
+
+
+@_gather_operator.register_fake
+def _(table: Tensor, rows: Tensor) -> Tensor:
+    return table.new_empty(*rows.shape, table.shape[1])
+
+
+@_gather_operator.register_vmap
+def _(info: Any, in_dims: tuple[int | None, int | None], table: Tensor, rows: Tensor) -> tuple[Tensor, int]:
+    rows = _batch_first(rows, in_dims[1], info.batch_size)
+    if in_dims[0] is None:
+        return torch.ops.pve.gather(table, rows), 0
+    tables = table.movedim(in_dims[0], 0)
+    return torch.ops.pve.gather(tables.flatten(0, 1), _apart(rows, tables.shape[1])), 0
+
+
+@torch.library.custom_op("pve::scatter_add", mutates_args=())
+def _scatter_add_operator(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
+    """The sum of each row's gradients: float32 for 16-bit ones, rounded once."""
+    return cpu.scatter_add(grad_TE, keys_T, num_rows)
+
+
+if importlib.util.find_spec("triton") is not None:  # PyTorch for CUDA and ROCm brings it
+
+    @_scatter_add_operator.register_kernel("cuda")
+    def _(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
+        from torch_impl.kernels import gpu
+
+        return gpu.scatter_add(grad_TE, keys_T, num_rows)
+
+
+@_scatter_add_operator.register_fake
+def _(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
+    return grad_TE.new_empty(num_rows, grad_TE.shape[1])
+
+
+@_scatter_add_operator.register_vmap
+def _(info: Any, in_dims: Any, grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> tuple[Tensor, int]:
+    grads, keys = (
+        _batch_first(each, dim, info.batch_size) for each, dim in zip((grad_TE, keys_T), in_dims, strict=False)
+    )
+    size = info.batch_size
+    # One call for all: table b has the rows from b * num_rows on. A key of none must stay behind the last of them.
+    keys = torch.where(keys < num_rows, _apart(keys, num_rows), size * num_rows)
+    sums = torch.ops.pve.scatter_add(grads.flatten(0, 1), keys.flatten(), size * num_rows)
+    return sums.unflatten(0, (size, num_rows)), 0
+
+
+def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _apart(rows: Tensor, num_rows: int) -> Tensor:
+    """Row numbers of a batch of tables as those of one table that has all their rows."""
+    first = torch.arange(len(rows), device=rows.device) * num_rows
+    return rows + first.view(-1, *[1] * (rows.dim() - 1))

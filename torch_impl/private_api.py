@@ -1,0 +1,63 @@
+"""Every private API of PyTorch that the package uses: why, and what would remove the need.
+
+A test uses each of them, so that a release that moves one fails loudly.
+
+- ``_resolve_process_group``: compiled graphs, copies and pickles hold a group by its name. Not needed once operators take
+  a ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
+- ``Tensor._make_wrapper_subclass``: torch.distributed.checkpoint takes pieces of a tensor from a subclass of Tensor alone.
+  Not needed once it takes any object that tells its pieces (pytorch/pytorch#189492, in review).
+- ``Module._apply``: the one method that ``to``, ``half`` and ``to_empty`` all pass through; ``nn.RNN`` overrides it for the
+  same purpose. There is no public hook; none is proposed.
+- ``Tensor._backward_hooks``, ``Tensor._post_accumulate_grad_hooks``, ``DistributedDataParallel._get_active_ddp_module``:
+  whether somebody waits for a gradient that is not handed on. There is no public question; none is proposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["ModuleThatMoves", "group_of_name", "tensor_without_storage", "who_waits_for_the_gradient"]
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """The process group of that name.
+
+    Raises:
+        RuntimeError, ValueError: this process has none.
+    """
+    from torch._C._distributed_c10d import _resolve_process_group  # absent where torch is built without distributed
+
+    return _resolve_process_group(name)  # type: ignore[arg-type, no-any-return]
+
+
+def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:
+    """A tensor of a subclass, of the dtype and on the device of ``like``, that has no memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
+
+
+def who_waits_for_the_gradient(weight: Tensor) -> str | None:
+    """Who expects autograd to hand the parameter's gradient on; None: nobody."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return "the table has gradient hooks, which would not be called"
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        return "DistributedDataParallel waits for the gradient: use fully_shard, or all-reduce the buffer yourself"
+    return None
+
+
+class ModuleThatMoves(nn.Module):
+    """A module that is told when its parameters may have moved to other memory."""
+
+    def parameters_moved(self) -> None:
+        """Called after ``to``, ``half``, ``to_empty``, ``share_memory`` and their like."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.parameters_moved()
+        return result
