@@ -3,7 +3,7 @@
 from jax_impl.checkpoint import restore_args
 from jax_impl.functional import partial_lookup, reduced_lookup
 from jax_impl.ids import as_ids
-from jax_impl.interchange import array_from_dlpack, from_dlpack
+from jax_impl.dlpack import array_from_dlpack, from_dlpack
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = [

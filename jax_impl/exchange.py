@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_impl.rows import as_integers, take_widened, take_zero_filled
+from jax_impl.lookup import as_integers, take_widened, take_zero_filled
 from shared.partition import VocabPartition
 
 __all__ = [

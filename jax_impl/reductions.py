@@ -22,7 +22,7 @@ from jax_impl.exchange import (
     send_in_blocks,
     send_ragged,
 )
-from jax_impl.rows import take_bits, take_rows, take_widened
+from jax_impl.lookup import take_bits, take_rows, take_widened
 from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 

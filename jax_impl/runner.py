@@ -40,11 +40,7 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         case.tensor,
         mesh,
         vocab_size=case.vocab_size,
-        reduction=case.reduction,
-        exchange=case.exchange,
-        padding_idx=case.padding_idx,
-        padded_vocab_size=case.padded_vocab_size,
-        seq_dim=case.seq_dim,
+        **case.config.changes(),
     )
     ids = case.batch_array("ids")
     progress("forward", 1, 4)

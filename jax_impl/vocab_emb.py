@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_impl.faults import check_agreement
+from jax_impl.agreement import check_agreement
 from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
-from jax_impl.initial import draw_normal
+from jax_impl.init import draw_normal
 from jax_impl.placement import (
     axes_of,
     check_sequence,
@@ -28,7 +28,7 @@ from jax_impl.placement import (
     split_further,
 )
 from jax_impl.reductions import ReductionOptions, reduce_lookup
-from jax_impl.table import array_from_table, write_table
+from jax_impl.files import array_from_table, write_table
 from shared.agreement import checks_wanted
 from shared.bits import DTYPES
 from shared.checks import (

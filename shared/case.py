@@ -5,26 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from shared.bits import DTYPES, cast, dtype_named
-from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
+from shared.checks import check_size
+from shared.config import LOOKUP_OPTIONS, EmbeddingConfig
 from shared.find_table import open_table
 from shared.generate import exact_gradient, table_chunks, zipf_ids
 from shared.ids import widen
 from shared.padding_rules import padded_by_rule
-from shared.partition import VocabPartition
 from shared.sequence import chunk_shape, resolve_seq_dim
 from shared.table_file import TableFile
 from shared.tensor_file import open_safetensors
 
-__all__ = ["FACTS", "Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
+__all__ = ["Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
@@ -65,32 +66,42 @@ class CaseOptions:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What a case is, wherever its files are.
+    """What a case is, wherever its files are. Each option of ``config`` is an attribute too.
 
     Attributes:
-        vocab_size, emb_size, dtype, world_size, padded_vocab_size, padding_idx, reduction, exchange, seq_dim: what the
-            layer is built with.
+        config: what the layers are built with.
+        dtype: the table's.
         ids_shape: the ids' shape.
         source: where table and ids came from, in words.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
     """
 
-    vocab_size: int
-    emb_size: int
+    config: EmbeddingConfig
     dtype: str
-    world_size: int
-    padded_vocab_size: int
-    padding_idx: int | None
-    reduction: str
-    exchange: str
-    seq_dim: int
     ids_shape: tuple[int, ...]
     source: str
     checksums: dict[str, str]
 
+    if TYPE_CHECKING:  # properties, made below
+
+        def __getattr__(self, option: str) -> Any: ...
+
     @property
-    def partition(self) -> VocabPartition:
-        return VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
+    def facts(self) -> dict[str, Any]:
+        """The facts by name, the options of the layers among them, as plain values."""
+        own = {each.name: getattr(self, each.name) for each in fields(CaseFacts) if each.name != "config"}
+        return {**{name: getattr(self.config, name) for name in LOOKUP_OPTIONS}, **own}
+
+    @classmethod
+    def from_stored(cls, stored: dict[str, Any], **more: Any) -> Self:
+        """What ``stored`` wrote, as JSON has it.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, too much, or out of range.
+        """
+        known = {name: stored.pop(name) for name in LOOKUP_OPTIONS}
+        shape = tuple(stored.pop("ids_shape"))
+        return cls(config=EmbeddingConfig(**known), ids_shape=shape, **stored, **more)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -107,8 +118,8 @@ class CaseFacts:
         return np.ascontiguousarray(np.split(array, self.world_size, axis=dim)[rank])
 
 
-FACTS = tuple(field.name for field in fields(CaseFacts))
-"""The names of a case's facts."""
+for _name in ("partition", *LOOKUP_OPTIONS):
+    setattr(CaseFacts, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
 
 
 @dataclass(frozen=True)
@@ -126,8 +137,7 @@ class Case(CaseFacts):
 
     @classmethod
     def load(cls, folder: Path) -> Case:
-        stored = json.loads((folder / "case.json").read_text())
-        return cls(**{**stored, "ids_shape": tuple(stored["ids_shape"])})
+        return cls.from_stored(json.loads((folder / "case.json").read_text()))
 
     @cached_property
     def table(self) -> TableFile:
@@ -154,9 +164,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
     Raises:
         ValueError, TypeError, IndexError: an option is out of range, a file is not what it should be, or they disagree.
     """
-    reduction = check_choice("--reduction", options.reduction, REDUCTIONS)
-    exchange, seq_dim = check_choice("--exchange", options.exchange, EXCHANGES), as_int("--seq-dim", options.seq_dim)
-    if reduction == "none" and exchange != "auto":
+    if options.reduction == "none" and options.exchange != "auto":
         raise ValueError(
             "--exchange says how a reduction's rows travel: pass --reduction all_reduce or reduce_scatter too"
         )
@@ -165,17 +173,19 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         table, table_source = _made_up_table(options, folder, progress)
     else:
         table, table_source = _given_table(options, folder, progress)
-    partition = _partition(table.vocab_size, options)
-    padding_idx = check_padding_idx(options.padding_idx, table.vocab_size)
+    config = _config(table.vocab_size, table.emb_size, options)
     progress("checksums", 0, 1)
     weights_sum, row_hashes = table.fingerprint()
     progress("ids and gradient", 0, 1)
     if ids is None:
-        ids, ids_source = zipf_ids((4, 2048), partition, options.seed), f"Zipf-distributed ids, seed {options.seed}"
+        ids, ids_source = (
+            zipf_ids((4, 2048), config.partition, options.seed),
+            f"Zipf-distributed ids, seed {options.seed}",
+        )
     else:
         ids_source = f"ids of {(options.ids or options.text or Path()).name}"
-    if reduction == "reduce_scatter":
-        chunk_shape(ids.shape, seq_dim, partition.world_size)
+    if config.reduction == "reduce_scatter":
+        chunk_shape(ids.shape, config.seq_dim, config.world_size)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
     batch = folder / "batch.safetensors"
     save_file({"ids": ids, "grad_output": grad_output, "row_hashes": row_hashes}, batch)
@@ -183,26 +193,27 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         weights=str(table.path.absolute()),
         tensor=table.tensor,
         batch=str(batch.absolute()),
-        vocab_size=table.vocab_size,
-        emb_size=table.emb_size,
+        config=config,
         dtype=table.dtype,
-        world_size=partition.world_size,
-        padded_vocab_size=partition.padded_vocab_size,
-        padding_idx=padding_idx,
-        reduction=reduction,
-        exchange=exchange,
-        seq_dim=seq_dim,
         ids_shape=ids.shape,
         source=f"{table_source}; {ids_source}",
         checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
     )
-    (folder / "case.json").write_text(json.dumps(asdict(case)))
+    stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}
+    (folder / "case.json").write_text(json.dumps(stored))
     return case
 
 
-def _partition(vocab_size: int, options: CaseOptions) -> VocabPartition:
-    return VocabPartition(
-        vocab_size, options.world_size, padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
+def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        vocab_size,
+        emb_size,
+        options.world_size,
+        padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size),
+        reduction=options.reduction,
+        exchange=options.exchange,
+        seq_dim=options.seq_dim,
+        padding_idx=options.padding_idx,
     )
 
 
@@ -212,7 +223,7 @@ def _made_up_table(options: CaseOptions, folder: Path, progress: Progress) -> tu
     vocab_size = check_size("vocab_size", 131072 if options.vocab_size is None else options.vocab_size)
     emb_size = check_size("emb_size", 1024 if options.emb_size is None else options.emb_size)
     dtype = dtype_named(options.dtype or "bfloat16")
-    _partition(vocab_size, options)
+    _config(vocab_size, emb_size, options)
     chunks = table_chunks(vocab_size, emb_size, dtype, options.seed)
     path = _write_table(folder, chunks, vocab_size, emb_size, dtype, progress)
     return open_table(path, "weight"), f"made-up table, seed {options.seed}"

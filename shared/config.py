@@ -22,7 +22,7 @@ from shared.checks import (
 )
 from shared.partition import VocabPartition
 
-__all__ = ["OPTIONS", "EmbeddingConfig"]
+__all__ = ["LOOKUP_OPTIONS", "OPTIONS", "EmbeddingConfig"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class EmbeddingConfig:
 
     def agreement(self) -> dict[str, str]:
         """What all ranks must agree on, as text by name."""
-        return {each.name: str(getattr(self, each.name)) for each in fields(self) if each.compare}
+        return {name: str(getattr(self, name)) for name in LOOKUP_OPTIONS}
 
     @staticmethod
     @lru_cache
@@ -140,3 +140,6 @@ class EmbeddingConfig:
 
 OPTIONS = tuple(each.name for each in fields(EmbeddingConfig) if each.init)
 """The names of all options."""
+
+LOOKUP_OPTIONS = tuple(each.name for each in fields(EmbeddingConfig) if each.init and each.compare)
+"""Those that a lookup depends on, which all ranks must agree on."""

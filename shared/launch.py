@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,9 +43,11 @@ def record_backend(backend: str, case: Path, record: Path, progress: Callable[[s
         BackendError: its process failed.
     """
     command = [sys.executable, "-m", BACKENDS[backend], str(case), str(record)]
+    # Else the current folder comes first on sys.path, for the backend's own child processes too: what lies there would run.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:

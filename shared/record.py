@@ -14,16 +14,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
-from shared.case import FACTS, Case, CaseFacts, sha256
-from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx, check_size
-from shared.partition import VocabPartition
+from shared.case import Case, CaseFacts, sha256
 from shared.rows import Rows
 from shared.tensor_file import open_safetensors
 
 __all__ = ["Record", "RecordWriter", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
-_VERSION = 3
+_VERSION = 4
 
 
 def writable_file(path: Path) -> Path:
@@ -54,7 +52,7 @@ class RecordWriter:
             "backend": backend,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
             "machine": platform.machine(),
-            **{name: getattr(case, name) for name in FACTS},
+            **case.facts,
         }
         self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
 
@@ -112,24 +110,17 @@ class Record(CaseFacts):
         if metadata.get("version") != str(_VERSION):
             raise ValueError(f"{path}: a record of version {metadata.get('version')}, this program reads {_VERSION}")
         try:
-            header = json.loads(metadata["header"])
-            record = cls(path=path, **{**header, "ids_shape": tuple(header["ids_shape"])})
+            record = cls.from_stored(json.loads(metadata["header"]), path=path)
             record._check_header(names)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: a damaged record, its header does not hold together ({error})") from error
         return record
 
     def _check_header(self, names: set[str]) -> None:
-        VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
-        check_size("emb_size", self.emb_size)
-        check_padding_idx(self.padding_idx, self.vocab_size)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}")
         if not all(type(size) is int and size >= 0 for size in self.ids_shape):
             raise ValueError(f"ids_shape {self.ids_shape}")
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        check_choice("exchange", self.exchange, EXCHANGES)
-        as_int("seq_dim", self.seq_dim)
         _ = self.output_shape  # a sequence that cannot be split is a ValueError
         if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
             raise ValueError("backend, machine or source is no text")
@@ -169,11 +160,9 @@ class Record(CaseFacts):
 
     def same_case(self, other: Record) -> None:
         """Raise ValueError, saying what differs, unless both records are of one case."""
-        for field in FACTS:
-            if field in ("exchange", "source"):  # by whatever exchange, the values are the same
-                continue
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
+        for field, mine in self.facts.items():
+            theirs = other.facts[field]
+            if mine != theirs and field not in ("exchange", "source"):  # values do not depend on the exchange
                 what = {"checksums": "weights, ids or gradient"}.get(field, field)
                 raise ValueError(
                     f"{self.path} and {other.path} are records of different cases: {what} differ ({mine}, {theirs})"

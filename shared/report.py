@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.case import FACTS, CaseFacts
+from shared.case import CaseFacts
 from shared.classify import KINDS
 from shared.diff import Comparison
 
@@ -35,7 +35,7 @@ def as_json(
 
     return {
         "equal": not any(comparison.differing for comparison in comparisons),
-        "case": {name: getattr(case, name) for name in FACTS},
+        "case": case.facts,
         "backends": versions,
         "missing": list(missing),
         "comparisons": [plain(asdict(comparison)) for comparison in comparisons],

@@ -109,7 +109,9 @@ def eager_mode_only() -> Iterator[None]:
     """Refuse compilers and vmap, which cannot hold a gradient whose size only the data tell."""
     refusal = "sparse=True and gradient_accumulation_fusion=True"
     if torch.compiler.is_compiling():
-        raise ValueError(f"{refusal} cannot be compiled: use the dense gradient, or keep the embedding out of the graph")
+        raise ValueError(
+            f"{refusal} cannot be compiled: use the dense gradient, or keep the embedding out of the graph"
+        )
     try:
         yield
     except RuntimeError as error:

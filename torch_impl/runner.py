@@ -86,11 +86,7 @@ def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None
         case.world_size,
         group,
         vocab_size=case.vocab_size,
-        reduction=case.reduction,
-        exchange=case.exchange,
-        padding_idx=case.padding_idx,
-        padded_vocab_size=case.padded_vocab_size,
-        seq_dim=case.seq_dim,
+        **case.config.changes(),
     )
     output = emb(_tensor(ids))
     output.backward(upstream)

@@ -331,7 +331,8 @@ class ParallelVocabEmbedding(ModuleWithTable):
         ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
         rank: int | Tensor = self.rank
         zero_padded = None
-        if torch.compiler.is_compiling():  # ranks share a graph that takes the rank as data; a compiler fuses the mask
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # Ranks share a graph that takes the rank as data. The mask is fused; other memory would not follow the weight.
             rank = self._rank_tensor
         else:
             zero_padded = self.zero_padded()

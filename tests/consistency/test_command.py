@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -159,14 +160,31 @@ def test_with_one_framework_installed_it_runs_that_and_says_what_is_missing(caps
 
 
 BROKEN = """
-import torch_impl.rows as rows_of
-from shared.harness import serve
-from torch_impl.runner import run
+import torch
 
-rows_of.framed = lambda weight: None
-lookup = rows_of.lookup_rows
-rows_of.lookup_rows = lambda weight, local, owned: lookup(weight.roll(-1, 0), local, owned)
-serve("torch", {}, run)
+from shared.harness import serve
+from torch_impl import runner
+from torch_impl.functional import partial_lookup
+
+
+class Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, right, wrong):
+        return wrong.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class OffByOne(runner.ParallelVocabEmbedding):
+    def forward(self, ids):
+        wrong = partial_lookup(self.weight.detach().roll(-1, 0), ids, self.partition, self.rank)
+        return Replaced.apply(super().forward(ids), wrong)
+
+
+runner.ParallelVocabEmbedding = OffByOne
+serve("torch", {}, runner.run)
 """
 
 
@@ -186,6 +204,21 @@ def test_a_layer_that_is_off_by_one_row_is_found_out(capsys, monkeypatch, tmp_pa
     output = capsys.readouterr().out
     assert "DIFFERENT: 8 of 24 comparisons" in output
     assert "torch has row 1" in output
+
+
+HOSTILE = ["shared", "json", "torch_impl", "jax_impl", "torch", "jax", "numpy", "pickle", "socket", "runpy", "struct"]
+
+
+@pytest.mark.parametrize("reduction", ["none", "all_reduce"])
+def test_nothing_in_the_current_folder_is_run(tmp_path, reduction):
+    """Neither by the command, nor by a backend's process, nor by those that it starts."""
+    for name in HOSTILE:
+        (tmp_path / f"{name}.py").write_text(f"open('was-run', 'a').write('{name} ')")
+    command = [str(Path(sys.executable).with_name("pve")), "compare", *SMALL, "--reduction", reduction, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert not (tmp_path / "was-run").exists(), (tmp_path / "was-run").read_text()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["equal"]
 
 
 def test_a_backend_that_crashes_is_named(capsys, monkeypatch, tmp_path):

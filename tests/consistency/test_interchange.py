@@ -12,8 +12,8 @@ import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jax_impl.interchange as to_jax
-import torch_impl.interchange as to_torch
+import jax_impl.dlpack as to_jax
+import torch_impl.dlpack as to_torch
 from jax_impl import ParallelVocabEmbedding as JaxEmbedding
 from shared.dlpack import COPIES, Memory
 from torch_impl import ParallelVocabEmbedding as TorchEmbedding

@@ -68,8 +68,7 @@ class Torch:
 
         dtype = getattr(torch, table.dtype.name)
         self.modules = [
-            ParallelVocabEmbedding(*table.shape, rank, world_size, dtype=dtype, **options)
-            for rank in range(world_size)
+            ParallelVocabEmbedding(*table.shape, rank, world_size, dtype=dtype, **options) for rank in range(world_size)
         ]
         for module in self.modules:
             start, stop = module.partition.owned_range(module.rank)

@@ -60,9 +60,7 @@ def gather(table_NE: Tensor, rows: Tensor) -> Tensor:
     return output
 
 
-def sum_rows(
-    grad_TE: Tensor, keys_T: Tensor, num_rows: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def sum_rows(grad_TE: Tensor, keys_T: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Sum the gradients of each row that occurs, in the order of the tokens.
 
     Args:

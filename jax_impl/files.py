@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jax_impl.faults import gather_objects
+from jax_impl.agreement import gather_objects
 from jax_impl.placement import first_row
 from shared.partition import VocabPartition
 from shared.table_file import TableFile

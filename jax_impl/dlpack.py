@@ -39,7 +39,7 @@ def from_dlpack(array: Any, *, copy: str = "auto") -> jax.Array:
 
     Example:
         >>> import numpy as np
-        >>> from jax_impl.interchange import from_dlpack
+        >>> from jax_impl.dlpack import from_dlpack
         >>> array = np.zeros((2, 3), np.float32)
         >>> apart = from_dlpack(array.T, copy="always")
         >>> array[0, 0] = 7
@@ -75,7 +75,7 @@ def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: s
         >>> import jax
         >>> import numpy as np
         >>> from jax.sharding import NamedSharding, PartitionSpec
-        >>> from jax_impl.interchange import array_from_dlpack
+        >>> from jax_impl.dlpack import array_from_dlpack
         >>> w = jax.device_count()
         >>> sharding = NamedSharding(jax.make_mesh((w,), ("tp",)), PartitionSpec("tp", None))
         >>> table = array_from_dlpack([np.full((2, 3), rank, np.float32) for rank in range(w)], sharding)

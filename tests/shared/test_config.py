@@ -1,0 +1,85 @@
+"""Every option, declared and validated once."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shared import EmbeddingConfig, VocabPartition
+from shared.config import LOOKUP_OPTIONS, OPTIONS
+
+
+def test_it_holds_the_partition_and_plain_values():
+    config = EmbeddingConfig(np.int64(10), 4, world_size=4, padded_vocab_size="even", init_mean=1)
+    assert config.partition == VocabPartition(10, 4, 12)
+    assert (type(config.vocab_size), config.padded_vocab_size, type(config.init_mean)) == (int, 12, float)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.reduction = "all_reduce"
+
+
+def test_what_only_construction_needs_takes_no_part_in_equality():
+    config = EmbeddingConfig(12, 4, world_size=3)
+    for name, value in {
+        "init_mean": 2.0,
+        "init_std": 0.1,
+        "init_base_seed": 0,
+        "init": "global",
+        "check": True,
+    }.items():
+        other = dataclasses.replace(config, **{name: value})
+        assert (other == config, hash(other) == hash(config)) == (True, True), name
+        assert name not in LOOKUP_OPTIONS
+    for name, value in {"reduction": "all_reduce", "seq_dim": 0, "padding_idx": 0, "sparse": True}.items():
+        assert dataclasses.replace(config, **{name: value}) != config, name
+
+
+def test_changes_are_what_differs_from_the_defaults():
+    assert EmbeddingConfig(12, 4, world_size=3, padded_vocab_size=12).changes() == {}
+    config = EmbeddingConfig(10, 4, world_size=4, padded_vocab_size=16, padding_idx=0, check=True)
+    assert config.changes() == {"padded_vocab_size": 16, "padding_idx": 0, "check": True}
+    assert EmbeddingConfig(10, 4, 4, **config.changes()).as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding_idx": 3, "init_std": 1e-300, "init_base_seed": -(2**63)},
+        {"reduction": "reduce_scatter", "seq_dim": 0},
+    ],
+)
+def test_the_text_reads_back(options):
+    config = EmbeddingConfig(12, 4, world_size=3, **options)
+    again = EmbeddingConfig.from_text(config.text)
+    assert again.as_dict() == config.as_dict()
+    assert tuple(again.as_dict()) == OPTIONS
+    assert again.text == config.text
+
+
+def test_ranks_agree_on_what_a_lookup_depends_on():
+    facts = EmbeddingConfig(12, 4, world_size=3).agreement()
+    assert tuple(facts) == LOOKUP_OPTIONS
+    assert (facts["vocab_size"], facts["padding_idx"], facts["sparse"]) == ("12", "None", "False")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"vocab_size": 13}, ValueError, "vocab_size=13 over world_size=3 .* next size that divides is 15"),
+        ({"emb_size": 0}, ValueError, "emb_size must be at least 1"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
+        ({"exchange": "p2p"}, ValueError, "exchange must be"),
+        ({"seq_dim": 1.0}, TypeError, "seq_dim must be an integer"),
+        ({"invalid_ids": "wrap"}, ValueError, "invalid_ids must be"),
+        ({"padding_idx": 12}, ValueError, r"padding_idx must be an id .* \[0, 12\)"),
+        ({"sparse": 1}, TypeError, "sparse must be True or False"),
+        ({"check": "yes"}, TypeError, "check must be True or False"),
+        ({"sparse": True, "gradient_accumulation_fusion": True}, ValueError, "must be False with sparse=True"),
+        ({"init_std": -1}, ValueError, "init_std must not be negative"),
+        ({"init_base_seed": 2**63}, ValueError, "init_base_seed must keep"),
+        ({"init": "ones"}, ValueError, "init must be"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        EmbeddingConfig(**{"vocab_size": 12, "emb_size": 4, "world_size": 3, **options})

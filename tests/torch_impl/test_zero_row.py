@@ -1,0 +1,217 @@
+"""The row of zeros behind a table: used where it is, never where it is not, and seen by no one."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torch_impl import ParallelVocabEmbedding, partial_lookup
+
+IDS = torch.tensor([[0, 8, 9, 15, 16], [-1, 24, 2**40, -(2**63), 12]])
+
+
+def layer(rank=1, **options):
+    return ParallelVocabEmbedding(24, 5, rank, 3, **options)
+
+
+def expected(table, ids, start=8):
+    owned = (ids >= start) & (ids < start + len(table))
+    rows = torch.where(owned, ids - start, 0)
+    return torch.where(owned.unsqueeze(-1), table[rows], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_fresh_table_has_one(dtype):
+    emb = layer(dtype=dtype)
+    longer = emb.zero_padded()
+    assert longer.shape == (9, 5)
+    assert torch.equal(longer[:8], emb.weight)
+    assert not longer[8].any()
+    assert longer.data_ptr() == emb.weight.data_ptr()
+    assert emb.weight.data_ptr() % 64 == 0
+
+
+def test_the_parameter_is_the_rows_and_no_others():
+    emb = layer()
+    storage = emb.weight.untyped_storage()
+    assert (emb.weight.shape, emb.weight.is_leaf) == ((8, 5), True)
+    assert (storage.nbytes(), emb.weight.storage_offset(), storage.data_ptr()) == (8 * 5 * 4, 0, emb.weight.data_ptr())
+    assert list(emb.state_dict()) == ["weight"]
+    assert not list(emb.buffers())
+    plain = nn.Module()
+    plain.weight = nn.Parameter(emb.weight.detach().clone())
+    assert len(pickle.dumps(emb.state_dict())) == len(pickle.dumps(plain.state_dict()))
+
+
+def moved(how, emb):
+    if how == "data":
+        emb.weight.data = emb.weight.data.clone()
+    elif how == "another parameter":
+        emb.weight = nn.Parameter(emb.weight.detach().clone())
+    elif how == "deepcopy":
+        emb = copy.deepcopy(emb)
+    elif how == "pickle":
+        emb = pickle.loads(pickle.dumps(emb))
+    elif how == "torch.save":
+        file = io.BytesIO()
+        torch.save(emb, file)
+        emb = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    elif how == "to and back":
+        emb = emb.double().float()
+    elif how == "shared memory":
+        emb = emb.share_memory()
+    elif how == "assigned":
+        emb.load_state_dict({"weight": emb.weight.detach().clone()}, assign=True)
+    elif how == "another layer's":
+        other = layer(init_base_seed=0)
+        other.weight.data.copy_(emb.weight)
+        emb.weight = other.weight
+    elif how == "a larger buffer":  # as Megatron keeps its parameters: what lies next to them is somebody else's
+        buffer = torch.full((100,), float("nan"))
+        buffer[20:60] = emb.weight.detach().reshape(-1)
+        emb.weight.data = buffer[20:60].view(8, 5)
+    elif how == "another storage":
+        emb.weight.set_(emb.weight.detach().clone())
+    return emb
+
+
+REPLACED = ["another parameter", "deepcopy", "pickle", "torch.save", "to and back", "shared memory", "assigned"]
+WAYS = [*REPLACED, "data", "another layer's", "a larger buffer", "another storage"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_table_that_was_moved_has_none(how, before):
+    emb = layer()
+    table = emb.weight.detach().clone()
+    with torch.no_grad():
+        if before:
+            emb(IDS)
+        emb = moved(how, emb)
+        assert emb.zero_padded() is None
+        assert torch.equal(emb(IDS), expected(table, IDS))
+    output = emb(IDS)
+    assert torch.equal(output, expected(table, IDS))
+    output.sum().backward()
+    assert emb.weight.grad[:, 0].tolist() == [1, 1, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda emb: emb.double(),
+        lambda emb: emb.half(),
+        lambda emb: emb.to_empty(device="cpu"),
+        lambda emb: emb.to("meta"),
+        lambda emb: emb.share_memory(),
+        lambda emb: emb.load_state_dict({"weight": torch.ones(8, 5)}, assign=True),
+        lambda emb: setattr(emb, "weight", nn.Parameter(torch.ones(8, 5))),
+        lambda emb: (setattr(emb.weight, "data", torch.ones(8, 5)), emb(IDS)),
+    ],
+    ids=["double", "half", "to_empty", "meta", "share_memory", "assign", "parameter", "data"],
+)
+def test_no_memory_outlives_the_table(change):
+    emb = layer()
+    with torch.no_grad():
+        emb(IDS)
+    longer = weakref.ref(emb.zero_padded())
+    with torch.no_grad():
+        change(emb)
+    gc.collect()
+    assert longer() is None
+
+
+def test_what_is_looked_up_follows_the_table():
+    emb = layer()
+    with torch.no_grad():
+        emb(IDS)
+        for change in (
+            lambda: emb.weight.fill_(float("nan")),
+            lambda: emb.load_state_dict({"weight": torch.randn(8, 5)}),
+            lambda: emb.reset_parameters(),
+            lambda: emb.load_state_dict({"weight": torch.randn(8, 5)}, assign=True),
+            lambda: setattr(emb.weight, "data", torch.randn(8, 5)),
+        ):
+            change()
+            torch.testing.assert_close(emb(IDS), expected(emb.weight, IDS), rtol=0, atol=0, equal_nan=True)
+
+
+def test_other_shapes_of_the_same_memory_have_none():
+    for view in (lambda t: t.T, lambda t: t.view(torch.bfloat16)):
+        emb = ParallelVocabEmbedding(4, 4, dtype=torch.float16)
+        emb.weight.data = view(emb.weight.data)
+        assert emb.zero_padded() is None
+        with torch.no_grad():
+            torch.testing.assert_close(emb(torch.tensor([1])), emb.weight[1:2], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_functional_call_reads_the_weight_it_is_given():
+    emb, other = layer(), torch.randn(8, 5)
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(emb, {"weight": other}, (IDS,)), expected(other, IDS))
+        assert torch.equal(emb(IDS), expected(emb.weight, IDS))
+    assert emb.zero_padded() is not None
+
+
+def test_padding_may_hold_anything():
+    """As after a model's own initialisation, which fills whole parameters."""
+    table = torch.randn(10, 5)
+    for rank in range(4):
+        emb = ParallelVocabEmbedding(10, 5, rank, 4, padded_vocab_size="even")
+        with torch.no_grad():
+            emb.weight.fill_(float("inf"))
+            rows = table[3 * rank : 3 * rank + 3]
+            emb.weight[: len(rows)] = rows
+            assert torch.equal(emb(IDS), expected(rows, IDS, 3 * rank))
+
+
+def test_tied_tables_are_saved_and_loaded(tmp_path):
+    def model():
+        emb, head = ParallelVocabEmbedding(12, 4), nn.Linear(4, 12, bias=False)
+        head.weight = emb.weight
+        other = ParallelVocabEmbedding(12, 4)
+        other.weight = emb.weight
+        return nn.ModuleDict({"emb": emb, "head": head, "other": other})
+
+    saved, loaded = model(), model()
+    save_model(saved, tmp_path / "model.safetensors")
+    loaded["emb"].weight.data.zero_()
+    load_model(loaded, tmp_path / "model.safetensors")
+    for name in ("emb", "other"):
+        assert torch.equal(loaded[name](torch.arange(12)), saved["emb"].weight)
+
+
+def test_a_graph_that_is_written_down_reads_the_weight_it_is_given():
+    emb, other = layer(), torch.randn(8, 5)
+    written = make_fx(lambda weight, ids: partial_lookup(weight, ids, emb.partition, 1))(emb.weight.detach(), IDS)
+    assert torch.equal(written(other, IDS.flip(0)), expected(other, IDS.flip(0)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torch_jit_is_refused_and_bakes_nothing_in():
+    with pytest.raises(RuntimeError):  # it has no operation that views memory as another dtype
+        torch.jit.trace(layer(), (IDS,))
+
+
+def check_fully_shard():
+    from torch.distributed.fsdp import fully_shard
+
+    emb = ParallelVocabEmbedding(24, 5)
+    longer, table = weakref.ref(emb.zero_padded()), emb.weight.detach().clone()
+    fully_shard(emb)
+    gc.collect()
+    assert longer() is None
+    assert torch.equal(emb(IDS[:1]), table[IDS[:1]])
+
+
+def test_fully_shard_leaves_no_memory_behind(world):
+    world(2)(check_fully_shard)
+    assert not dist.is_initialized()
