@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_impl.ids import as_ids
-from jax_impl.reductions import ReductionOptions, reduce_lookup
 from jax_impl.lookup import take_rows
+from jax_impl.reductions import ReductionOptions, reduce_lookup
 from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
 from shared.partition import VocabPartition
 

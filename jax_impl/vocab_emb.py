@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.agreement import check_agreement
+from jax_impl.files import array_from_table, write_table
 from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
 from jax_impl.init import draw_normal
@@ -28,7 +29,6 @@ from jax_impl.placement import (
     split_further,
 )
 from jax_impl.reductions import ReductionOptions, reduce_lookup
-from jax_impl.files import array_from_table, write_table
 from shared.agreement import checks_wanted
 from shared.bits import DTYPES
 from shared.checks import (

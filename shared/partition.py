@@ -129,8 +129,8 @@ class VocabPartition:
             rank: whose table; a number, or an integer array without dimensions (a traced rank).
 
         Returns:
-            ``(rows, owned)``, both shaped as ``ids``. ``rows`` are legal rows of the table, ``[0, rows_per_rank)``, for
-            foreign ids too: only those that are ``owned`` mean anything.
+            ``(rows, owned)``, both shaped as ``ids``. ``rows`` are legal rows of the table, ``[0, rows_per_rank)``: that of
+            the id where it is ``owned``, else the first.
 
         Raises:
             TypeError: ids or rank are not integers.
@@ -140,14 +140,28 @@ class VocabPartition:
             >>> import numpy as np
             >>> from shared import VocabPartition
             >>> VocabPartition(vocab_size=12, world_size=3).locate(np.array([0, 4, 7, 12]), rank=1)
-            (array([0, 0, 3, 3]), array([False,  True,  True, False]))
+            (array([0, 0, 3, 0]), array([False,  True,  True, False]))
         """
-        ids = widen(ids)
+        keys = self.keys(ids, rank)
+        owned = keys < self.rows_per_rank
+        return keys * owned, owned
+
+    def keys(self, ids: Any, rank: Any) -> Any:
+        """Each id's row in the table of ``rank``; one past its last row for foreign ids. Else as ``locate``.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared import VocabPartition
+            >>> VocabPartition(vocab_size=12, world_size=3).keys(np.array([0, 4, 7, 12]), rank=1)
+            array([4, 0, 3, 4])
+        """
+        ids, n = widen(ids), self.rows_per_rank
         local = ids - self.start(rank)
-        last = self.rows_per_rank - 1
-        rows = min(max(local, 0), last) if isinstance(local, int) else local.clip(0, last)
-        owned = rows == local
-        return rows, owned & (ids < self.vocab_size) if self.padding_rows else owned
+        near = min(max(local, -1), n) if isinstance(local, int) else local.clip(-1, n)
+        keys = near % (n + 1)  # -1 becomes n
+        if self.padding_rows:
+            keys = keys + (n - keys) * (ids >= self.vocab_size)
+        return keys
 
     def owns(self, ids: Any, rank: Any) -> Any:
         """True where ``rank`` owns the id."""

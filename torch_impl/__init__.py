@@ -1,7 +1,7 @@
 """The vocabulary-parallel embedding in PyTorch. Never imports jax."""
 
-from torch_impl.functional import partial_lookup, reduced_lookup
 from torch_impl.dlpack import from_dlpack, shards_from_dlpack
+from torch_impl.functional import partial_lookup, reduced_lookup
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["ParallelVocabEmbedding", "from_dlpack", "partial_lookup", "reduced_lookup", "shards_from_dlpack"]

@@ -18,7 +18,7 @@ from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
-from torch_impl.lookup import eager_mode_only, gather, keys_of, sparse_gradient
+from torch_impl.lookup import eager_mode_only, gather, sparse_gradient
 from torch_impl.process_group import find_group
 
 __all__ = ["choose_exchange", "reduced_lookup"]
@@ -162,7 +162,7 @@ def _by_chunk(ids: Tensor, config: EmbeddingConfig) -> Tensor:
 
 
 def _dense_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    keys = keys_of(ids, config, group.rank())
+    keys = config.partition.keys(ids, group.rank())
     partial = gather(table, keys, config.partition.rows_per_rank, cpu.gather)
     with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
         dist.all_reduce(_as_integers(partial), group=group)
@@ -192,7 +192,7 @@ def _routed_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, grou
 def _dense_reduce_scatter(
     table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
 ) -> Tensor:
-    keys_T = keys_of(ids_WC.reshape(-1), config, group.rank())
+    keys_T = config.partition.keys(ids_WC.reshape(-1), group.rank())
     partial_TE = gather(table, keys_T, config.partition.rows_per_rank, cpu.gather)
     output = table.new_empty(*shape, table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
@@ -251,7 +251,7 @@ def _sums_of_own_rows(
 
 
 def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
-    keys = keys_of(ids, config, rank)
+    keys = config.partition.keys(ids, rank)
     if config.padding_idx is None:
         return keys
     return keys.masked_fill(ids == config.padding_idx, config.partition.rows_per_rank)

@@ -19,7 +19,7 @@ from torch import Tensor
 from shared.config import EmbeddingConfig
 from torch_impl.kernels import cpu
 
-__all__ = ["eager_mode_only", "gather", "keys_of", "lookup", "scatter_add", "sparse_gradient"]
+__all__ = ["eager_mode_only", "gather", "lookup", "scatter_add", "sparse_gradient"]
 
 
 def lookup(
@@ -43,21 +43,16 @@ def lookup(
     Returns:
         ``[*ids.shape, E]`` on the device of the ids.
     """
-    device, num_rows = ids.device, config.partition.rows_per_rank
-    ids = ids.to(weight.device)
-    keys = keys_of(ids, config, rank)
+    num_rows = config.partition.rows_per_rank
+    if (device := ids.device) != weight.device:
+        ids = ids.to(weight.device)
+    keys = config.partition.keys(ids, rank)
     if torch.is_grad_enabled():
         grad_keys = None if config.padding_idx is None else keys.masked_fill(ids == config.padding_idx, num_rows)
         output = _Lookup.apply(weight, keys, grad_keys, zero_padded, num_rows, sparse)
     else:
         output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
-    return output.to(device)
-
-
-def keys_of(ids: Tensor, config: EmbeddingConfig, rank: int | Tensor) -> Tensor:
-    """The ids' rows in the table of ``rank``; the number of its rows for foreign ids."""
-    rows, owned = config.partition.locate(ids, rank)
-    return torch.where(owned, rows, config.partition.rows_per_rank)
+    return output if output.device == device else output.to(device)
 
 
 def gather(
@@ -201,7 +196,7 @@ def _scatter_add_operator(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Ten
 if importlib.util.find_spec("triton") is not None:  # PyTorch for CUDA and ROCm brings it
 
     @_scatter_add_operator.register_kernel("cuda")
-    def _(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
+    def _scatter_add_on_gpu(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
         from torch_impl.kernels import gpu
 
         return gpu.scatter_add(grad_TE, keys_T, num_rows)

@@ -32,7 +32,7 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     """
     from torch._C._distributed_c10d import _resolve_process_group  # absent where torch is built without distributed
 
-    return _resolve_process_group(name)  # type: ignore[arg-type, no-any-return]
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:

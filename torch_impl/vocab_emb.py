@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.agreement import checks_wanted
-from shared.bits import DTYPES
 from shared.checks import table_dtype_error
 from shared.config import OPTIONS, EmbeddingConfig
-from shared.find_table import Paths, open_table
-from shared.partition import VocabPartition
 from torch_impl.accumulation import accumulate_in_place
 from torch_impl.agreement import agreed_ids
 from torch_impl.exchange import reduced_lookup
-from torch_impl.files import fill_from_table, write_table
+from torch_impl.files import TableInFiles
 from torch_impl.ids import checked_ids
 from torch_impl.init import fill_normal
 from torch_impl.lookup import lookup
-from torch_impl.process_group import find_group, resolve_group, resolve_rank
-from torch_impl.zero_row import ModuleWithTable
+from torch_impl.process_group import resolve_group, resolve_rank
 
 __all__ = ["ParallelVocabEmbedding"]
 
 
-class ParallelVocabEmbedding(ModuleWithTable):
+class ParallelVocabEmbedding(TableInFiles):
     """Rows ``[rank * n, (rank + 1) * n)`` of an embedding table that is split over ``world_size`` ranks.
 
     ``n = padded_vocab_size // world_size``. The module looks up the ids it owns and returns all-zero rows for the others. No
@@ -98,13 +92,6 @@ class ParallelVocabEmbedding(ModuleWithTable):
         True
     """
 
-    config: EmbeddingConfig
-    partition: VocabPartition
-    vocab_size: int
-    emb_size: int
-    world_size: int
-    padded_vocab_size: int
-
     def __init__(
         self,
         vocab_size: int,
@@ -159,139 +146,6 @@ class ParallelVocabEmbedding(ModuleWithTable):
         self.allocate_table(self.partition.rows_per_rank, self.config.emb_size, dtype, device)
         self.reset_parameters()
 
-    @classmethod
-    def from_table(
-        cls,
-        path: Paths,
-        tensor_name: str | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        *,
-        vocab_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build a rank's layer from a table in files, reading its rows and no others.
-
-        Args:
-            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (``shared.find_table.open_table`` has it all).
-            tensor_name: the tensor; left out, the one that looks like an input embedding.
-            rank, world_size, process_group: as for the class.
-            vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
-            dtype: what to cast the rows to, rounding once; left out, the dtype they are stored in, which must then be one
-                that a layer can have (float8 is not).
-            device: where the rows go.
-            **options: what else the class takes by name: ``padded_vocab_size`` where ``world_size`` does not divide the
-                vocabulary, ``reduction`` and so on.
-
-        Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: there is no such table, the choice is not clear, a file is damaged, or an argument is out of range.
-
-        A damaged or hostile file is refused; nothing is ever unpickled. Source: the safetensors format.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from safetensors.torch import save_file
-            >>> from torch_impl import ParallelVocabEmbedding
-            >>> folder = tempfile.mkdtemp()
-            >>> table = torch.randn(10, 4).bfloat16()
-            >>> save_file({"model.embed_tokens.weight": table}, f"{folder}/model.safetensors")
-            >>> emb = ParallelVocabEmbedding.from_table(folder, rank=2, world_size=4, padded_vocab_size="even")
-            >>> torch.equal(emb.weight[:3], table[6:9])
-            True
-        """
-        table = open_table(path, tensor_name, vocab_size)
-        if dtype is None:
-            if table.dtype not in DTYPES:
-                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as torch.bfloat16")
-            dtype = getattr(torch, table.dtype)
-        sizes = table.vocab_size, table.emb_size, rank, world_size, process_group
-        self = cls(*sizes, dtype=dtype, device="meta", **options)
-        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
-        if not self.weight.is_meta:
-            fill_from_table(self.weight, table, self.partition, self.rank)
-        return self
-
-    def save_table(
-        self,
-        path: str | Path,
-        tensor_name: str = "embed_tokens.weight",
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        force: bool = False,
-    ) -> None:
-        """Write the table to files: each rank its own rows, without padding.
-
-        All ranks call this. What was written is read back. The new table is there whole or not at all; the old one stays
-        until it is.
-
-        Args:
-            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All ranks must
-                see it.
-            tensor_name: what to call the tensor.
-            process_group: the ranks, where the layer was built without a group.
-            force: replace what is there.
-
-        Raises:
-            ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written; the table is on
-                the meta device; ranks and no group.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from torch_impl import ParallelVocabEmbedding
-            >>> emb = ParallelVocabEmbedding(10, 4)
-            >>> path = f"{tempfile.mkdtemp()}/table.safetensors"
-            >>> emb.save_table(path)
-            >>> torch.equal(ParallelVocabEmbedding.from_table(path).weight, emb.weight)
-            True
-        """
-        self._require_storage()
-        if process_group is not None:
-            resolve_rank(self.rank, self.world_size, process_group)
-        elif self._group_name is not None:
-            process_group = find_group(self._group_name, self.rank, self.world_size)
-        elif self.world_size > 1:
-            raise ValueError(
-                f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
-            )
-        write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
-
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
-
-        Loading writes to the parameter in place. Any number of ranks with any padding load what others saved.
-        (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
-
-        Args:
-            prefix: what the name begins with.
-
-        Raises:
-            ValueError: the table is on the meta device.
-
-        Example:
-            >>> import tempfile, torch.distributed.checkpoint as dcp
-            >>> from torch_impl import ParallelVocabEmbedding
-            >>> emb = ParallelVocabEmbedding(10, 4)
-            >>> folder = tempfile.mkdtemp()
-            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
-            >>> other = ParallelVocabEmbedding(10, 4, init_base_seed=0)
-            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
-            >>> bool((other.weight == emb.weight).all())
-            True
-        """
-        self._require_storage()
-        from torch_impl.checkpoint import TableRows  # half a second, for those who need it
-
-        return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
-
-    def _require_storage(self) -> None:
-        if self.weight.is_meta:
-            raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
-
     def reset_parameters(self) -> None:
         """Draw the rank's rows again; padding rows and the row of ``padding_idx``, if owned, become zero.
 
@@ -325,24 +179,25 @@ class ParallelVocabEmbedding(ModuleWithTable):
                 ranks disagree.
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
-        config, weight = self.config, self.weight
+        config = self.config
+        weight: Tensor = self.weight
         if config.check and self._group_name is not None:
             ids = agreed_ids(ids, config, weight.dtype, self._group_name)
         ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
         rank: int | Tensor = self.rank
         zero_padded = None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             # Ranks share a graph that takes the rank as data. The mask is fused; other memory would not follow the weight.
             rank = self._rank_tensor
         else:
             zero_padded = self.zero_padded()
-        sparse, table = config.sparse, weight
+        sparse = config.sparse
         if config.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
-            sparse, table = True, accumulate_in_place(weight)
+            sparse, weight = True, accumulate_in_place(weight)
         if config.reduction == "none" or config.world_size == 1:
-            return lookup(table, ids, config, rank, zero_padded, sparse)
+            return lookup(weight, ids, config, rank, zero_padded, sparse)
         assert self._group_name is not None
-        return reduced_lookup(table, ids, config, self._group_name, zero_padded, sparse)
+        return reduced_lookup(weight, ids, config, self._group_name, zero_padded, sparse)
 
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from torch_impl.private_api import ModuleThatMoves
 
@@ -32,15 +33,14 @@ class ModuleWithTable(ModuleThatMoves):
             return
         longer[num_rows].zero_()
         # By way of DLPack the rows are a storage of their own: what saves, ties or pickles them finds nothing else.
-        self.weight = nn.Parameter(torch.from_dlpack(longer[:num_rows]))
+        self.weight = nn.Parameter(from_dlpack(longer[:num_rows]))
         self._longer = longer
 
     def zero_padded(self) -> Tensor | None:
         """The memory of ``weight`` with the row of zeros behind it, ``[n + 1, e]``; None if it has none (any more)."""
-        longer = self._longer
+        longer, weight = self._longer, self.weight
         if longer is None:
             return None
-        weight = self.weight
         if type(weight) is not nn.Parameter:  # of a transform or functional_call, for the time being
             return None
         same = weight.data_ptr() == longer.data_ptr() and weight.dtype is longer.dtype and weight.is_contiguous()

@@ -64,6 +64,7 @@ class Torch:
 
     def __init__(self, table, world_size, **options):
         import torch
+
         from torch_impl import ParallelVocabEmbedding
 
         dtype = getattr(torch, table.dtype.name)
@@ -100,6 +101,7 @@ class Jax:
 
     def __init__(self, table, world_size, **options):
         import jax
+
         from jax_impl import ParallelVocabEmbedding
 
         devices = jax.devices()[:world_size]

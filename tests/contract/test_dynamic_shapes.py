@@ -13,6 +13,7 @@ SHAPES = [(2, 8), (2, 12), (4, 4), (1, 4), (3, 20), (5, 6), (7, 16), (2, 10)]
 
 def check(backend, group, dynamic):
     from torch._dynamo.testing import CompileCounterWithBackend
+
     from torch_impl import ParallelVocabEmbedding
 
     for reduction, padding_idx in itertools.product(REDUCTIONS, (None, 5)):

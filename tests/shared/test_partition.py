@@ -29,6 +29,7 @@ def test_every_id_has_exactly_one_owner(rows, world_size, data):
         rows, found = partition.locate(ids, rank)
         np.testing.assert_array_equal(found, owned[rank])
         np.testing.assert_array_equal(rows[found], local[found])
+        np.testing.assert_array_equal(partition.keys(ids, rank), np.where(found, rows, partition.rows_per_rank))
         assert rows.min(initial=0) >= 0
         assert rows.max(initial=0) < partition.rows_per_rank
         np.testing.assert_array_equal(ids, before)
@@ -57,7 +58,9 @@ def test_python_ints_work_too():
     assert [partition.owner(i) for i in (-1, 0, 4, 11, 12, 2**70)] == [-1, 0, 1, 2, -1, -1]
     assert partition.owns(4, 1)
     assert not partition.owns(4, 0)
-    assert partition.local_ids(6, 1) == 2
+    assert partition.local_ids(6, 1) == partition.keys(6, 1) == 2
+    assert [partition.keys(i, 1) for i in (-1, 3, 8, 2**70)] == [4] * 4
+    assert partition.locate(6, 1) == (2, True)
 
 
 @pytest.mark.parametrize("ids", [np.array([1.0]), np.array([True]), True, 1.0, np.array(["a"]), [1, 2]])

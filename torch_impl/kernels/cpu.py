@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 __all__ = ["LARGE_BYTES", "accumulation_dtype", "empty", "gather", "scatter_add", "spread", "sum_rows"]
 
@@ -50,7 +51,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _as_tensor(memory: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The memory as a tensor that is no view of another: FSDP2 warns of modules that return one."""
-    return torch.from_dlpack(torch.from_numpy(memory).view(dtype).view(shape))
+    return from_dlpack(torch.from_numpy(memory).view(dtype).view(shape))
 
 
 def gather(table_NE: Tensor, rows: Tensor) -> Tensor:
