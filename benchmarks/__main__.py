@@ -17,7 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.cases import Case, time_and_spread, traffic
+from benchmarks.cases import Case, shuffled, timing, traffic
+from benchmarks.exchange import HEADER as EXCHANGE_HEADER
+from benchmarks.exchange import SCALING, TURNS, exchange_cases
+from benchmarks.exchange import rows_of as exchange_rows
+from benchmarks.exchange import targets as exchange_targets
 from benchmarks.local import HEADER, WHAT_IS_WHAT, Result, local_cases, reasons, rows_of, targets
 from benchmarks.machine import NO_GPU, describe, machine_facts
 from benchmarks.plots import draw_exchange, draw_local
@@ -32,7 +36,8 @@ round, in an order that changes, and medians.
             of the output, and with backward the allocation of output and gradient. JAX, w devices of this machine: a
             gather without any mask (the floor), GSPMD, flax.nnx.Embed, Explicit .at[].get; one-hot where it is small.
   exchange: the reductions. torch: Megatron-core's VocabParallelEmbedding and DTensor's RowwiseParallel, w gloo
-            processes; JAX: a masked lookup with psum or psum_scatter, and jnp.take with every layout pinned.
+            processes, started anew for each candidate; and one rank's own cost at w = 8, 64, 512. JAX: a masked
+            lookup with psum or psum_scatter, and jnp.take with every layout pinned.
 
 Peers that are not installed are left out:
   pip install -c constraints.txt -e '.[all,bench]'; pip install --no-deps megatron-core==0.16.1
@@ -45,23 +50,7 @@ examples:
 
 _ROOT = Path(__file__).parents[1]
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
-_LARGE = (4, 2048)
 _WIDTH = 230
-
-
-def _exchange_cases(quick: bool) -> dict[str, list[Case]]:
-    def cases(world_sizes: tuple[int, ...], *shapes: tuple[int, int]) -> list[Case]:
-        return [
-            Case(reduction, w, ids, *shape)
-            for w in world_sizes
-            for reduction in ("reduce_scatter", "all_reduce")
-            for ids in ("zipf", "uniform")
-            for shape in shapes
-        ]
-
-    if quick:
-        return {"torch": cases((4,), _LARGE), "jax": cases((8,), _LARGE)}
-    return dict.fromkeys(("torch", "jax"), cases((2, 4, 8), _LARGE, (1, 64), (1, 512)))
 
 
 def _wait_for(commands: Sequence[list[str]], what: str, advance: Any) -> None:
@@ -82,19 +71,59 @@ def _wait_for(commands: Sequence[list[str]], what: str, advance: Any) -> None:
                 raise RuntimeError(f"a process of {what} failed:\n{error.read()[-2000:]}")
 
 
-def _run(framework: str, cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:
-    """The exchanges' result of each case; all of one number of ranks in the same processes."""
-    world_size = cases[0].world_size
+def _run_jax(cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:
+    """JAX's exchanges, all cases of one number of devices in the same process, all candidates in turn."""
     spec = json.dumps({"cases": [case.as_json() for case in cases], "candidates": candidates, "rounds": rounds})
-    task = progress.add_task(f"{framework}, exchanges, w={world_size}", total=len(cases) * (rounds + 1))
+    task = progress.add_task(f"jax, exchanges, w={cases[0].world_size}", total=len(cases) * (rounds + 1))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        if framework == "jax":
-            commands = [[sys.executable, "-m", "benchmarks.jax_exchange", spec, str(result)]]
-        else:
-            command = [sys.executable, "-m", "benchmarks.torch_exchange", f"{folder}/rendezvous"]
-            commands = [[*command, str(rank), spec, str(result)] for rank in range(world_size)]
-        _wait_for(commands, f"{framework}'s exchanges", lambda: progress.advance(task))
+        command = [sys.executable, "-m", "benchmarks.jax_exchange", spec, str(result)]
+        _wait_for([command], "jax's exchanges", lambda: progress.advance(task))
+        return list(json.loads(result.read_text()))
+
+
+def _run_torch(cases: list[Case], candidates: list[str], rounds: int, turns: int, progress: Progress) -> list[Any]:
+    """PyTorch's exchanges, each candidate in fresh processes of its own, in an order that changes by turn."""
+    task = progress.add_task("torch, exchanges", total=len(cases) * len(candidates) * turns)
+    results = []
+    for case in cases:
+        calls: dict[str, list[Any]] = {name: [] for name in candidates}
+        for turn in range(turns):
+            for place in shuffled(len(candidates), turn):
+                name = candidates[place]
+                calls[name].append(_run_fresh(case, name, rounds))
+                progress.advance(task)
+        results.append({name: _merged(found) for name, found in calls.items()})
+    return results
+
+
+def _run_fresh(case: Case, candidate: str, rounds: int) -> Any:
+    spec = json.dumps({"case": case.as_json(), "candidate": candidate, "rounds": rounds})
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.torch_exchange", f"{folder}/rendezvous"]
+        commands = [[*command, str(rank), spec, str(result)] for rank in range(case.world_size)]
+        _wait_for(commands, f"{candidate}, {case}", lambda: None)
+        return json.loads(result.read_text())
+
+
+def _merged(found: list[Any]) -> dict[str, float]:
+    times = {kind: [t for each in found for t in each[kind]] for kind in ("forward", "forward_backward")}
+    return (
+        timing("forward", times["forward"])
+        | timing("forward_backward", times["forward_backward"])
+        | {"sent_bytes": found[0]["sent_bytes"]}
+    )
+
+
+def _run_scaling(rounds: int, progress: Progress) -> list[Any]:
+    """One rank's own cost at each number of ranks of ``SCALING``."""
+    task = progress.add_task("torch, one rank of w", total=len(SCALING))
+    spec = json.dumps({"cases": [case.as_json() for case in SCALING], "rounds": rounds})
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.torch_scaling", spec, str(result)]
+        _wait_for([command], "one rank of w", lambda: progress.advance(task))
         return list(json.loads(result.read_text()))
 
 
@@ -122,20 +151,8 @@ def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progres
     return results
 
 
-def _rows(case: Case, found: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A line per candidate: times, how many times slower than our automatic choice, and bytes."""
-    ours = found["ours, auto"]
-    rows = []
-    for name, times in found.items():
-        row = [str(case) if name == "ours, auto" else "", name]
-        for key in ("forward", "forward_backward"):
-            row += [time_and_spread(times, key), f"{times[key] / ours[key]:.2f}"]
-        rows.append([*row, f"{times['sent_bytes'] / 1e6:.1f}" if "sent_bytes" in times else ""])
-    return rows
-
-
-_HEADER = ["case", "", "forward", "/ ours", "forward + backward", "/ ours", "MB sent per rank"]
 _TARGETS_HEADER = ["case", "ours: what over what", "found", "at most", ""]
+_SPEED_HEADER = ["case", "ours", "found", "at least", ""]
 
 
 def _table(title: str, header: list[str], groups: list[list[list[str]]], console: Console) -> list[str]:
@@ -179,6 +196,7 @@ def main() -> int:
         console = Console(width=_WIDTH, soft_wrap=True)
     local: list[Result] = []
     exchange: list[tuple[str, Case, Any]] = []
+    scaling: list[Any] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for framework in frameworks if options.part != "exchange" else []:
@@ -190,10 +208,16 @@ def main() -> int:
             megatron = importlib.util.find_spec("megatron") is not None
             peers = [name for name in _PEERS[framework] if name != "Megatron-core" or megatron]
             candidates = ["ours, auto", "ours, routed", "ours, dense", *peers]
-            cases = _exchange_cases(options.quick)[framework]
+            cases = exchange_cases(options.quick)[framework]
+            if framework == "torch":  # auto is routed there
+                candidates.remove("ours, routed")
+                found = _run_torch(cases, candidates, 3, 1 if options.quick else TURNS, progress)
+                exchange += [(framework, case, each) for case, each in zip(cases, found, strict=True)]
+                scaling = _run_scaling(rounds, progress)
+                continue
             for w in sorted({case.world_size for case in cases}):
                 group = [case for case in cases if case.world_size == w]
-                found = _run(framework, group, candidates, rounds, progress)
+                found = _run_jax(group, candidates, rounds, progress)
                 exchange += [(framework, case, each) for case, each in zip(group, found, strict=True)]
     options.output.mkdir(parents=True, exist_ok=True)
     written, title = [], describe(facts).partition(". ")[0]
@@ -213,16 +237,26 @@ def main() -> int:
     if exchange:
         lines = [
             "Each rank's whole embedding, or its part of it, by each exchange; `auto` is what the layer chooses by itself,",
-            "one of the two others. MB sent: counted on the loopback, of all processes together, divided by their number;",
-            "JAX's devices share one process. Times are medians, with half the distance of the quartiles.",
+            "one of the others (in torch on a CPU: routed). MB sent: counted on the loopback, of all processes together,",
+            "divided by their number; JAX's devices share one process. Times are medians, with half the distance of the",
+            "quartiles. Each of torch's candidates runs in fresh processes, with nothing faulted in first.",
             "",
         ]
+        if reached := exchange_targets(exchange):
+            lines += _table("Targets", _SPEED_HEADER, [reached], console)
         for framework in frameworks:
-            groups = [_rows(case, found) for name, case, found in exchange if name == framework]
-            lines += _table(framework, _HEADER, groups, console)
+            groups = [exchange_rows(case, found) for name, case, found in exchange if name == framework]
+            lines += _table(framework, EXCHANGE_HEADER, groups, console)
+        if scaling:
+            groups = [exchange_rows(case, found) for case, found in zip(SCALING, scaling, strict=True)]
+            lines += _table("torch, one rank's own cost, nothing sent", EXCHANGE_HEADER, groups, console)
         stored = [
             {"framework": name, "case": case.as_json(), "must_send_bytes": traffic(case), "found": found}
             for name, case, found in exchange
+        ]
+        stored += [
+            {"framework": "torch, one rank", "case": case.as_json(), "found": found}
+            for case, found in zip(SCALING, scaling, strict=bool(scaling))
         ]
         _write(options.output, "exchange", "The exchanges", rounds, facts, lines, stored)
         written += ["exchange.json", "exchange.md"]

@@ -17,6 +17,7 @@ _NAMES = {
     "ours": "**this layer**",
     "ours, auto": "**this layer**",
     "ours, dense": 'the same, `exchange="dense"`',
+    "ours, moved table": "this layer after `.to()`",
     "ours, plain": "this layer, the plain way",
     "ours, all_reduce": "**this layer, all_reduce**",
     "Megatron-core": "Megatron-core 0.16.1 `VocabParallelEmbedding`",

@@ -1,8 +1,7 @@
-"""One rank of the PyTorch measurement: our exchanges, Megatron-core and DTensor on gloo, in turn, round after round."""
+"""One rank of the PyTorch exchange measurement: one candidate on gloo, in a fresh process with nothing faulted in."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.cases import Case, make_ids
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -99,57 +98,40 @@ def _sent_bytes() -> int:
     return 0
 
 
-def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
-    modules, ids = _candidates(case, wanted), torch.from_numpy(make_ids(case))
-    outputs = {name: module(ids) for name, module in modules.items()}
-    upstream = {name: torch.randn_like(output) for name, output in outputs.items()}
-    del outputs
-    names = list(modules)
-    times = np.zeros((rounds + 1, len(modules), 2))
-    sent = dict.fromkeys(modules, 0.0)
-    for turn in range(rounds + 1):  # the first is not counted
-        for place in shuffled(len(modules), turn):
-            name, module = names[place], modules[names[place]]
-            module.weight.grad = None
-            warm_pages(2**27)
+def _measure(case: Case, wanted: str, rounds: int) -> dict[str, Any]:
+    """Seconds of the slowest rank, call by call; the first of them is not counted."""
+    module, ids = _candidates(case, [wanted])[wanted], torch.from_numpy(make_ids(case))
+    times = np.zeros((rounds + 1, 2))
+    sent, upstream = 0.0, None
+    for turn in range(rounds + 1):
+        module.weight.grad = None
+        dist.barrier()
+        before = _sent_bytes()
+        start = time.perf_counter()
+        output = module(ids)
+        between = time.perf_counter()
+        if turn == 0:
             dist.barrier()
-            before = _sent_bytes()
-            start = time.perf_counter()
-            output = module(ids)
-            between = time.perf_counter()
-            if turn == 0:
-                dist.barrier()
-                sent[name] = (_sent_bytes() - before) / case.world_size
-            else:
-                output.backward(upstream[name])
-                end = time.perf_counter()
-                times[turn, place] = between - start, end - start
-            del output
-        if dist.get_rank() == 0:
-            print(json.dumps({"done": turn, "of": rounds}), flush=True)
+            sent = (_sent_bytes() - before) / case.world_size
+            upstream = torch.randn_like(output)
+        output.backward(upstream)
+        times[turn] = between - start, time.perf_counter() - start
+        del output
     slowest = torch.from_numpy(times[1:])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    forward, both = slowest.unbind(2)
-    return {
-        name: timing("forward", forward[:, i]) | timing("forward_backward", both[:, i]) | {"sent_bytes": sent[name]}
-        for i, name in enumerate(modules)
-    }
+    forward, both = slowest.unbind(1)
+    return {"forward": forward.tolist(), "forward_backward": both.tolist(), "sent_bytes": sent}
 
 
 def main() -> None:
-    """Run as ``python -m benchmarks.torch_exchange RENDEZVOUS RANK CASES RESULT``."""
-    rendezvous, rank, cases, result = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
+    """Run as ``python -m benchmarks.torch_exchange RENDEZVOUS RANK SPEC RESULT``: one case and one candidate."""
+    rendezvous, rank, spec, result = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
-    warm_pages(FIRST // 2)
-    world_size = cases["cases"][0]["world_size"]
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    found = []
+    case = Case(**spec["case"])
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=case.world_size)
     # Megatron-core's sequence-parallel path allocates on the current CUDA device.
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unittest.mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")))
-        for fields in cases["cases"]:
-            case = Case(**fields)
-            found.append(_measure(case, cases["candidates"], cases["rounds"]))
+    with unittest.mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")):
+        found = _measure(case, spec["candidate"], spec["rounds"])
     if rank == 0:
         result.write_text(json.dumps(found))
     dist.barrier()

@@ -137,7 +137,13 @@ def _modules(case: Case, emb: ParallelVocabEmbedding) -> dict[str, nn.Module]:
     """By name, ours first: what looks global ids up in one and the same table."""
     start = emb.partition.start(emb.rank)
     if case.reduction != "accumulate":
-        return {"ours": emb} | {name: _Module(make(emb.weight, start)) for name, make in CANDIDATES.items()}
+        # The same layer on memory without a row of zeros behind it: what that row is worth.
+        moved = ParallelVocabEmbedding(
+            case.vocab_size, case.emb_size, emb.rank, case.world_size, dtype=emb.weight.dtype, device="meta"
+        )
+        moved.weight = nn.Parameter(emb.weight.detach())
+        peers = {name: _Module(make(emb.weight, start)) for name, make in CANDIDATES.items()}
+        return {"ours": emb, "ours, moved table": moved} | peers
     fused = ParallelVocabEmbedding(
         case.vocab_size,
         case.emb_size,
@@ -189,7 +195,41 @@ def _measure(case: Case, rounds: int, device: str, advance: Callable[[], None]) 
     fresh = [] if case.reduction == "accumulate" else parameters
     for name, times in _times(runs, True, fresh, rounds, device, advance).items():
         found[name] |= timing("backward", times[:, 1]) | timing("forward_backward", times.sum(axis=1))
+    if _has_steps(case):
+        for kind, optimizer in (("sgd_step", torch.optim.SGD), ("adam_step", torch.optim.Adam)):
+            steps = _steps(modules, emb.weight, optimizer, ids, upstream)
+            for name, times in _times(steps, False, fresh, rounds, device, advance).items():
+                found[name] |= timing(kind, times[:, 0])
     return found
+
+
+def _has_steps(case: Case) -> bool:
+    return case.reduction == "none" and case.batch * case.sequence >= 8192 and case.emb_size <= 1024
+
+
+def _steps(
+    modules: dict[str, nn.Module],
+    weight: nn.Parameter,
+    optimizer: type[torch.optim.Optimizer],
+    ids: Tensor,
+    upstream: Tensor,
+) -> dict[str, _Run]:
+    """Whole training steps: forward, backward and the optimizer's step, each form with a parameter of its own."""
+    steps = {}
+    for name in ("ours", "ours, moved table", "Megatron's form", "TGI's null row"):
+        if name not in modules:
+            continue
+        module = modules[name]
+        lookup = getattr(module, "lookup", None)
+        parameter = getattr(lookup, "parameter", module.weight if lookup is None else weight)
+        step = optimizer([parameter], lr=1e-6)
+
+        def run(module: nn.Module = module, step: torch.optim.Optimizer = step) -> None:
+            module(ids).backward(upstream)
+            step.step()
+
+        steps[name] = _Run(run, lambda _: None)
+    return steps
 
 
 def _times(

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from benchmarks.__main__ import _rows, _run, _run_local
+from benchmarks.__main__ import _run_jax, _run_local, _run_scaling, _run_torch
 from benchmarks.cases import Case, make_ids, timing, traffic
+from benchmarks.exchange import SCALING, exchange_cases
+from benchmarks.exchange import rows_of as exchange_rows
+from benchmarks.exchange import targets as exchange_targets
 from benchmarks.local import HEADER, Result, local_cases, reasons, rows_of, targets
 from benchmarks.plots import draw_exchange, draw_local
 
@@ -21,10 +24,13 @@ def test_every_candidate_is_measured(framework):
         peers.append("Megatron-core")
     candidates = ["ours, auto", "ours, routed", "ours, dense", *peers]
     with Progress(disable=True) as progress:
-        (found,) = _run(framework, [case], candidates, 2, progress)
+        if framework == "torch":
+            (found,) = _run_torch([case], candidates, 2, 1, progress)
+        else:
+            (found,) = _run_jax([case], candidates, 2, progress)
     assert list(found) == candidates
     assert all(0 < times["forward"] < times["forward_backward"] * 10 for times in found.values())
-    assert [row[1] for row in _rows(case, found)] == candidates
+    assert [row[1] for row in exchange_rows(case, found)] == candidates
     if framework == "torch":
         assert all(times["sent_bytes"] > 0 for times in found.values())
 
@@ -69,15 +75,15 @@ def result_of(case, ours, floor, megatron):
 def test_a_target_is_met_or_missed_by_what_was_measured():
     large = result_of(Case("none", 8, "uniform"), 1.04, 1.0, 1.5)
     assert [row[1:] for row in targets([large])] == [
-        ["forward / a clone of the output", "1.04", "1.05", "met"],
-        ["forward + backward / allocating both", "1.04", "1.15", "met"],
-        ["forward / Megatron's form", "0.69", "0.71", "met"],
-        ["forward + backward / Megatron's form", "0.69", "0.56", "missed"],
+        ["forward / Megatron's form", "0.69", "0.75", "met"],
+        ["forward + backward / Megatron's form", "0.69", "0.60", "missed"],
     ]
     (reason,) = reasons(targets([large]))
     assert reason.startswith("- Megatron's form: ")
     few = result_of(Case("none", 8, "uniform", 1, 64), 1.2, 1.0, 1.0)
-    assert [row[4] for row in targets([few])] == ["missed", "missed"]  # nn.Embedding's own call was not measured
+    assert [row[4] for row in targets([few])] == ["missed", "missed"]  # TGI's form was not measured
+    small = result_of(Case("none", 4, "zipf", 1, 512, 32000, 256, "bfloat16"), 1.4, 1.0, 1.0)
+    assert [row[4] for row in targets([small])] == ["missed", "met"]
     moved = {"owned_tokens": 1024}
     gpu = Result("torch on a GPU", large.case, {name: {**times, **moved} for name, times in large.found.items()})
     # 8192 rows written and 1024 read in the time in which a copy writes and reads 8192 each.
@@ -85,6 +91,25 @@ def test_a_target_is_met_or_missed_by_what_was_measured():
     rows = rows_of(large)
     assert all(len(row) == len(HEADER) for row in rows)
     assert rows[0][2:5] == ["1040.00 ms ±10%", "1.04", "1.00"]
+
+
+def test_an_exchange_is_so_many_times_as_fast_as_its_peers():
+    case = Case("reduce_scatter", 4, "zipf")
+    found = {name: {"forward": t, "forward_backward": 2 * t} for name, t in (("ours, auto", 1.0), ("DTensor", 3.0))}
+    rows = exchange_targets([("torch", case, found), ("jax", case, found)])
+    assert [row[1:] for row in rows] == [
+        ["forward: times as fast as DTensor", "3.00", "2.50", "met"],
+        ["forward + backward: times as fast as DTensor", "3.00", "5.00", "missed"],
+    ]
+    assert {c.dtype for c in exchange_cases(quick=True)["torch"]} == {"float32", "bfloat16"}
+
+
+@pytest.mark.slow
+def test_one_ranks_cost_is_measured_at_each_number_of_ranks():
+    with Progress(disable=True) as progress:
+        found = _run_scaling(1, progress)
+    assert [list(each) for each in found] == [["ours, routed", "ours, dense"]] * len(SCALING)
+    assert [case.world_size for case in SCALING] == [8, 64, 512]
 
 
 def test_every_axis_is_measured():

@@ -89,8 +89,8 @@ def test_a_sparse_gradient_does_not_grow_with_the_vocabulary():
 
 
 def test_a_dense_gradient_is_allocated_once():
-    small, large = backward_bytes(1000, rank=0), backward_bytes(100_000, rank=0)
-    assert large - small == (100_000 - 1000) // 2 * 8 * 4
+    small, large = backward_bytes(100_000, rank=0), backward_bytes(300_000, rank=0)
+    assert large - small == (300_000 - 100_000) // 2 * 8 * 4
 
 
 @pytest.mark.slow

@@ -22,9 +22,15 @@ LARGE_BYTES = 2**25
 """
 
 _BLOCK_COLUMNS = 256
-"""Columns of 16-bit gradients that are widened at a time, so that they stay in cache.
+"""Columns of gradients that are gathered at a time, so that they stay in cache and need little memory.
 
 Zipf ids, 8192 x 1024 in bfloat16: 9.3 ms instead of 12.0 in one block; 64 to 512 columns differ by less than the noise.
+"""
+
+_SMALL_TABLE = 2**16
+"""Numbers of a table up to which its gradient is added up as a whole, without finding out which rows occur.
+
+64 tokens on a table of 64 x 16 in bfloat16: 20 us instead of 91.
 """
 
 
@@ -77,17 +83,21 @@ def sum_rows(grad_TE: Tensor, keys_T: Tensor, num_rows: int, dtype: torch.dtype 
     positions = (keys_T < num_rows).nonzero().squeeze(1)
     distinct_K, slots = keys_T[positions].unique(return_inverse=True)
     num_distinct, emb_size = len(distinct_K), grad_TE.shape[1]
-    step = emb_size if wide == grad_TE.dtype else _BLOCK_COLUMNS
-    blocks = []
-    for columns in grad_TE.split(step, dim=1):
-        terms = columns.index_select(0, positions).to(wide)
-        sums = _zeros((num_distinct, terms.shape[1]), wide, terms.device)
-        blocks.append(sums.scatter_add_(0, slots.unsqueeze(1).expand_as(terms), terms).to(dtype))
-    return distinct_K, blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    sums_KE = grad_TE.new_empty(num_distinct, emb_size, dtype=dtype)
+    for first in range(0, emb_size, _BLOCK_COLUMNS):
+        terms = grad_TE[:, first : first + _BLOCK_COLUMNS].index_select(0, positions).to(wide)
+        sums = torch.zeros(num_distinct, terms.shape[1], dtype=wide, device=terms.device)
+        sums_KE[:, first : first + _BLOCK_COLUMNS] = sums.scatter_add_(0, slots.unsqueeze(1).expand_as(terms), terms)
+    return distinct_K, sums_KE
 
 
 def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
     """Add the tokens' gradients to the rows they belong to: ``[num_rows, E]``, zero for rows that do not occur."""
+    if num_rows * grad_TE.shape[1] <= _SMALL_TABLE and grad_TE.device.type == "cpu":
+        wide = grad_TE.to(accumulation_dtype(grad_TE.dtype))
+        # In the order of the tokens too. The index that it leaves out is that of no row.
+        sums = torch.ops.aten.embedding_dense_backward(wide, keys_T, num_rows, num_rows, False)
+        return sums.to(grad_TE.dtype)
     return spread(*sum_rows(grad_TE, keys_T, num_rows), num_rows)
 
 
