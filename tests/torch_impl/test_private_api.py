@@ -57,7 +57,7 @@ def test_a_group_by_its_name(world):
 
 def test_they_are_in_one_file():
     private = re.compile(
-        r"torch\._(?!_version__)|forward_ad|super\(torch\.autograd|ctypes|mmap|_make_wrapper_subclass|_resolve_process_group"
+        r"torch\._(?!_version__)|forward_ad|super\(torch\.autograd|ctypes|mincore|_make_wrapper_subclass|_resolve_process_group"
         r"|\._(?:apply|backward_hooks|indices|values|nnz|base|is_view|get_\w+)\b"
     )
     folder = Path(torch_impl.__file__).parent
