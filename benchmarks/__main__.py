@@ -181,7 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the base cases only, in less than five minutes")
+    parser.add_argument("--quick", action="store_true", help="the base cases only, in some fifteen minutes")
     parser.add_argument("--part", choices=["local", "exchange"], help="one part")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")
@@ -211,7 +211,7 @@ def main() -> int:
             cases = exchange_cases(options.quick)[framework]
             if framework == "torch":  # auto is routed there
                 candidates.remove("ours, routed")
-                found = _run_torch(cases, candidates, 3, 1 if options.quick else TURNS, progress)
+                found = _run_torch(cases, candidates, 3, 2 if options.quick else TURNS, progress)
                 exchange += [(framework, case, each) for case, each in zip(cases, found, strict=True)]
                 scaling = _run_scaling(rounds, progress)
                 continue

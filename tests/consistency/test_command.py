@@ -78,7 +78,7 @@ def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
     assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
 
 
-@pytest.mark.parametrize(("reduction", "exchange"), [("all_reduce", "routed"), slower("reduce_scatter", "dense")])
+@pytest.mark.parametrize(("reduction", "exchange"), [slower("all_reduce", "routed"), slower("reduce_scatter", "dense")])
 def test_reductions_in_real_processes(capsys, tmp_path, rng, reduction, exchange):
     """A user's own table, an odd number of columns, ids of [s, b], three torch processes and three JAX devices."""
     save_file({"emb": rng.standard_normal((42, 5)).astype(ml_dtypes.bfloat16)}, tmp_path / "t.safetensors")
@@ -209,7 +209,7 @@ def test_a_layer_that_is_off_by_one_row_is_found_out(capsys, monkeypatch, tmp_pa
 HOSTILE = ["shared", "json", "torch_impl", "jax_impl", "torch", "jax", "numpy", "pickle", "socket", "runpy", "struct"]
 
 
-@pytest.mark.parametrize("reduction", ["none", "all_reduce"])
+@pytest.mark.parametrize("reduction", [slower("none"), "all_reduce"])
 def test_nothing_in_the_current_folder_is_run(tmp_path, reduction):
     """Neither by the command, nor by a backend's process, nor by those that it starts."""
     for name in HOSTILE:

@@ -100,7 +100,13 @@ def normal(output):
     return "\n".join(line.rstrip() for line in output.splitlines())
 
 
-@pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block.split("\n")[0][2:50])
+def console_blocks():
+    """The first in the default run, the others among the slow ones."""
+    first, *others = blocks("console")
+    return [first, *(pytest.param(block, marks=pytest.mark.slow) for block in others)]
+
+
+@pytest.mark.parametrize("block", console_blocks(), ids=lambda block: block.split("\n")[0][2:50])
 def test_commands_print_what_is_shown(block):
     commands, shown = split_console(block)
     assert normal(shown) == normal(run_console(commands))

@@ -43,6 +43,7 @@ def check_in_a_group(backend):
     check(backend, dist.group.WORLD, None)
 
 
+@pytest.mark.slow
 def test_two_ranks(world):
     world(2)(check_in_a_group, "aot_eager")
 

@@ -93,6 +93,7 @@ def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(world_size, dtype
     check_case(one_mesh("Auto", (world_size,)), ids, 48, 5 if world_size == 3 else 6, dtype)
 
 
+@pytest.mark.slow
 def test_on_an_explicit_mesh():
     mesh = one_mesh("Explicit")
     with jax.set_mesh(mesh):
@@ -121,6 +122,7 @@ def test_lopsided_ids(dtype):
         check_case(one_mesh(), ids.astype(np.int32).reshape(2, 8), 12, 5, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ids",
     [
@@ -134,6 +136,7 @@ def test_ids_of_other_shapes_and_dtypes(ids):
     check_case(one_mesh(), ids, 12, 4, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owned", [1, 100, 150, 170, 250])
 def test_every_capacity_is_taken(owned):
     """From ids that one rank owns a few of to ids that it owns all of: by routes as far as they fit, and then densely."""
@@ -144,6 +147,7 @@ def test_every_capacity_is_taken(owned):
     check_case(mesh, ids, 2048, 4, np.float32, ["routed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seq_dim", [0])
 def test_the_sequence_may_be_any_dimension(seq_dim):
     ids = zipf_ids((8, 4, 2), VocabPartition(64, 4), 1)
@@ -155,6 +159,7 @@ def test_the_sequence_may_be_any_dimension(seq_dim):
     assert emb(ids).sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), 4)
 
 
+@pytest.mark.slow
 def test_padding_idx_gets_no_gradient():
     check_case(one_mesh(), zipf_ids((4, 16), VocabPartition(48, 4), 2), 48, 4, np.float32, padding_idx=0)
 
@@ -207,6 +212,7 @@ def test_collectives_of_the_dense_exchange(mesh_of):
         assert collectives(backward, emb, ids, emb(ids)) == {"all-gather": 1}
 
 
+@pytest.mark.slow
 def test_collectives_of_the_routed_exchange(mesh_of):
     """Each way that a batch may take is in the program once; a run goes one of them."""
     mesh = mesh_of((4,))
@@ -263,6 +269,7 @@ def test_forward_mode_second_derivatives_and_vmap():
         np.testing.assert_array_equal(gradient.weight, np.broadcast_to(2 * counts, (48, 6)))
 
 
+@pytest.mark.slow
 def test_inside_a_shard_map_of_ones_own(mesh_of):
     mesh = mesh_of((4,))
     partition, table = VocabPartition(48, 4), table_of(48, 6, np.float32)

@@ -23,9 +23,9 @@ def keys_of(tokens, equal=0.0, num_rows=8):
     ("dtype", "tokens"),
     [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, tokens) for tokens in (1, 15, 16, 255, 256, 1100))],
 )
-@pytest.mark.parametrize("emb_size", [3, 300])
-def test_interpreted_sums_are_the_cpus(dtype, tokens, emb_size):
+def test_interpreted_sums_are_the_cpus(dtype, tokens):
     torch.manual_seed(tokens)
+    emb_size = 300 if tokens == 16 else 3  # more columns than one program works on
     for equal in (0.0, 0.6, 1.0):  # a row that goes on through several windows
         keys = keys_of(tokens, equal)
         upstream = torch.randint(-2, 3, (tokens, emb_size)).to(dtype)  # sums that bfloat16 holds

@@ -120,6 +120,10 @@ def test_check_needs_a_group():
         ParallelVocabEmbedding(48, 4, check="yes")
 
 
+def slower(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # The last rank dies before it joins in; the others are told by the operation that they were in.
 RANK = """
     import os, signal, sys
@@ -149,10 +153,19 @@ RANK = """
     ("reduction", "exchange", "where", "operation"),
     [
         ("all_reduce", "dense", "forward", "all_reduce of the embedding's forward (dense) failed on rank"),
-        ("all_reduce", "routed", "forward", "broadcast of the embedding's forward (routed all_reduce) failed on rank"),
-        ("reduce_scatter", "dense", "forward", "reduce_scatter of the embedding's forward (dense) failed on rank"),
-        ("reduce_scatter", "routed", "forward", "all_to_all_single of the embedding's forward (routed reduce_scatter)"),
-        ("reduce_scatter", "dense", "backward", "all_gather of the embedding's backward (dense) failed on rank"),
+        slower(
+            "all_reduce", "routed", "forward", "broadcast of the embedding's forward (routed all_reduce) failed on rank"
+        ),
+        slower(
+            "reduce_scatter", "dense", "forward", "reduce_scatter of the embedding's forward (dense) failed on rank"
+        ),
+        slower(
+            "reduce_scatter",
+            "routed",
+            "forward",
+            "all_to_all_single of the embedding's forward (routed reduce_scatter)",
+        ),
+        slower("reduce_scatter", "dense", "backward", "all_gather of the embedding's backward (dense) failed on rank"),
         (
             "reduce_scatter",
             "routed",

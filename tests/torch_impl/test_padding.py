@@ -142,7 +142,7 @@ def check_reductions(dtype_name):
     return layer.partition == VocabPartition(9, 4, size)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_every_reduction_with_padding(world, dtype):
     assert world(4)(check_reductions, dtype) == [True] * 4
 

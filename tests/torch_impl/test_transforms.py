@@ -114,6 +114,35 @@ def test_per_sample_gradients():
     assert torch.equal(vmap(grad(loss), (0, 0))(torch.stack([table, table]), IDS), expected)
 
 
+def test_jacobian():
+    emb = ParallelVocabEmbedding(12, 2, 1, 3, dtype=torch.float64)
+    table = emb.weight.detach()
+
+    def plain(weight):
+        owned = (IDS >= 4) & (IDS < 8)
+        return weight[(IDS - 4).clamp(0, 3)] * owned.unsqueeze(-1)
+
+    found = torch.func.jacrev(lambda weight: functional_call(emb, {"weight": weight}, (IDS,)))(table)
+    assert torch.equal(found, torch.func.jacrev(plain)(table))
+
+
+@pytest.mark.parametrize("batched", ["ids", "table", "both"])
+def test_mapped_over_a_large_batch(batched):
+    """From 32 MiB on rows are copied by an operator."""
+    emb = ParallelVocabEmbedding(12, 1024, 1, 3)
+    ids = (torch.arange(9000) * 5 % 14).view(2, -1)
+    tables = torch.stack([emb.weight.detach(), 2 * emb.weight.detach()])
+    in_dims = {"ids": (None, 0), "table": (0, None), "both": (0, 0)}[batched]
+    arguments = (
+        tables[0] if batched == "ids" else tables,
+        ids[0].repeat(2) if batched == "table" else ids.repeat(1, 2),
+    )
+    found = vmap(lambda weight, ids: functional_call(emb, {"weight": weight}, (ids,)), in_dims)(*arguments)
+    for i in range(2):
+        table, mine = (a if dim is None else a[i] for a, dim in zip(arguments, in_dims, strict=True))
+        assert torch.equal(found[i], functional_call(emb, {"weight": table}, (mine,)))
+
+
 def test_fake_tensors_have_the_right_shapes():
     with FakeTensorMode():
         emb = ParallelVocabEmbedding(12, 4, 1, 3, dtype=torch.bfloat16)
