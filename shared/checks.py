@@ -119,7 +119,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-    return value
+    return choices[choices.index(value)]  # a plain str, whatever kind of one was given
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -41,7 +41,7 @@ def _check_main_grad(weight: Tensor) -> None:
         return
     if not isinstance(buffer, Tensor):
         raise TypeError(f"main_grad must be a tensor like the table, got {type(buffer).__name__}")
-    fits = buffer.is_floating_point() and buffer.dtype.itemsize >= min(weight.dtype.itemsize, 4)
+    fits = buffer.dtype == weight.dtype or (buffer.is_floating_point() and buffer.dtype.itemsize >= 4)
     if buffer.shape != weight.shape or buffer.device != weight.device or not fits:
         raise ValueError(
             f"main_grad must be {tuple(weight.shape)} on {weight.device}, as the table is, in {weight.dtype}, float32 or "

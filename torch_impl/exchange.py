@@ -18,7 +18,7 @@ from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
-from torch_impl.lookup import eager_mode_only, gather, sparse_gradient
+from torch_impl.lookup import check_rows, eager_mode_only, gather, sparse_gradient
 from torch_impl.process_group import find_group
 
 __all__ = ["choose_exchange", "reduced_lookup"]
@@ -59,6 +59,8 @@ def reduced_lookup(
     Raises:
         RuntimeError: a collective failed; the message names it.
     """
+    if zero_padded is None:
+        check_rows(weight, config.partition.rows_per_rank, config.emb_size)
     ids_here = ids.to(weight.device, copy=True)  # the caller may write over them before backward
     output = _ReducedLookup.apply(weight, ids_here, zero_padded, config.text, group_name, sparse)
     return output.to(ids.device)
@@ -82,6 +84,8 @@ class _ReducedLookup(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
         if ctx.sparse:
+            if torch.is_grad_enabled():
+                raise ValueError("sparse must be False where gradients of a reduction are differentiated again")
             config = EmbeddingConfig.from_text(ctx.config)
             with eager_mode_only():
                 rows = _sums_of_own_rows(grad_outputs[0], ids, config, ctx.group_name)
@@ -106,6 +110,9 @@ class _ReducedScatterAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
+        padding_idx = EmbeddingConfig.from_text(ctx.config).padding_idx
+        if padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
+            ids = ids.masked_fill(ids == padding_idx, -1)
         return _ReducedLookup.apply(grad_outputs[0], ids, None, ctx.config, ctx.group_name, False), None, None, None
 
 

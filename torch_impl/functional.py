@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.checks import REDUCTIONS, check_choice
+from shared.checks import REDUCTIONS, check_choice, table_dtype_error
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from torch_impl.exchange import reduced_lookup as lookup_over_group
@@ -49,7 +50,7 @@ def partial_lookup(
     once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order; forward mode is not.
 
     Raises:
-        TypeError: ids are not a tensor of integers.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another.
         ValueError: ``weight`` does not have ``partition.rows_per_rank`` rows; another argument is out of range.
         IndexError: with ``invalid_ids="error"``, naming the first such id, its position and the legal range.
 
@@ -93,7 +94,8 @@ def reduced_lookup(
     Every rank of the group calls this with the same ids and options.
 
     Args:
-        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
+        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or
+            float64.
         ids: global ids, any shape, any integer dtype; the same on all ranks; not modified.
         partition: who owns what; its ``world_size`` is the group's.
         process_group: the ranks; None where ``partition.world_size`` is 1.
@@ -113,7 +115,7 @@ def reduced_lookup(
     and rounded once.
 
     Raises:
-        TypeError: ids are not a tensor of integers.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another.
         ValueError: an argument is out of range, or the sequence is not divisible by ``partition.world_size``.
         IndexError: with ``invalid_ids="error"``.
         RuntimeError: a collective failed; the message names it.
@@ -135,6 +137,8 @@ def reduced_lookup(
     options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "sparse": sparse}
     config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, **options)
     rank, _ = resolve_rank(0 if process_group is None else None, partition.world_size, process_group)
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise table_dtype_error(weight.dtype)
     group_name = resolve_group(process_group, reduction, partition.world_size)
     ids = checked_ids(ids, invalid_ids, partition.vocab_size)
     if group_name is None or partition.world_size == 1:

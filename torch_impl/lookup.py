@@ -19,8 +19,9 @@ from torch import Tensor
 
 from shared.config import EmbeddingConfig
 from torch_impl.kernels import cpu
+from torch_impl.private_api import function_is_inlined
 
-__all__ = ["eager_mode_only", "gather", "lookup", "scatter_add", "sparse_gradient"]
+__all__ = ["check_rows", "eager_mode_only", "gather", "lookup", "scatter_add", "sparse_gradient"]
 
 
 def lookup(
@@ -45,15 +46,33 @@ def lookup(
         ``[*ids.shape, E]`` on the device of the ids.
     """
     num_rows = config.partition.rows_per_rank
+    if zero_padded is None:
+        check_rows(weight, num_rows, config.emb_size)
     if (device := ids.device) != weight.device:
         ids = ids.to(weight.device)
     keys = config.partition.keys(ids, rank)
-    if torch.is_grad_enabled():
+    if zero_padded is None or torch.is_grad_enabled():
         grad_keys = None if config.padding_idx is None else keys.masked_fill(ids == config.padding_idx, num_rows)
         output = _Lookup.apply(weight, keys, grad_keys, zero_padded, num_rows, sparse)
     else:
-        output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
+        output = _take(zero_padded, keys)
     return output if output.device == device else output.to(device)
+
+
+def check_rows(weight: Tensor, num_rows: int, emb_size: int) -> None:
+    """Refuse a table that is not a rank's own: its rows would be taken for others.
+
+    Raises:
+        ValueError: it is not ``[num_rows, emb_size]``.
+        TypeError: it does not hold floating-point numbers.
+    """
+    if weight.dim() != 2 or weight.shape[0] != num_rows or weight.shape[1] != emb_size:
+        raise ValueError(
+            f"weight must hold the rank's own rows, [{num_rows}, {emb_size}], got {list(weight.shape)}; "
+            f"build a layer of that size instead"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}")
 
 
 def gather(
@@ -62,7 +81,7 @@ def gather(
     """Copy the table's row for each key, bit for bit; a key of ``num_rows`` gives a row of +0.0.
 
     A table of ``num_rows + 1`` rows has such a row at its end. Else the bits are multiplied by one or zero: as integers,
-    which no NaN withstands.
+    which no NaN withstands, and by far the fastest way to clear rows in eager mode.
 
     Args:
         table: ``[num_rows, E]`` or ``[num_rows + 1, E]``.
@@ -73,8 +92,11 @@ def gather(
     take = take or _take
     if table.shape[0] > num_rows:
         return take(table, keys)
-    output = take(table, keys.clamp(max=num_rows - 1))
-    output.view(_INTEGERS[output.element_size()]).mul_((keys < num_rows).unsqueeze(-1))
+    rows, owned = keys.clamp(max=num_rows - 1), (keys < num_rows).unsqueeze(-1)
+    if function_is_inlined():  # what is differentiable as it is; inductor may change a NaN's payload here
+        return torch.where(owned, take(table, rows), 0)
+    output = take(table, rows)
+    output.view(_INTEGERS[output.element_size()]).mul_(owned)
     return output
 
 
@@ -82,8 +104,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _take(table: Tensor, rows: Tensor) -> Tensor:
-    row_bytes = table.shape[1] * table.element_size()
-    if table.device.type == "cpu" and rows.numel() * row_bytes >= cpu.LARGE_BYTES:
+    large = table.device.type == "cpu" and not torch.compiler.is_compiling()  # graphs are to hold for any size
+    if large and rows.numel() * table.shape[1] * table.element_size() >= cpu.LARGE_BYTES:
         return torch.ops.pve.gather(table, rows)
     return F.embedding(rows, table)
 
@@ -130,7 +152,10 @@ class _Lookup(torch.autograd.Function):
         num_rows: int,
         sparse: bool,
     ) -> Tensor:
-        return gather(weight if zero_padded is None else zero_padded, keys, num_rows)
+        output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
+        if grad_keys is not None and function_is_inlined():  # padding_idx gets no gradient
+            output = torch.where((grad_keys < num_rows).unsqueeze(-1), output, output.detach())
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,12 +8,17 @@ A test uses each of them, so that a release that moves one fails loudly.
   Not needed once it takes any object that tells its pieces (pytorch/pytorch#189492, in review).
 - ``Module._apply``: the one method that ``to``, ``half`` and ``to_empty`` all pass through; ``nn.RNN`` overrides it for the
   same purpose. There is no public hook; none is proposed.
+- ``torch.fx.experimental.proxy_tensor.get_proxy_mode``: whether make_fx is writing a graph down, in which other memory than
+  the weight's would be a constant. It has no leading underscore, but "experimental" promises nothing.
+- ``torch._C._are_functorch_transforms_active``: under torch.compile, dynamo inlines the forward of an autograd.Function that
+  lies inside torch.func's grad or vmap and drops its backward. Not needed once it keeps both.
 - ``Tensor._backward_hooks``, ``Tensor._post_accumulate_grad_hooks``, ``DistributedDataParallel._get_active_ddp_module``:
   whether somebody waits for a gradient that is not handed on. There is no public question; none is proposed.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["ModuleThatMoves", "group_of_name", "tensor_without_storage", "who_waits_for_the_gradient"]
+__all__ = [
+    "ModuleThatMoves",
+    "being_traced",
+    "function_is_inlined",
+    "group_of_name",
+    "tensor_without_storage",
+    "who_waits_for_the_gradient",
+]
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:
@@ -33,6 +45,19 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     from torch._C._distributed_c10d import _resolve_process_group  # absent where torch is built without distributed
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def being_traced() -> bool:
+    """Return True while a graph is written down, to be run again with other weights."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    proxy_tensor = sys.modules.get("torch.fx.experimental.proxy_tensor")  # make_fx is in it
+    return proxy_tensor is not None and proxy_tensor.get_proxy_mode() is not None
+
+
+def function_is_inlined() -> bool:
+    """Return True where dynamo takes the forward of an autograd.Function as it is, without its backward."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:

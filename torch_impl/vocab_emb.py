@@ -18,6 +18,7 @@ from torch_impl.files import TableInFiles
 from torch_impl.ids import checked_ids
 from torch_impl.init import fill_normal
 from torch_impl.lookup import lookup
+from torch_impl.private_api import being_traced
 from torch_impl.process_group import resolve_group, resolve_rank
 
 __all__ = ["ParallelVocabEmbedding"]
@@ -64,8 +65,8 @@ class ParallelVocabEmbedding(TableInFiles):
         gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad``, or to
             ``weight.grad`` where there is no such tensor. A micro-batch then costs as much as its tokens, not as the table.
             The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype,
-            float32 or a wider one. Autograd is handed nothing, so DistributedDataParallel, hooks on the table and
-            ``torch.autograd.grad`` are refused; ``fully_shard`` works. Eager mode only. The host waits for the device.
+            float32 or a wider one. Autograd is handed nothing: DistributedDataParallel and hooks on the table are refused,
+            ``torch.autograd.grad`` finds no gradient. ``fully_shard`` works. Eager mode only. The host waits for the device.
 
     Attributes:
         weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``.
@@ -186,7 +187,7 @@ class ParallelVocabEmbedding(TableInFiles):
         ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
         rank: int | Tensor = self.rank
         zero_padded = None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if being_traced():
             # Ranks share a graph that takes the rank as data. The mask is fused; other memory would not follow the weight.
             rank = self._rank_tensor
         else:

@@ -43,7 +43,12 @@ class ModuleWithTable(ModuleThatMoves):
             return None
         if type(weight) is not nn.Parameter:  # of a transform or functional_call, for the time being
             return None
-        same = weight.data_ptr() == longer.data_ptr() and weight.dtype is longer.dtype and weight.is_contiguous()
+        same = (
+            weight.data_ptr() == longer.data_ptr()
+            and weight.dtype is longer.dtype
+            and weight.is_contiguous()
+            and not weight.is_neg()
+        )
         if not same or weight.shape[0] + 1 != longer.shape[0] or weight.shape[1] != longer.shape[1]:
             self._longer = longer = None
         return longer

@@ -56,6 +56,12 @@ def test_the_text_reads_back(options):
     assert again.text == config.text
 
 
+def test_words_become_plain_ones():
+    config = EmbeddingConfig(12, 4, reduction=np.str_("all_reduce"))
+    assert type(config.reduction) is str
+    assert EmbeddingConfig.from_text(config.text) == config
+
+
 def test_ranks_agree_on_what_a_lookup_depends_on():
     facts = EmbeddingConfig(12, 4, world_size=3).agreement()
     assert tuple(facts) == LOOKUP_OPTIONS

@@ -54,6 +54,13 @@ def test_into_main_grad(dtype):
     assert fused.weight.grad is None
 
 
+def test_a_main_grad_of_the_other_16_bit_dtype_is_refused():
+    emb = ParallelVocabEmbedding(12, 4, dtype=torch.bfloat16, **FUSED)
+    emb.weight.main_grad = torch.zeros(12, 4, dtype=torch.float16)
+    with pytest.raises(ValueError, match="main_grad must be"):
+        emb(torch.tensor([1, 5]))
+
+
 @pytest.mark.parametrize(
     ("main_grad", "error"),
     [

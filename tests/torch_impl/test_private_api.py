@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_impl
@@ -44,6 +45,18 @@ def test_modules_are_told_when_they_move():
     module.weight = nn.Parameter(torch.ones(2))
     nn.Sequential(module).double().to("cpu").to_empty(device="cpu")
     assert module.told == 3
+
+
+def test_what_is_being_traced():
+    def look(x):
+        return x * (2 if private_api.being_traced() else 1) * (3 if private_api.function_is_inlined() else 1)
+
+    one = torch.ones(2)
+    assert torch.equal(look(one), one)
+    assert torch.equal(make_fx(look)(one)(one), 2 * one)
+    assert torch.equal(torch.compile(look, fullgraph=True, backend="eager")(one), 2 * one)
+    mapped = torch.compile(lambda x: torch.func.vmap(look)(x), fullgraph=True, backend="eager")
+    assert torch.equal(mapped(one), 6 * one)
 
 
 def check_group():

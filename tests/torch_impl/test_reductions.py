@@ -225,6 +225,16 @@ def check_derivatives():
         # The gradient is linear in upstream: its derivative along the table is the lookup again.
         (second,) = torch.autograd.grad(gradient, upstream, emb.weight.detach())
         assert equal_bits(second, output)
+        plain = layer(reduction, exchange, dtype=torch.float64, padding_idx=3)
+        (gradient,) = torch.autograd.grad(plain(ids), plain.weight, upstream, create_graph=True)
+        (second,) = torch.autograd.grad(gradient, upstream, plain.weight.detach() + 1)
+        mine = ids if reduction == "all_reduce" else ids.chunk(world_size, 1)[rank]
+        assert not second[mine == 3].any()
+        assert second[mine != 3].all()
+        sparse = layer(reduction, exchange, dtype=torch.float64, sparse=True)
+        with pytest.raises(ValueError, match="sparse must be False where gradients of a reduction"):
+            torch.autograd.grad(sparse(ids), sparse.weight, upstream, create_graph=True)
+        dist.barrier()
         assert output.shape[1] == (8 if reduction == "all_reduce" else 8 // world_size)
 
 

@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from torch_impl import ParallelVocabEmbedding
+from shared import VocabPartition
+from torch_impl import ParallelVocabEmbedding, partial_lookup
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,60 @@ def test_per_sample_gradients():
     expected = torch.stack([grad(loss)(table, ids) for ids in IDS])
     assert torch.equal(vmap(grad(loss), (None, 0))(table, IDS), expected)
     assert torch.equal(vmap(grad(loss), (0, 0))(torch.stack([table, table]), IDS), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padding_idx", [None, 5])
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "grad of vmap", "jacrev", "vmap"])
+def test_compiled_transforms(backend, padding_idx, transform):
+    """The loss is linear in the rows: what a foreign id leaves behind would show."""
+    partition, weights = VocabPartition(12, 3), torch.randn(2, 4, 4)
+    factors = torch.randn(*IDS.shape, 4)
+
+    def loss(weight, ids):
+        return (partial_lookup(weight, ids, partition, 1, padding_idx=padding_idx) * factors).sum()
+
+    def function(weights, ids):
+        if transform == "grad":
+            return grad(loss)(weights[0], ids)
+        if transform == "vmap of grad":
+            return vmap(grad(loss), (0, None))(weights, ids)
+        if transform == "grad of vmap":
+            return grad(lambda weights: vmap(loss, (0, None))(weights, ids).sum())(weights)
+        if transform == "jacrev":
+            return torch.func.jacrev(lambda weight: partial_lookup(weight, ids, partition, 1))(weights[0])
+        return vmap(loss, (0, None))(weights, ids)
+
+    expected = function(weights, IDS)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend=backend)(weights, IDS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_rows_are_bits(dtype):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(2, 32768)
+    emb = ParallelVocabEmbedding(4, 32768, 0, 2, dtype=dtype)
+    with torch.no_grad():
+        emb.weight.copy_(every.view(dtype))
+    for grad_mode in (False, True):
+        with torch.set_grad_enabled(grad_mode):
+            found = torch.compile(emb, fullgraph=True)(torch.tensor([0, 1, 2, -1])).detach().view(torch.int16)
+        assert torch.equal(found[:2], every)
+        assert not found[2:].any()
+
+
+def test_forward_mode_is_refused():
+    partition, weight = VocabPartition(12, 3), torch.randn(4, 4)
+    for grad_mode in (False, True):
+        with torch.set_grad_enabled(grad_mode), pytest.raises(NotImplementedError):
+            torch.func.jvp(lambda weight: partial_lookup(weight, IDS, partition, 1), (weight,), (weight,))
+
+
+def test_exported_for_any_number_of_ids():
+    emb = ParallelVocabEmbedding(12, 4, 1, 3)
+    exported = torch.export.export(emb, (IDS[0],), dynamic_shapes=({0: torch.export.Dim("tokens")},)).module()
+    for tokens in (2, 7, 3000):
+        ids = torch.arange(tokens)
+        assert torch.equal(exported(ids), emb(ids))
 
 
 def test_jacobian():

@@ -195,6 +195,22 @@ def test_a_graph_that_is_written_down_reads_the_weight_it_is_given():
     assert torch.equal(written(other, IDS.flip(0)), expected(other, IDS.flip(0)))
 
 
+def test_a_graph_of_a_module_reads_the_weight_it_is_given():
+    emb, other = layer(), torch.randn(8, 5)
+    written = make_fx(lambda weight, ids: torch.func.functional_call(emb, {"weight": weight}, (ids,)))(emb.weight, IDS)
+    assert torch.equal(written(other, IDS.flip(0)), expected(other, IDS.flip(0)))
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+@pytest.mark.parametrize("columns", [4, 5])
+def test_a_table_of_another_size_is_refused(rows, columns):
+    emb = layer()
+    emb.weight = nn.Parameter(torch.ones(rows, columns))
+    for grad_mode in (False, True):
+        with torch.set_grad_enabled(grad_mode), pytest.raises(ValueError, match=r"rank's own rows, \[8, 5\], got \["):
+            emb(IDS)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torch_jit_is_refused_and_bakes_nothing_in():
     with pytest.raises(RuntimeError):  # it has no operation that views memory as another dtype
