@@ -147,7 +147,9 @@ class VocabPartition:
         return keys * owned, owned
 
     def keys(self, ids: Any, rank: Any) -> Any:
-        """Each id's row in the table of ``rank``; one past its last row for foreign ids. Else as ``locate``.
+        """Each id's row in the table of ``rank``; one past its last row, ``rows_per_rank``, for foreign ids.
+
+        Arguments and errors are those of ``locate``, which is built on this.
 
         Example:
             >>> import numpy as np

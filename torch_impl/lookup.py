@@ -153,7 +153,7 @@ class _Lookup(torch.autograd.Function):
         sparse: bool,
     ) -> Tensor:
         output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
-        if grad_keys is not None and function_is_inlined():  # padding_idx gets no gradient
+        if grad_keys is not None and function_is_inlined():  # no backward is left to skip padding_idx
             output = torch.where((grad_keys < num_rows).unsqueeze(-1), output, output.detach())
         return output
 
