@@ -215,9 +215,9 @@ def _routed_reduce_scatter(
     wanted_K, slots_C = _distinct(ids_WC[rank], config)
     bounds = _owner_bounds(wanted_K, config)
     rows_to_send, send_counts = _rows_to_send(ids_WC, config, rank)
-    rows_KE = table.new_empty(len(wanted_K), table.shape[1])
+    rows_KE = cpu.empty((len(wanted_K), table.shape[1]), table.dtype, table.device)
     rows_KE[bounds[-1] :] = 0
-    send, recv = table.index_select(0, rows_to_send), rows_KE[: bounds[-1]]
+    send, recv = cpu.gather(table, rows_to_send), rows_KE[: bounds[-1]]
     with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", group):
         dist.all_to_all_single(recv, send, _counts(bounds), send_counts, group=group)
     return cpu.gather(rows_KE, slots_C.view(shape))
@@ -243,7 +243,7 @@ def _sums_of_own_rows(
         bounds = _owner_bounds(wanted_K, config)
         rows, send_counts = _rows_to_send(ids_WC, config, rank)
         _, sums_KE = cpu.sum_rows(grad, slots_C, bounds[-1], wide)
-        sums = sums_KE.new_empty(len(rows), sums_KE.shape[1])
+        sums = cpu.empty((len(rows), sums_KE.shape[1]), sums_KE.dtype, sums_KE.device)
         with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", group):
             dist.all_to_all_single(sums, sums_KE, send_counts, _counts(bounds), group=group)
     else:

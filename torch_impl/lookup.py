@@ -104,9 +104,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _take(table: Tensor, rows: Tensor) -> Tensor:
-    large = table.device.type == "cpu" and not torch.compiler.is_compiling()  # graphs are to hold for any size
-    if large and rows.numel() * table.shape[1] * table.element_size() >= cpu.LARGE_BYTES:
-        return torch.ops.pve.gather(table, rows)
+    if not torch.compiler.is_compiling():  # a graph is to hold for any size
+        large = rows.numel() * table.shape[1] * table.element_size() >= cpu.LARGE_BYTES
+        if large and table.device.type == "cpu":
+            return torch.ops.pve.gather(table, rows)
     return F.embedding(rows, table)
 
 
