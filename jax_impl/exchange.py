@@ -1,221 +1,187 @@
-"""The direct exchange: each distinct row goes from its one owner straight to the ranks that need it.
+"""The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
 
-Every rank knows all the ids, so each works out what it sends and what it gets: no counts are exchanged. Shape suffixes: W
-ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
+Every rank knows all the ids, so each works out what it sends and what it gets: no counts are exchanged.
+Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K rows that one rank may send to another.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_impl.lookup import as_integers, take_widened, take_zero_filled
-from shared.partition import VocabPartition
+from jax_impl.lookup import as_integers, gather, linear_gather, linear_lookup
+from jax_impl.private_api import varying_axes
+from shared.config import EmbeddingConfig
+from shared.sequence import chunk_shape, resolve_seq_dim
 
-__all__ = [
-    "ChunkRoutes",
-    "Take",
-    "capacities",
-    "most_worthwhile",
-    "plan_routes",
-    "send_bounded",
-    "send_in_blocks",
-    "send_ragged",
-]
-
-Take = Callable[[jax.Array, jax.Array], jax.Array]
-"""Rows of a table by their number: bit for bit, or so that reverse mode can transpose it."""
+__all__ = ["linear_reduced_lookup", "reduced_lookup"]
 
 
-class ChunkRoutes(NamedTuple):
-    """Which distinct rows each chunk of the ids needs; the same on all ranks but for ``mine_C``.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
+    """Look ids up in a table that is split over the ranks of a mesh axis.
+
+    Args:
+        weight: the rank's rows, ``[N, E]``.
+        ids: any shape, as ``as_ids`` returns them; the same on all ranks of the axis.
+        config: the options; ``reduction`` is not ``"none"``.
+        axis_name: the mesh axis of the ranks.
+
+    Returns:
+        ``[*ids.shape, E]``; for ``"reduce_scatter"`` this rank's chunk of it.
+    """
+    if ids.size == 0:
+        return _nothing(weight, ids, config, axis_name)
+    collective = _collective(ids, config, axis_name)
+
+    def dense() -> jax.Array:
+        return _sum_over_ranks(weight, ids, config, axis_name, collective)
+
+    if config.reduction == "all_reduce" or config.exchange != "routed":
+        return dense()
+
+    def routed(routes: _Routes) -> jax.Array:
+        recv = _all_to_all(as_integers(weight.at[jnp.minimum(routes.send_WK, len(weight) - 1)].get()), axis_name)
+        return jax.lax.bitcast_convert_type(gather(recv, routes.slots), weight.dtype)
+
+    return _if_it_fits(_plan_routes(ids, config, axis_name), routed, dense)
+
+
+@reduced_lookup.defjvp
+def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    weight, ids = primals
+    return reduced_lookup(weight, ids, config, axis_name), linear_reduced_lookup(tangents[0], ids, config, axis_name)
+
+
+def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
+    """``reduced_lookup`` as JAX transposes it; the transpose of all_reduce is local."""
+    if ids.size == 0:
+        return _nothing(weight, ids, config, axis_name)
+
+    def dense() -> jax.Array:
+        return _collective(ids, config, axis_name)(linear_lookup(weight, ids, config, axis_name))
+
+    # Sums of 16-bit gradients travel in float32: as many bytes for half the rows as the dense form has for all of them.
+    narrow = weight.dtype.itemsize < 4
+    if config.reduction == "all_reduce" or config.exchange != "routed" or narrow:
+        return dense()
+
+    def routed(routes: _Routes) -> jax.Array:
+        recv = _all_to_all(linear_gather(weight, routes.send_WK, weight.dtype), axis_name)
+        return linear_gather(recv, routes.slots, weight.dtype)
+
+    return _if_it_fits(_plan_routes(ids, config, axis_name, gradient=True), routed, dense)
+
+
+def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
+    """The embedding of no ids."""
+    varying, shape = varying_axes(ids), ids.shape
+    if config.reduction == "reduce_scatter":
+        varying, shape = varying | {axis_name}, chunk_shape(shape, config.seq_dim, config.world_size)
+    zeros = jnp.zeros((*shape, weight.shape[1]), weight.dtype)
+    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+
+def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
+    """What adds the ranks' incomplete embeddings up."""
+    if config.reduction == "all_reduce":
+        if config.world_size == 1:  # a psum over one device does not compile beside axes that are left to the compiler
+            return functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
+        return functools.partial(jax.lax.psum, axis_name=axis_name)
+    chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split
+    dim = resolve_seq_dim(ids.ndim, config.seq_dim)
+    return functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=dim, tiled=True)
+
+
+def _sum_over_ranks(
+    weight: jax.Array,
+    ids: jax.Array,
+    config: EmbeddingConfig,
+    axis_name: str,
+    collective: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The sum over the ranks of rows that all but one of them lack.
+
+    Lacking rows are -0.0, to which every number can be added without a change of its bits; +0.0 would make +0.0 of -0.0.
+    """
+    rank, partition = jax.lax.axis_index(axis_name), config.partition
+    keys = partition.keys(ids, rank)
+
+    def in_floats(weight: jax.Array, keys: jax.Array) -> jax.Array:
+        rows, owned = weight.at[jnp.minimum(keys, len(weight) - 1)].get(mode="promise_in_bounds"), keys < len(weight)
+        # Ids outside the vocabulary are +0.0, by way of the first rank.
+        lacking = jnp.where((rank == 0) & ~partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
+        return collective(jnp.where(owned[..., None], rows, lacking[..., None]))
+
+    def in_integers(weight: jax.Array, keys: jax.Array) -> jax.Array:
+        # XLA's sum on CPUs begins at +0.0 and makes zero of subnormal numbers.
+        return jax.lax.bitcast_convert_type(collective(gather(weight, keys)), weight.dtype)
+
+    return jax.lax.platform_dependent(weight, keys, cpu=in_integers, default=in_floats)
+
+
+class _Routes(NamedTuple):
+    """Which distinct rows this rank sends to whom, and where those that it needs arrive.
 
     Attributes:
-        wanted_WC: the distinct ids of each chunk, ascending, and past them the padded size of the vocabulary.
-        bounds: ``[W, W + 1]``: those that rank o owns are ``wanted_WC[d, bounds[d, o] : bounds[d, o + 1]]``.
-        mine_C: this rank's chunk of the ids; invalid ones are its padded size.
-        places_C: where each of them is among the distinct ones.
+        send_WK: rows of this rank's table for each chunk, ascending; the number of rows where there are no more.
+        slots: for each token of this rank's chunk, its row among the ``W * K`` that arrive; ``W * K`` for one of none.
+        fits: whether no rank needs more than ``K`` rows of another; the same on all devices.
     """
 
-    wanted_WC: jax.Array
-    bounds: jax.Array
-    mine_C: jax.Array
-    places_C: jax.Array
-
-    @property
-    def counts(self) -> jax.Array:
-        """``[W, W]``: how many rows chunk d needs of owner o."""
-        return jnp.diff(self.bounds, axis=1)
+    send_WK: jax.Array
+    slots: jax.Array
+    fits: jax.Array
 
 
-def plan_routes(ids_WC: jax.Array, partition: VocabPartition, rank: jax.Array) -> ChunkRoutes:
-    """Who sends which rows to whom.
-
-    Args:
-        ids_WC: all the ids, chunk by chunk.
-        partition: who owns what.
-        rank: this rank.
-    """
-    n, w = partition.rows_per_rank, partition.world_size
-    ids_WC = jnp.where(partition.is_valid(ids_WC), ids_WC, n * w).astype(jnp.int32)
-    sorted_WC = jnp.sort(ids_WC, axis=1)
-    place_WC = _places(sorted_WC)
-    wanted_WC = jnp.full_like(sorted_WC, n * w).at[jnp.arange(w)[:, None], place_WC].set(sorted_WC)
-    # jnp.searchsorted would be the word, but fails inside a shard_map that leaves axes to the compiler (jax 0.10.2).
+def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: bool = False) -> _Routes:
+    partition, w, rank = config.partition, config.world_size, jax.lax.axis_index(axis_name)
+    n, none = partition.rows_per_rank, partition.padded_vocab_size
+    shape, dim = chunk_shape(ids.shape, config.seq_dim, w), resolve_seq_dim(ids.ndim, config.seq_dim)
+    ids_WC = jnp.moveaxis(ids.reshape(*ids.shape[:dim], w, shape[dim], *ids.shape[dim + 1 :]), dim, 0).reshape(w, -1)
+    known = partition.is_valid(ids_WC)
+    if gradient and config.padding_idx is not None:
+        known &= ids_WC != config.padding_idx
+    ids_WC = jnp.where(known, ids_WC, none).astype(jnp.int32)
+    # Half a chunk: Zipf-distributed ids need 0.35 to 0.48 of it from the first of 8 ranks, uniform ones a w-th; all_to_all
+    # then moves half the bytes of the dense form. With less, real text would never fit.
+    capacity = -(-ids_WC.shape[1] // 2)
+    sorted_WC, order_WC = jax.lax.sort_key_val(ids_WC, jax.lax.broadcasted_iota(jnp.int32, ids_WC.shape, 1))
+    first_WC = jnp.pad(sorted_WC[:, 1:] != sorted_WC[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    place_WC = jnp.cumsum(first_WC.astype(jnp.int32), axis=1) - 1
+    # Of each chunk's distinct ids, how many lie below each rank's rows.
     cuts = (jnp.arange(w + 1) * n).astype(jnp.int32)
-    bounds = jnp.sum(wanted_WC[:, None, :] < cuts[:, None], axis=2, dtype=jnp.int32)
-    mine_C = ids_WC[rank]
-    ordered_C, order_C = jax.lax.sort_key_val(mine_C, jax.lax.broadcasted_iota(jnp.int32, mine_C.shape, 0))
-    places_C = jnp.zeros_like(mine_C).at[order_C].set(_places(ordered_C), unique_indices=True)
-    return ChunkRoutes(wanted_WC, bounds, mine_C, places_C)
+    below = jnp.sum(first_WC[:, None, :] & (sorted_WC[:, None, :] < cuts[:, None]), axis=2, dtype=jnp.int32)
+    keys_WC = jnp.where(first_WC, partition.keys(sorted_WC, rank), n)
+    mine_C, order_C = ids_WC[rank], order_WC[rank]
+    place_C = jnp.zeros_like(order_C).at[order_C].set(place_WC[rank], unique_indices=True)
+    owner_C = jnp.minimum(mine_C // n, w - 1)
+    slots_C = jnp.where(mine_C < none, owner_C * capacity + place_C - below[rank][owner_C], w * capacity)
+    needed = _most_of_batch(jnp.diff(below, axis=1).max())
+    if others := tuple(varying_axes(needed)):  # over which ids are split: all devices are to take the same branch
+        needed = jax.lax.pmax(needed, others)
+    return _Routes(jnp.sort(keys_WC, axis=1)[:, :capacity], slots_C.reshape(shape), needed <= capacity)
 
 
-def _places(ordered: jax.Array) -> jax.Array:
-    """For ascending numbers, along the last axis, how many distinct ones come before each."""
-    new = (ordered[..., 1:] != ordered[..., :-1]).astype(jnp.int32)
-    return jnp.concatenate([jnp.zeros_like(ordered[..., :1]), jnp.cumsum(new, axis=-1)], axis=-1)
+@jax.custom_batching.custom_vmap
+def _most_of_batch(count: jax.Array) -> jax.Array:
+    """The count; under vmap the largest of the batch, so that all take the same branch: a mixed cond has no transpose."""
+    return count
 
 
-def capacities(chunk: int) -> tuple[int, ...]:
-    """How many rows one rank may send to another, by the programs that are compiled; a batch takes the first that fits.
-
-    The first suits uniformly distributed ids, the others ids of which one rank owns the most.
-    """
-    return tuple(sorted({-(-chunk * sixteenths // 16) for sixteenths in (3, 8, 10)}))
+@_most_of_batch.def_vmap
+def _(_size: int, _batched: Any, counts: jax.Array) -> tuple[jax.Array, bool]:
+    return _most_of_batch(counts.max(axis=0)), False
 
 
-def most_worthwhile(chunk: int) -> int:
-    """How many rows one rank may send to another before the dense collective moves no more than the blocks do."""
-    return -(-3 * chunk // 4)
+def _if_it_fits(routes: _Routes, routed: Callable[[_Routes], jax.Array], dense: Callable[[], jax.Array]) -> jax.Array:
+    return jax.lax.cond(routes.fits, routed, lambda _: dense(), routes)
 
 
-def send_in_blocks(
-    weight: jax.Array, routes: ChunkRoutes, partition: VocabPartition, axis_name: str, needed: jax.Array
-) -> jax.Array:
-    """The rows of this rank's chunk, ``[C, E]``, by ``all_to_all`` of a block of rows from each rank to each, until done.
-
-    Blocks of a quarter of a megabyte stay in the cache and are written over by the next; one large exchange faults new
-    memory in, which took longer than the copying. The number of blocks is the same on all ranks. For the forward alone:
-    JAX does not transpose loops of unknown length.
-
-    Args:
-        weight: the rank's own rows.
-        routes: who sends which rows to whom.
-        partition: who owns what.
-        axis_name: the mesh axis.
-        needed: the most rows that one rank sends to another, the same on all devices.
-    """
-    rank, w, (chunk, emb_size) = (
-        jax.lax.axis_index(axis_name),
-        partition.world_size,
-        (len(routes.mine_C), weight.shape[1]),
-    )
-    block = max(1, min(chunk, 2**18 // (emb_size * weight.dtype.itemsize)))
-    as_bits = weight.dtype.itemsize == 2  # XLA selects among, and sends, 16-bit floats as float32 on a CPU
-    within = jnp.arange(block, dtype=jnp.int32)
-    wanted = jnp.pad(routes.wanted_WC, ((0, 0), (0, block)))
-
-    def one_block(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sent, received = state
-        rows = []
-        for destination in range(w):
-            start = routes.bounds[destination, rank] + sent
-            ids = jax.lax.dynamic_slice_in_dim(wanted[destination], start, block)
-            # Past the last row that is needed, any row will do: it is not kept where it arrives.
-            local = jnp.clip(partition.local_ids(ids, rank), 0, partition.rows_per_rank - 1)
-            block_rows = weight.at[local].get(mode="promise_in_bounds")
-            rows.append(as_integers(block_rows) if as_bits else block_rows)
-        recv = jax.lax.all_to_all(jnp.stack(rows), axis_name, split_axis=0, concat_axis=0, tiled=True)
-        for owner in range(w):
-            start, stop = routes.bounds[rank, owner] + sent, routes.bounds[rank, owner + 1]
-            start = jnp.minimum(start, chunk)  # of an owner that is done, nothing is kept
-            present = jax.lax.dynamic_slice_in_dim(received, start, block)
-            kept = jnp.where((start + within < stop)[:, None], recv[owner], present)
-            received = jax.lax.dynamic_update_slice_in_dim(received, kept, start, axis=0)
-        return sent + block, received
-
-    dtype = jnp.uint16 if as_bits else weight.dtype
-    varying = jax.typeof(weight).manual_axis_type.varying | jax.typeof(routes.mine_C).manual_axis_type.varying
-    received = jax.lax.pcast(jnp.zeros((chunk + block, emb_size), dtype), tuple(varying), to="varying")
-    _, received = jax.lax.while_loop(lambda state: state[0] < needed, one_block, (jnp.zeros_like(needed), received))
-    output = take_zero_filled(received, jnp.where(routes.mine_C < partition.padded_vocab_size, routes.places_C, -1))
-    return jax.lax.bitcast_convert_type(output, weight.dtype) if as_bits else output
-
-
-def send_bounded(
-    weight: jax.Array,
-    routes: ChunkRoutes,
-    partition: VocabPartition,
-    axis_name: str,
-    capacity: int,
-    no_grad_row: jax.Array | None,
-) -> jax.Array:
-    """The rows of this rank's chunk, ``[C, E]``, by an ``all_to_all`` of ``capacity`` rows from each rank to each.
-
-    All of it can be transposed.
-
-    Args:
-        weight: the rank's own rows.
-        routes: who sends which rows to whom; none more than ``capacity``.
-        partition: who owns what.
-        axis_name: the mesh axis.
-        capacity: K.
-        no_grad_row: a row of ``weight`` that is not sent, or None.
-    """
-    rank, w = jax.lax.axis_index(axis_name), partition.world_size
-    start = routes.bounds[:, rank, None]
-    place = start + jnp.arange(capacity, dtype=jnp.int32)
-    wanted_WK = jnp.take_along_axis(routes.wanted_WC, jnp.minimum(place, routes.wanted_WC.shape[1] - 1), axis=1)
-    local_WK = jnp.where(place < routes.bounds[:, rank + 1, None], partition.local_ids(wanted_WK, rank), -1)
-    if no_grad_row is not None:
-        local_WK = jnp.where(local_WK == no_grad_row, -1, local_WK)
-    rows_WKE = take_widened(weight, local_WK)
+def _all_to_all(rows_WKE: jax.Array, axis_name: str) -> jax.Array:
     recv = jax.lax.all_to_all(rows_WKE, axis_name, split_axis=0, concat_axis=0, tiled=True)
-    owner_C = routes.mine_C // partition.rows_per_rank
-    within_C = routes.places_C - jnp.take(routes.bounds[rank], owner_C, mode="clip")
-    slot_C = jnp.where(owner_C < w, owner_C * capacity + within_C, -1)
-    return take_zero_filled(recv.reshape(w * capacity, weight.shape[1]), slot_C)
-
-
-def send_ragged(
-    take: Take,
-    weight: jax.Array,
-    routes: ChunkRoutes,
-    partition: VocabPartition,
-    axis_name: str,
-    capacity: int,
-    no_grad_row: jax.Array | None,
-) -> jax.Array:
-    """The same by a ``ragged_all_to_all`` of just the rows that are needed.
-
-    Args:
-        take: looks rows up.
-        weight, routes, partition, axis_name, no_grad_row: as for ``send_bounded``.
-        capacity: how many rows one rank may send in all.
-    """
-    rank, w = jax.lax.axis_index(axis_name), partition.world_size
-    counts = routes.counts
-    send_sizes, recv_sizes = counts[:, rank], counts[rank]
-    input_offsets = jnp.cumsum(send_sizes) - send_sizes
-    # Row k of what is sent goes to the last rank whose part begins at or before it.
-    place = jnp.arange(capacity, dtype=jnp.int32)
-    destination = jnp.sum(place[:, None] >= jnp.cumsum(send_sizes), axis=1, dtype=jnp.int32)
-    inside = destination < w
-    destination = jnp.minimum(destination, w - 1)
-    within = routes.bounds[destination, rank] + place - input_offsets[destination]
-    wanted = routes.wanted_WC[destination, jnp.clip(within, 0, routes.wanted_WC.shape[1] - 1)]
-    local = jnp.where(inside, partition.local_ids(wanted, rank), -1)
-    if no_grad_row is not None:
-        local = jnp.where(local == no_grad_row, -1, local)
-    rows = take(weight, local)
-    recv = jnp.zeros((routes.mine_C.shape[0], weight.shape[1]), rows.dtype)
-    recv = jax.lax.ragged_all_to_all(
-        rows,
-        jax.lax.pcast(recv, tuple(jax.typeof(rows).manual_axis_type.varying), to="varying"),
-        *(x.astype(jnp.int32) for x in (input_offsets, send_sizes, routes.bounds[:, rank], recv_sizes)),
-        axis_name=axis_name,
-    )
-    return take_zero_filled(recv, jnp.where(routes.mine_C < partition.padded_vocab_size, routes.places_C, -1))
+    return recv.reshape(-1, rows_WKE.shape[-1])

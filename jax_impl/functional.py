@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from typing import Any
 
+import jax
+
+from jax_impl.exchange import reduced_lookup as lookup_over_axis
 from jax_impl.ids import as_ids
-from jax_impl.lookup import take_rows
-from jax_impl.reductions import ReductionOptions, reduce_lookup
-from shared.checks import EXCHANGES, REDUCTIONS, as_int, check_choice, check_padding_idx
+from jax_impl.lookup import lookup
+from jax_impl.private_api import varying_axes
+from shared.checks import REDUCTIONS, check_choice
+from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 
 __all__ = ["partial_lookup", "reduced_lookup"]
@@ -22,9 +25,10 @@ def partial_lookup(
     *,
     padding_idx: int | None = None,
 ) -> jax.Array:
-    """Look up the ids that this rank owns; every other id gets a row of +0.0. The ranks' results sum to the embedding.
+    """Look up the ids that this rank owns; every other id gets a row of +0.0.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    The ranks' results have no row in common: they sum to the embedding. To be called inside a ``jax.shard_map`` that is
+    manual over ``axis_name``; the rank is the position along that axis.
 
     Args:
         weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
@@ -65,13 +69,8 @@ def partial_lookup(
                [0., 1.],
                [0., 0.]], dtype=float32)
     """
-    _check_arguments(weight, partition, axis_name, padding_idx)
-    rank = jax.lax.axis_index(axis_name)
-    ids = as_ids(ids, partition.vocab_size)
-    # Foreign ids are set aside before anything else: indexing narrows 64-bit indices to 32 bits without a word.
-    local = jnp.where(partition.owns(ids, rank), partition.local_ids(ids, rank), -1).astype(jnp.int32)
-    no_grad_row = None if padding_idx is None else partition.local_ids(padding_idx, rank)
-    return take_rows(weight, local, no_grad_row)
+    config = _config(weight, partition, axis_name, padding_idx=padding_idx)
+    return lookup(weight, as_ids(ids, partition.vocab_size), config, axis_name)
 
 
 def reduced_lookup(
@@ -95,9 +94,10 @@ def reduced_lookup(
         partition: who owns what; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis over which the vocabulary is split.
         reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
-        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
-            from its owner to who needs it, as far as the ids fit a bounded capacity, and densely else; ``"auto"``,
-            whichever is faster by measured rules. The embeddings are equal.
+        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, for ``"reduce_scatter"``
+            each distinct row straight from its owner to who needs it, where no rank needs of another more rows than half
+            of its chunk has tokens, and densely else; ``"auto"``, dense. The embeddings are equal. ``"all_reduce"`` has
+            only the dense form.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
         padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
 
@@ -134,20 +134,19 @@ def reduced_lookup(
                [0., 1.],
                [0., 0.]], dtype=float32)
     """
-    _check_arguments(weight, partition, axis_name, padding_idx)
     check_choice("reduction", reduction, REDUCTIONS[1:])
-    check_choice("exchange", exchange, EXCHANGES)
+    options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "padding_idx": padding_idx}
+    config = _config(weight, partition, axis_name, **options)
     ids = as_ids(ids, partition.vocab_size)
-    if axis_name in jax.typeof(ids).manual_axis_type.varying:
+    if axis_name in varying_axes(ids):
         raise ValueError(
             f"ids must be the same on all ranks of the axis {axis_name!r}, but they vary over it: pass them with an "
             f"in_specs that does not name the axis"
         )
-    options = ReductionOptions(partition, axis_name, reduction, exchange, as_int("seq_dim", seq_dim), padding_idx)
-    return reduce_lookup(options, weight, ids)
+    return lookup_over_axis(weight, ids, config, axis_name)
 
 
-def _check_arguments(weight: jax.Array, partition: VocabPartition, axis_name: str, padding_idx: int | None) -> None:
+def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **options: Any) -> EmbeddingConfig:
     if weight.ndim != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {weight.shape}"
@@ -158,4 +157,5 @@ def _check_arguments(weight: jax.Array, partition: VocabPartition, axis_name: st
             f"partition.world_size must be the size of the axis {axis_name!r}: got {partition.world_size}, "
             f"the axis has {size}"
         )
-    check_padding_idx(padding_idx, partition.vocab_size)
+    sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
+    return EmbeddingConfig(*sizes, **options)

@@ -1,4 +1,4 @@
-"""The numbers that a table begins with."""
+"""The initial numbers of a table."""
 
 from __future__ import annotations
 
@@ -11,119 +11,89 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.placement import first_row
+from shared.config import EmbeddingConfig
 from shared.global_normal import normal_rows
-from shared.partition import VocabPartition
 
 __all__ = ["draw_normal"]
 
 
-def draw_normal(
-    partition: VocabPartition,
-    emb_size: int,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
-    dtype: np.dtype[Any],
-    init: str,
-    mean: float,
-    std: float,
-    seed: int,
-    padding_idx: int | None,
-) -> jax.Array:
-    """A table of normally distributed numbers, its rows split over ``axis_name``; rows of padding are zero.
+def draw_normal(config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]) -> jax.Array:
+    """Draw a table from a normal distribution; padding rows and that of ``padding_idx`` are zero.
 
     Args:
-        partition: who owns what.
-        emb_size: columns.
+        config: ``init="per_rank"`` draws rank r's rows from ``jax.random.key(init_base_seed + r)``; ``"global"`` makes row
+            i a function of the seed and i alone (``shared.global_normal``), computed on the host, by each process for its
+            own devices.
         mesh, axis_name: where the table lies.
         dtype: of the table.
-        init: ``"per_rank"``: rank r's rows come from ``jax.random.key(seed + r)``; ``"global"``: row i depends on the seed
-            and i alone (``shared.global_normal``), computed on the host, by each process for its own devices.
-        mean, std: of the distribution.
-        seed: what the numbers depend on.
-        padding_idx: a global id whose row is zero, or None.
 
     Returns:
-        ``[partition.padded_vocab_size, emb_size]``.
+        ``[padded_vocab_size, emb_size]``, its rows split over ``axis_name``.
     """
-    if init == "global":
-        rows = _draw_globally(partition, emb_size, mesh, axis_name, dtype, mean, std, seed)
+    if config.init == "global":
+        rows = _draw_globally(config, mesh, axis_name, dtype)
     else:
-        keys = [jax.random.key(seed + rank) for rank in range(partition.world_size)]
-        rows = _draw_on_each_rank(jnp.stack(keys), partition, emb_size, mesh, axis_name, dtype)
+        keys = [jax.random.key(config.init_base_seed + rank) for rank in range(config.world_size)]
+        rows = _draw_on_each_rank(jnp.stack(keys), config, mesh, axis_name, dtype)
         # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
-        rows = std * rows
-        rows = mean + rows
-    if padding_idx is not None or partition.padding_rows:
-        rows = _zero_rows(rows, padding_idx, partition, mesh, axis_name)
+        rows = config.init_std * rows
+        rows = config.init_mean + rows
+    if config.padding_idx is not None or config.partition.padding_rows:
+        rows = _zero_rows(rows, config, mesh, axis_name)
     return rows
 
 
 def _draw_globally(
-    partition: VocabPartition,
-    emb_size: int,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
-    dtype: np.dtype[Any],
-    mean: float,
-    std: float,
-    seed: int,
+    config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]
 ) -> jax.Array:
-    n, shape = partition.rows_per_rank, (partition.rows_per_rank, emb_size)
+    n = config.partition.rows_per_rank
 
     def rows_of(rank: Any) -> np.ndarray:
-        start, stop = partition.owned_range(int(rank))
-        rows = np.zeros(shape, dtype)
-        normal_rows(start, stop, emb_size, dtype, seed, mean, std, out=rows[: stop - start])
+        start, stop = config.partition.owned_range(int(rank))
+        rows = np.zeros((n, config.emb_size), dtype)
+        mean, std = config.init_mean, config.init_std
+        normal_rows(start, stop, config.emb_size, dtype, config.init_base_seed, mean, std, out=rows[: stop - start])
         return rows
 
     split = PartitionSpec(axis_name, None)
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     if isinstance(mesh, Mesh) and not traced:
-        sharding = NamedSharding(mesh, split)
-        size = (partition.padded_vocab_size, emb_size)
+        size, sharding = (config.padded_vocab_size, config.emb_size), NamedSharding(mesh, split)
         return jax.make_array_from_callback(size, sharding, lambda index: rows_of(first_row(index) // n))
 
     def on_each_rank() -> jax.Array:
         # Traced, the numbers are asked of the host when the program runs.
         rank = jax.lax.axis_index(axis_name)
-        return jax.pure_callback(rows_of, jax.ShapeDtypeStruct(shape, dtype), rank)
+        return jax.pure_callback(rows_of, jax.ShapeDtypeStruct((n, config.emb_size), dtype), rank)
 
     return jax.jit(jax.shard_map(on_each_rank, mesh=mesh, in_specs=(), out_specs=split))()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _draw_on_each_rank(
-    keys: jax.Array,
-    partition: VocabPartition,
-    emb_size: int,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
-    dtype: np.dtype[Any],
+    keys: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]
 ) -> jax.Array:
-    """``[v, e]`` standard normal numbers, each rank's from its own of the ``[w]`` keys."""
+    """Standard normal numbers, each rank's from its own of the ``[w]`` keys."""
 
     def on_each_rank(keys: jax.Array) -> jax.Array:
         key = keys[jax.lax.axis_index(axis_name)]
-        return jax.random.normal(key, (partition.rows_per_rank, emb_size), dtype)
+        return jax.random.normal(key, (config.partition.rows_per_rank, config.emb_size), dtype)
 
     split = PartitionSpec(axis_name, None)
     return jax.shard_map(on_each_rank, mesh=mesh, in_specs=PartitionSpec(), out_specs=split)(keys)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), donate_argnums=0)
-def _zero_rows(
-    weight: jax.Array, index: int | None, partition: VocabPartition, mesh: Mesh | AbstractMesh, axis_name: str
-) -> jax.Array:
-    """The table with zeros in the rows of padding, and in row ``index``."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=0)
+def _zero_rows(weight: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str) -> jax.Array:
+    """The table with zeros in padding rows, and in that of ``padding_idx``."""
+    partition = config.partition
 
     def on_each_rank(rows: jax.Array) -> jax.Array:
-        rank = jax.lax.axis_index(axis_name)
-        if partition.padding_rows:
-            row = partition.start(rank) + jnp.arange(partition.rows_per_rank, dtype=jnp.int32)
-            rows = jnp.where((row < partition.vocab_size)[:, None], rows, jnp.zeros((), rows.dtype))
-        if index is not None:
-            rows = rows.at[partition.local_ids(index, rank)].set(0, mode="drop", wrap_negative_indices=False)
-        return rows
+        row = partition.start(jax.lax.axis_index(axis_name)) + jnp.arange(partition.rows_per_rank, dtype=jnp.int32)
+        kept = row < partition.vocab_size
+        if config.padding_idx is not None:
+            kept &= row != config.padding_idx
+        return jnp.where(kept[:, None], rows, jnp.zeros((), rows.dtype))
 
     split = PartitionSpec(axis_name, None)
     return jax.shard_map(on_each_rank, mesh=mesh, in_specs=split, out_specs=split)(weight)

@@ -1,136 +1,68 @@
-"""Rows of a table by their number, and the gradient: the sum of each row's occurrences."""
+"""One rank's lookup and its derivative, inside a shard_map.
+
+A *key* is a row number of the rank's table, or the number of rows where there is none to look up: a foreign id's.
+Shape suffixes: N rows of the rank's table, E columns; the keys' own dimensions are flattened to T tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
-__all__ = ["as_integers", "take_bits", "take_rows", "take_widened", "take_zero_filled"]
+from shared.config import EmbeddingConfig
 
-
-def take_zero_filled(weight: jax.Array, local: jax.Array) -> jax.Array:
-    """Row ``local`` of ``weight`` where there is such a row, zeros elsewhere."""
-    # Neither jnp.take nor plain indexing: they wrap negative indices, and give NaN or another row past the end.
-    return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+__all__ = ["as_integers", "gather", "linear_gather", "linear_lookup", "lookup"]
 
 
-def take_widened(weight: jax.Array, local: jax.Array) -> jax.Array:
-    """The same rows, 16-bit ones as float32: what reverse mode transposes adds up in float32, and rounds once.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
+    """Look up the ids that this rank owns; every other id gets a row of +0.0.
 
-    Few gradients are added up by themselves, and then written to their rows as they are. Many, and those that devices have
-    to add up between them, are added up in a float32 copy of the table's rows.
-    """
-    if weight.dtype.itemsize >= 4:
-        return take_zero_filled(weight, local)
-    if 0 < 2 * local.size < weight.shape[0] and _local_alone(weight, local):
-        return _take.bind(weight, local)
-    return _plain_take(weight, local)
-
-
-def _local_alone(weight: jax.Array, local: jax.Array) -> bool:
-    """Whether every device adds up the gradients of rows of its own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    varying = (jax.typeof(array).manual_axis_type.varying for array in (local, weight))
-    return set(mesh.manual_axes) == set(mesh.axis_names) and next(varying) <= next(varying)
-
-
-def _plain_take(weight: jax.Array, local: jax.Array) -> jax.Array:
-    return take_zero_filled(weight.astype(jnp.float32), local)
-
-
-def _lean_take(weight: jax.Array, local: jax.Array) -> jax.Array:
-    return take_zero_filled(weight, local).astype(jnp.float32)
-
-
-def _plain_sum(grad: jax.Array, local: jax.Array, *, num_rows: int, dtype: Any) -> jax.Array:
-    """For each of ``num_rows`` rows the sum of its gradients."""
-    empty = jnp.zeros((num_rows, grad.shape[-1]), grad.dtype)
-    return empty.at[local].add(grad, mode="drop", wrap_negative_indices=False).astype(dtype)
-
-
-def _sums(grad: jax.Array, local: jax.Array, num_rows: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The same in memory for the tokens, not for the table: a row's gradients are added up where its first token is.
+    Args:
+        weight: the rank's rows, ``[N, E]``.
+        ids: any shape, as ``as_ids`` returns them.
+        config: sizes and ``padding_idx``.
+        axis_name: the mesh axis of the ranks.
 
     Returns:
-        For each token the row that its sum is of, ``num_rows`` where it is not a first one; and the sum.
+        ``[*ids.shape, E]``.
     """
-    tokens = jnp.arange(local.size, dtype=jnp.int32)
-    rows, grad = local.reshape(-1), grad.reshape(local.size, grad.shape[-1])
-    rows = jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
-    first = jnp.full(num_rows + 1, local.size, jnp.int32).at[rows].min(tokens)[rows]
-    sums = jnp.zeros_like(grad).at[first].add(grad, mode="drop").astype(dtype)
-    return jnp.where(first == tokens, rows, num_rows), sums
+    rows = gather(weight, _keys(ids, config, axis_name))
+    return jax.lax.bitcast_convert_type(rows, weight.dtype)
 
 
-def _lean_sum(grad: jax.Array, local: jax.Array, *, num_rows: int, dtype: Any) -> jax.Array:
-    rows, sums = _sums(grad, local, num_rows, dtype)
-    return jnp.zeros((num_rows, grad.shape[-1]), dtype).at[rows].set(sums, mode="drop")
+@lookup.defjvp
+def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    weight, ids = primals
+    return lookup(weight, ids, config, axis_name), linear_lookup(tangents[0], ids, config, axis_name)
 
 
-def _lean_sum_on_cpu(grad: jax.Array, local: jax.Array, *, num_rows: int, dtype: Any) -> jax.Array:
-    """The same by integers, for there XLA makes a float32 copy of what bfloat16 is written to."""
-    rows, sums = _sums(grad, local, num_rows, dtype)
-    bits = as_integers(sums)
-    output = jnp.zeros((num_rows, grad.shape[-1]), bits.dtype).at[rows].set(bits, mode="drop")
-    return jax.lax.bitcast_convert_type(output, dtype)
+def linear_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
+    """``lookup`` as JAX transposes it: the gradient of a row is the sum over its tokens; that of ``padding_idx`` is zero."""
+    return linear_gather(weight, _keys(ids, config, axis_name, gradient=True), weight.dtype)
 
 
-def _linear(name: str, plain: Callable[..., jax.Array], lean: Callable[..., jax.Array]) -> Primitive:
-    """An operation that is linear in the first of two arguments; ``lean`` computes what ``plain``, differentiable, means."""
-    primitive = Primitive(name)
-
-    def abstract(*arguments: Any, **params: Any) -> Any:
-        return jax.make_jaxpr(lambda *arrays: plain(*arrays, **params))(*arguments).out_avals[0]
-
-    def batch(arguments: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
-        return jax.vmap(lambda *arrays: plain(*arrays, **params), in_axes=dims)(*arguments), 0
-
-    def jvp(primals: Any, tangents: Any, **params: Any) -> tuple[jax.Array, Any]:
-        output = primitive.bind(*primals, **params)
-        if type(tangents[0]) is ad.Zero:
-            return output, ad.Zero(jax.typeof(output))
-        return output, primitive.bind(tangents[0], primals[1], **params)
-
-    primitive.def_impl(lambda *arrays, **params: jax.jit(lambda *a: primitive.bind(*a, **params))(*arrays))
-    primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(lean, multiple_results=False))
-    batching.primitive_batchers[primitive] = batch
-    ad.primitive_jvps[primitive] = jvp
-    return primitive
+def _keys(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: bool = False) -> jax.Array:
+    keys = config.partition.keys(ids, jax.lax.axis_index(axis_name))
+    if gradient and config.padding_idx is not None:
+        keys = jnp.where(ids == config.padding_idx, config.partition.rows_per_rank, keys)
+    return keys
 
 
-def _take_transpose(grad: Any, weight: Any, local: jax.Array) -> tuple[Any, None]:
-    if type(grad) is ad.Zero:
-        return ad.Zero(weight.aval), None
-    return _sum.bind(grad, local, num_rows=weight.aval.shape[0], dtype=weight.aval.dtype), None
+def gather(table: jax.Array, keys: jax.Array) -> jax.Array:
+    """Copy the bits of the table's row for each key, as unsigned integers; 0 for a key of none.
 
+    Floats would do on accelerators. XLA for CPUs selects among 16-bit ones as float32, which changes NaNs.
 
-def _sum_transpose(grad: Any, summands: Any, local: jax.Array, *, num_rows: int, dtype: Any) -> tuple[Any, None]:
-    if type(grad) is ad.Zero:
-        return ad.Zero(summands.aval), None
-    return _take.bind(grad, local), None
-
-
-_take = _linear("pve_take_rows", _plain_take, _lean_take)
-_sum = _linear("pve_sum_rows", _plain_sum, _lean_sum)
-ad.primitive_transposes[_take] = _take_transpose
-ad.primitive_transposes[_sum] = _sum_transpose
-mlir.register_lowering(_sum, mlir.lower_fun(_lean_sum_on_cpu, multiple_results=False), platform="cpu")
-
-
-def take_bits(weight: jax.Array, local: jax.Array) -> jax.Array:
-    """The same rows as unsigned integers, which nothing rounds, flushes or makes another NaN of.
-
-    The rows are converted, not the table, which XLA would copy for it; and before zeros are filled in, for on a CPU it
-    selects among 16-bit floats as float32.
+    Returns:
+        ``[*keys.shape, E]``.
     """
-    bits = as_integers(weight.at[jnp.clip(local, 0, weight.shape[0] - 1)].get(mode="promise_in_bounds"))
-    return jnp.where(((local >= 0) & (local < weight.shape[0]))[..., None], bits, jnp.zeros((), bits.dtype))
+    # Neither jnp.take nor plain indexing: they wrap negative indices, and give NaN or another row past the end.
+    bits = as_integers(table.at[jnp.minimum(keys, len(table) - 1)].get(mode="promise_in_bounds"))
+    return jnp.where((keys < len(table))[..., None], bits, jnp.zeros((), bits.dtype))
 
 
 def as_integers(rows: jax.Array) -> jax.Array:
@@ -138,24 +70,29 @@ def as_integers(rows: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(rows, {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[rows.dtype.itemsize])
 
 
-@jax.custom_jvp
-def take_rows(weight: jax.Array, local: jax.Array, no_grad_row: jax.Array | None) -> jax.Array:
-    """Row ``local`` of ``weight`` where there is such a row, +0.0 elsewhere; row ``no_grad_row`` gets no gradient.
+def linear_gather(table: jax.Array, keys: jax.Array, dtype: Any) -> jax.Array:
+    """The table's row for each key, in ``dtype``, as a linear map whose transpose adds the gradients of each row up.
+
+    The transpose accumulates 16-bit gradients in float32 and rounds once. It sorts the tokens by row, so that XLA need not:
+    for 32768 tokens and 16384 rows of 4096 columns in bfloat16, the TPU's compiler takes 269 MB of temporary memory for it
+    instead of 806, and models 0.46 ms instead of 0.63.
 
     Args:
-        weight: the table, ``[n, e]``.
-        local: row numbers, of any shape.
-        no_grad_row: a row number, or None.
+        table: ``[N, E]``.
+        keys: any shape; a key of ``N`` gives zeros, and takes no gradient.
+        dtype: of the result.
 
     Returns:
-        ``[*local.shape, e]``.
+        ``[*keys.shape, E]``.
     """
-    return jax.lax.bitcast_convert_type(take_bits(weight, local), weight.dtype)
-
-
-@take_rows.defjvp
-def _take_rows_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    weight, local, no_grad_row = primals
-    counted = local if no_grad_row is None else jnp.where(local == no_grad_row, -1, local)
-    tangent = take_widened(tangents[0], counted).astype(weight.dtype)
-    return take_rows(weight, local, no_grad_row), tangent
+    wide = table.astype(jnp.float32) if table.dtype.itemsize < 4 else table
+    order_T = jnp.argsort(keys.reshape(-1))
+    sorted_T = keys.reshape(-1)[order_T]
+    rows_TE = (
+        wide.at[sorted_T]
+        .get(mode="fill", fill_value=0, wrap_negative_indices=False, indices_are_sorted=True)
+        .astype(dtype)
+    )
+    # Written to their places, not read from them: the transpose then reads the gradients in order, without a second scatter.
+    rows_TE = jnp.zeros_like(rows_TE).at[order_T].set(rows_TE, mode="promise_in_bounds", unique_indices=True)
+    return rows_TE.reshape(*keys.shape, table.shape[1])

@@ -17,6 +17,7 @@ __all__ = [
     "free_axes",
     "known_split",
     "lay_out",
+    "likely_split",
     "resolve_mesh",
     "restricted",
     "split_further",
@@ -82,6 +83,25 @@ def known_split(ids: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     if isinstance(ids, jax.Array) and isinstance(ids.sharding, NamedSharding) and ids.sharding.mesh == mesh:
         return ids.sharding.spec
     return PartitionSpec()
+
+
+def likely_split(ids: Any, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str) -> PartitionSpec:
+    """A split of the ids over every axis of the mesh: as far as it is not known, of their first dimension.
+
+    Inside jit nobody knows how ids are split over Auto axes. A batch most often is, and along this dimension. Where it is
+    not, the program is as right, and has a collective more.
+    """
+    if not ids.ndim:
+        return split
+    taken = axes_of(split) | explicit_axes(mesh) | {axis_name}
+    entries = [*split, *[None] * (ids.ndim - len(split))]
+    names, size = _names(entries[0]), ids.shape[0]
+    for name in names:
+        size //= mesh.shape[name]
+    for name in sorted(free_axes(mesh, axis_name) - taken, key=mesh.axis_names.index):
+        if size % mesh.shape[name] == 0:
+            names, size = (*names, name), size // mesh.shape[name]
+    return PartitionSpec(names or None, *entries[1:])
 
 
 def axes_of(spec: PartitionSpec) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,10 +14,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.agreement import check_agreement
+from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
 from jax_impl.files import array_from_table, write_table
-from jax_impl.functional import partial_lookup
 from jax_impl.ids import as_ids, check_ids
 from jax_impl.init import draw_normal
+from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
     axes_of,
     check_sequence,
@@ -24,27 +26,16 @@ from jax_impl.placement import (
     free_axes,
     known_split,
     lay_out,
+    likely_split,
     resolve_mesh,
     restricted,
     split_further,
 )
-from jax_impl.reductions import ReductionOptions, reduce_lookup
 from shared.agreement import checks_wanted
 from shared.bits import DTYPES
-from shared.checks import (
-    EXCHANGES,
-    INITS,
-    REDUCTIONS,
-    as_int,
-    check_choice,
-    check_normal,
-    check_padding_idx,
-    check_seed,
-    check_size,
-    table_dtype_error,
-)
+from shared.checks import table_dtype_error
+from shared.config import OPTIONS, EmbeddingConfig
 from shared.find_table import Paths, open_table
-from shared.partition import VocabPartition
 from shared.sequence import resolve_seq_dim
 
 __all__ = ["ParallelVocabEmbedding"]
@@ -75,10 +66,11 @@ class ParallelVocabEmbedding:
         dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
         reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
             ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
-        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
-            distinct row straight from its owner to who needs it, as far as a batch fits a bounded capacity, and densely
-            else; ``"auto"``, whichever is faster by measured rules (``jax_impl.reductions.choose_exchange``). The
-            embeddings are equal in every bit; sums in gradients may be added in another order.
+        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, for
+            ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, where no rank needs of another
+            more rows than half of its chunk has tokens, and densely else; ``"auto"``, dense. The embeddings are equal in
+            every bit; sums in gradients may be added in another order. ``"all_reduce"`` has only the dense form, and
+            16-bit gradients travel densely.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
@@ -95,6 +87,7 @@ class ParallelVocabEmbedding:
 
     Attributes:
         weight: ``jax.Array`` of shape ``[padded_vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
+        config: the ``shared.EmbeddingConfig``: all options, each of them an attribute of the layer too.
         partition: the ``shared.VocabPartition``, who owns what.
         mesh, axis_name: where the table lies.
 
@@ -121,6 +114,9 @@ class ParallelVocabEmbedding:
     """
 
     weight: jax.Array
+    config: EmbeddingConfig
+    mesh: Mesh | AbstractMesh
+    axis_name: str
 
     def __init__(
         self,
@@ -144,33 +140,27 @@ class ParallelVocabEmbedding:
     ) -> None:
         self.mesh = resolve_mesh(mesh, axis_name)
         self.axis_name = axis_name
-        self.partition = VocabPartition(vocab_size, self.mesh.shape[axis_name], padded_vocab_size)
-        if self.partition.padded_vocab_size >= 2**31:
-            raise ValueError(
-                f"vocab_size must fit JAX's int32 indices, below 2**31, got {self.partition.padded_vocab_size}"
-            )
-        self.emb_size = check_size("emb_size", emb_size)
-        self.init_mean, self.init_std = check_normal(init_mean, init_std)
-        self.init_base_seed = check_seed(init_base_seed, self.partition.world_size)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
-        self.exchange = check_choice("exchange", exchange, EXCHANGES)
-        self.invalid_ids = check_choice("invalid_ids", invalid_ids, ("zero", "error"))
-        self.padding_idx = check_padding_idx(padding_idx, self.partition.vocab_size)
-        self.init = check_choice("init", init, INITS)
-        self.seq_dim = as_int("seq_dim", seq_dim)
-        self.check = checks_wanted(check)
-        rows = draw_normal(
-            self.partition,
-            self.emb_size,
-            self.mesh,
-            axis_name,
-            _table_dtype(dtype),
-            self.init,
-            self.init_mean,
-            self.init_std,
-            self.init_base_seed,
-            self.padding_idx,
+        self.config = EmbeddingConfig(
+            vocab_size,
+            emb_size,
+            self.mesh.shape[axis_name],
+            padded_vocab_size,
+            reduction,
+            exchange,
+            seq_dim,
+            invalid_ids,
+            padding_idx,
+            init_mean=init_mean,
+            init_std=init_std,
+            init_base_seed=init_base_seed,
+            init=init,
+            check=checks_wanted(check),
         )
+        if self.config.padded_vocab_size >= 2**31:
+            raise ValueError(
+                f"vocab_size must fit JAX's int32 indices, below 2**31, got {self.config.padded_vocab_size}"
+            )
+        rows = draw_normal(self.config, self.mesh, axis_name, _table_dtype(dtype))
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
 
@@ -227,7 +217,7 @@ class ParallelVocabEmbedding:
             raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
         dtype = _table_dtype(dtype)
         empty = jax.eval_shape(lambda: cls(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options))
-        weight = array_from_table(table, empty.partition, empty._sharding, dtype)
+        weight = array_from_table(table, empty.config.partition, empty._sharding, dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
@@ -258,50 +248,18 @@ class ParallelVocabEmbedding:
         """
         if not isinstance(self.weight, jax.Array) or isinstance(self.weight, jax.core.Tracer):
             raise ValueError(f"the table must be an array to be saved, outside jit, got {type(self.weight).__name__}")
-        write_table(self.weight, self.partition, path, tensor_name, force)
-
-    _STATIC = (
-        "partition",
-        "emb_size",
-        "mesh",
-        "axis_name",
-        "init_mean",
-        "init_std",
-        "init_base_seed",
-        "reduction",
-        "exchange",
-        "invalid_ids",
-        "padding_idx",
-        "init",
-        "seq_dim",
-        "check",
-    )
+        write_table(self.weight, self.config.partition, path, tensor_name, force)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
         leaf = (jax.tree_util.GetAttrKey("weight"), self.weight)
-        return (leaf,), tuple(getattr(self, name) for name in self._STATIC)
+        return (leaf,), (self.config, self.mesh, self.axis_name)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any]) -> ParallelVocabEmbedding:
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any]) -> Self:
         self = object.__new__(cls)
-        self.__dict__.update(zip(cls._STATIC, static, strict=True))
+        self.config, self.mesh, self.axis_name = static
         (self.weight,) = leaves
         return self
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the whole table, all ranks together."""
-        return self.partition.vocab_size
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """The same with the rows of padding."""
-        return self.partition.padded_vocab_size
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks: the size of the mesh axis."""
-        return self.partition.world_size
 
     @property
     def _sharding(self) -> NamedSharding:
@@ -343,76 +301,103 @@ class ParallelVocabEmbedding:
             ValueError: called inside a shard_map that is manual over ``axis_name``; with ``"reduce_scatter"``, the
                 sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
         """
-        if self.check and jax.process_count() > 1:
-            sizes = ("vocab_size", "padded_vocab_size", "emb_size")
-            names = (*sizes, "reduction", "exchange", "seq_dim", "invalid_ids", "padding_idx")
-            facts = {name: getattr(self, name) for name in names} | {"dtype": self.weight.dtype}
-            check_agreement(ids, {**facts, "axis_name": self.axis_name, "mesh": dict(self.mesh.shape)})
-        if self.invalid_ids == "error":
-            check_ids(ids, self.vocab_size)
-        ids = as_ids(ids, self.vocab_size)
-        options: ReductionOptions | None = None
-        if self.reduction != "none":
-            options = ReductionOptions(
-                self.partition, self.axis_name, self.reduction, self.exchange, self.seq_dim, self.padding_idx
-            )
+        config = self.config
+        if config.check and jax.process_count() > 1:
+            facts = {**config.agreement(), "dtype": self.weight.dtype, "axis_name": self.axis_name}
+            check_agreement(ids, {**facts, "mesh": dict(self.mesh.shape)})
+        if config.invalid_ids == "error":
+            check_ids(ids, config.vocab_size)
+        ids = as_ids(ids, config.vocab_size)
         traced = isinstance(ids, jax.core.Tracer)
         split = known_split(ids, self.mesh)
-        if options is not None and options.reduction == "reduce_scatter":
-            check_sequence(ids.shape, self.seq_dim, self.axis_name, split, self.mesh)
+        if config.reduction == "reduce_scatter":
+            check_sequence(ids.shape, config.seq_dim, self.axis_name, split, self.mesh)
         if ids.size == 0 and not (traced or isinstance(self.weight, jax.core.Tracer)):
             return self._empty(ids.shape)
-        lookup = functools.partial(_lookup, self.partition, self.mesh, self.axis_name, self.padding_idx, options, split)
-        if self.invalid_ids == "error" and traced:
+        lookup = functools.partial(_lookup, config, self.mesh, self.axis_name, split)
+        if config.invalid_ids == "error" and traced:
             return _hidden_from_checkify(lookup, self.weight, ids)
         return lookup(self.weight, ids)
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
         """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
         spec = PartitionSpec()
-        if self.reduction == "none":
-            shape, spec = (self.world_size, *shape), PartitionSpec(self.axis_name)
-        elif self.reduction == "reduce_scatter":
-            spec = PartitionSpec(*[None] * resolve_seq_dim(len(shape), self.seq_dim), self.axis_name)
-        return jax.device_put(np.zeros((*shape, self.emb_size), self.weight.dtype), NamedSharding(self.mesh, spec))
+        if self.config.reduction == "none":
+            shape, spec = (self.config.world_size, *shape), PartitionSpec(self.axis_name)
+        elif self.config.reduction == "reduce_scatter":
+            spec = PartitionSpec(*[None] * resolve_seq_dim(len(shape), self.config.seq_dim), self.axis_name)
+        return jax.device_put(
+            np.zeros((*shape, self.config.emb_size), self.weight.dtype), NamedSharding(self.mesh, spec)
+        )
 
     def __repr__(self) -> str:
         weight: Any = self.weight  # inside a transformation, anything may stand here
         if hasattr(weight, "shape") and hasattr(weight, "dtype"):
             weight = f"{weight.dtype}{list(weight.shape)}"
-        return (
-            f"{type(self).__name__}({self.vocab_size}, {self.emb_size}, axis_name={self.axis_name!r}, "
-            f"world_size={self.world_size}, weight={weight})"
-        )
+        sizes = f"{self.config.vocab_size}, {self.config.emb_size}, axis_name={self.axis_name!r}"
+        changes = "".join(f", {name}={value!r}" for name, value in self.config.changes().items())
+        return f"{type(self).__name__}({sizes}, world_size={self.config.world_size}{changes}, weight={weight})"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+for _name in ("partition", *OPTIONS):
+    setattr(ParallelVocabEmbedding, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _lookup(
-    partition: VocabPartition,
+    config: EmbeddingConfig,
     mesh: Mesh | AbstractMesh,
     axis_name: str,
-    padding_idx: int | None,
-    options: ReductionOptions | None,
     split: PartitionSpec,
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
+    return _on_each_rank(config, mesh, axis_name, split, False, weight, ids)
+
+
+@_lookup.defjvp
+def _(
+    config: EmbeddingConfig,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    split: PartitionSpec,
+    primals: Any,
+    tangents: Any,
+) -> tuple[jax.Array, jax.Array]:
+    weight, ids = primals
+    # The compiler would gather the gradients of all tokens on every device, were an axis of theirs left to it.
+    likely = likely_split(ids, split, mesh, axis_name)
+    tangent = _on_each_rank(config, mesh, axis_name, likely, True, tangents[0], ids)
+    return _lookup(config, mesh, axis_name, split, weight, ids), tangent
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _on_each_rank(
+    config: EmbeddingConfig,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    split: PartitionSpec,
+    linear: bool,
+    weight: jax.Array,
+    ids: jax.Array,
+) -> jax.Array:
+    """The ranks' lookups under one shard_map, or, ``linear``, what JAX transposes."""
     free = free_axes(mesh, axis_name)
     manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
     rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
 
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
-        if options is None:
-            return partial_lookup(weight, ids, partition, axis_name, padding_idx=padding_idx)[None]
-        return reduce_lookup(options, weight, ids)
+        if config.reduction == "none":
+            return (linear_lookup if linear else lookup)(weight, ids, config, axis_name)[None]
+        return (linear_reduced_lookup if linear else reduced_lookup)(weight, ids, config, axis_name)
 
-    if options is None:
+    if config.reduction == "none":
         output = PartitionSpec(axis_name, *tokens, None)
-    elif options.reduction == "all_reduce":
+    elif config.reduction == "all_reduce":
         output = PartitionSpec(*tokens, None)
     else:
-        output = split_further(tokens, ids.ndim, options.seq_dim, axis_name)
+        output = split_further(tokens, ids.ndim, config.seq_dim, axis_name)
     mapped = jax.shard_map(
         on_each_rank,
         mesh=mesh if free == set(mesh.axis_names) else None,

@@ -1,4 +1,4 @@
-"""16-bit gradients of far fewer tokens than rows, which are added up by themselves: exact sums, and all of JAX's transforms.
+"""16-bit gradients: exact sums in float32, under all of JAX's transforms.
 
 Terms are integers small enough that sums are exact in any order: bits are compared.
 """

@@ -1,0 +1,31 @@
+"""What JAX has no stable public name for is where ``private_api`` says, and nowhere else."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_impl
+from jax_impl.private_api import varying_axes
+
+
+def test_varying_axes(mesh_of):
+    mesh, found = mesh_of((2, 2), ("dp", "tp")), []
+    split, whole = (jax.device_put(jnp.ones(2), NamedSharding(mesh, spec)) for spec in (P("dp"), P()))
+
+    def on_each_device(split, whole):
+        found.extend([varying_axes(split), varying_axes(whole), varying_axes(split + whole)])
+        return split
+
+    jax.shard_map(on_each_device, mesh=mesh, in_specs=(P("dp"), P()), out_specs=P("dp"))(split, whole)
+    assert found == [{"dp"}, set(), {"dp"}]
+    assert varying_axes(jnp.ones(2)) == set()
+
+
+@pytest.mark.parametrize("name", ["jax._src", "jax.interpreters", "jax.extend", "manual_axis_type", ".vma", "jaxlib"])
+def test_private_names_are_in_one_file(name):
+    folder = Path(jax_impl.__file__).parent
+    assert [path.name for path in folder.glob("**/*.py") if name in path.read_text()] in ([], ["private_api.py"])
