@@ -39,6 +39,8 @@ round, in an order that changes, and medians.
             processes, started anew for each candidate; and one rank's own cost at w = 8, 64, 512. JAX: a masked
             lookup with psum or psum_scatter, and jnp.take with every layout pinned.
 
+  python -m benchmarks aot: what the compilers of TPUs and GPUs make of the JAX layer (--help tells more).
+
 Peers that are not installed are left out:
   pip install -c constraints.txt -e '.[all,bench]'; pip install --no-deps megatron-core==0.16.1
 Before each measurement memory is faulted in and freed, so that no candidate profits from what the one before it left.
@@ -186,6 +188,8 @@ def main() -> int:
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    if sys.argv[1:2] == ["aot"]:
+        return subprocess.call([sys.executable, "-m", "benchmarks.aot", *sys.argv[2:]], cwd=_ROOT)
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")

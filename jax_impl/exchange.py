@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_impl.lookup import as_integers, gather, linear_gather, linear_lookup
+from jax_impl.lookup import gather, linear_gather, linear_lookup
 from jax_impl.private_api import varying_axes
 from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
@@ -45,8 +45,8 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
         return dense()
 
     def routed(routes: _Routes) -> jax.Array:
-        recv = _all_to_all(as_integers(weight.at[jnp.minimum(routes.send_WK, len(weight) - 1)].get()), axis_name)
-        return jax.lax.bitcast_convert_type(gather(recv, routes.slots), weight.dtype)
+        recv = gather(weight, routes.send_WK, functools.partial(_all_to_all, axis_name=axis_name))
+        return gather(recv, routes.slots)
 
     return _if_it_fits(_plan_routes(ids, config, axis_name), routed, dense)
 
@@ -107,21 +107,11 @@ def _sum_over_ranks(
     """The sum over the ranks of rows that all but one of them lack.
 
     Lacking rows are -0.0, to which every number can be added without a change of its bits; +0.0 would make +0.0 of -0.0.
+    Ids outside the vocabulary become +0.0 by way of the first rank.
     """
-    rank, partition = jax.lax.axis_index(axis_name), config.partition
-    keys = partition.keys(ids, rank)
-
-    def in_floats(weight: jax.Array, keys: jax.Array) -> jax.Array:
-        rows, owned = weight.at[jnp.minimum(keys, len(weight) - 1)].get(mode="promise_in_bounds"), keys < len(weight)
-        # Ids outside the vocabulary are +0.0, by way of the first rank.
-        lacking = jnp.where((rank == 0) & ~partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
-        return collective(jnp.where(owned[..., None], rows, lacking[..., None]))
-
-    def in_integers(weight: jax.Array, keys: jax.Array) -> jax.Array:
-        # XLA's sum on CPUs begins at +0.0 and makes zero of subnormal numbers.
-        return jax.lax.bitcast_convert_type(collective(gather(weight, keys)), weight.dtype)
-
-    return jax.lax.platform_dependent(weight, keys, cpu=in_integers, default=in_floats)
+    rank = jax.lax.axis_index(axis_name)
+    lacking = jnp.where((rank == 0) & ~config.partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
+    return gather(weight, config.partition.keys(ids, rank), collective, lacking[..., None])
 
 
 class _Routes(NamedTuple):
