@@ -89,9 +89,10 @@ def likely_split(ids: Any, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis
     """A split of the ids over every axis of the mesh: as far as it is not known, of their first dimension.
 
     Inside jit nobody knows how ids are split over Auto axes. A batch most often is, and along this dimension. Where it is
-    not, the program is as right, and has a collective more.
+    not, the program is as right, and has a collective more. Left to the compiler, it gathers the tokens of all devices
+    where it cannot split an operation: a scatter, a reduce-scatter.
     """
-    if not ids.ndim:
+    if not ids.ndim or not isinstance(ids, jax.core.Tracer):
         return split
     taken = axes_of(split) | explicit_axes(mesh) | {axis_name}
     entries = [*split, *[None] * (ids.ndim - len(split))]

@@ -353,6 +353,8 @@ def _lookup(
     ids: jax.Array,
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
+    if config.reduction == "reduce_scatter":
+        split = likely_split(ids, split, mesh, axis_name)
     return _on_each_rank(config, mesh, axis_name, split, False, weight, ids)
 
 
@@ -366,7 +368,6 @@ def _(
     tangents: Any,
 ) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
-    # The compiler would gather the gradients of all tokens on every device, were an axis of theirs left to it.
     likely = likely_split(ids, split, mesh, axis_name)
     tangent = _on_each_rank(config, mesh, axis_name, likely, True, tangents[0], ids)
     return _lookup(config, mesh, axis_name, split, weight, ids), tangent
