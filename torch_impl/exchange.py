@@ -18,7 +18,7 @@ from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
-from torch_impl.lookup import check_rows, eager_mode_only, gather, sparse_gradient
+from torch_impl.lookup import check_rows, eager_mode_only, gather, gradient_keys, sparse_gradient
 from torch_impl.process_group import find_group
 
 __all__ = ["choose_exchange", "reduced_lookup"]
@@ -258,10 +258,7 @@ def _sums_of_own_rows(
 
 
 def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
-    keys = config.partition.keys(ids, rank)
-    if config.padding_idx is None:
-        return keys
-    return keys.masked_fill(ids == config.padding_idx, config.partition.rows_per_rank)
+    return gradient_keys(config.partition.keys(ids, rank), ids, config)
 
 
 def _all_gather(grad_CE: Tensor, group: dist.ProcessGroup) -> Tensor:

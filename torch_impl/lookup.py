@@ -21,7 +21,7 @@ from shared.config import EmbeddingConfig
 from torch_impl.kernels import cpu
 from torch_impl.private_api import function_is_inlined
 
-__all__ = ["check_rows", "eager_mode_only", "gather", "lookup", "scatter_add", "sparse_gradient"]
+__all__ = ["check_rows", "eager_mode_only", "gather", "gradient_keys", "lookup", "scatter_add", "sparse_gradient"]
 
 
 def lookup(
@@ -52,11 +52,18 @@ def lookup(
         ids = ids.to(weight.device)
     keys = config.partition.keys(ids, rank)
     if zero_padded is None or torch.is_grad_enabled():
-        grad_keys = None if config.padding_idx is None else keys.masked_fill(ids == config.padding_idx, num_rows)
+        grad_keys = None if config.padding_idx is None else gradient_keys(keys, ids, config)
         output = _Lookup.apply(weight, keys, grad_keys, zero_padded, num_rows, sparse)
     else:
         output = _take(zero_padded, keys)
     return output if output.device == device else output.to(device)
+
+
+def gradient_keys(keys: Tensor, ids: Tensor, config: EmbeddingConfig) -> Tensor:
+    """The keys of the gradient: those of the lookup, but none for ``padding_idx``."""
+    if config.padding_idx is None:
+        return keys
+    return keys.masked_fill(ids == config.padding_idx, config.partition.rows_per_rank)
 
 
 def check_rows(weight: Tensor, num_rows: int, emb_size: int) -> None:

@@ -6,9 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from benchmarks.aot import AotCase, abstract_layer, forward_and_gradient, judge, mesh_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from benchmarks.aot import AotCase, abstract_layer, forward_and_gradient, judge, mesh_of
 
 pytestmark = [
     pytest.mark.aot,

@@ -94,6 +94,19 @@ def test_it_is_a_pytree_whose_only_leaf_is_the_table(mesh_of):
     np.testing.assert_array_equal(other.weight, 2 * emb.weight)
 
 
+def test_how_a_table_began_is_no_part_of_the_structure(mesh_of, tmp_path):
+    """The optimizer's state of a layer drawn from a seed fits one that was read from a file."""
+    mesh = mesh_of((2,))
+    drawn = ParallelVocabEmbedding(12, 4, mesh, init_mean=1.0, init_std=0.02, init_base_seed=7, init="global")
+    drawn.save_table(tmp_path / "table.safetensors")
+    read = ParallelVocabEmbedding.from_table(tmp_path / "table.safetensors", mesh=mesh)
+    assert jax.tree.structure(drawn) == jax.tree.structure(read)
+    assert jax.tree.structure(drawn) != jax.tree.structure(ParallelVocabEmbedding(12, 4, mesh, padding_idx=3))
+    moved = jax.tree.map(lambda moment, rows: moment - rows, drawn, read)
+    assert not np.asarray(moved.weight).any()
+    assert moved.init_base_seed == 7
+
+
 def test_the_mesh_in_force_is_taken(mesh_of):
     mesh = mesh_of((2, 4), ("dp", "tp"))
     emb = ParallelVocabEmbedding(24, 5)
