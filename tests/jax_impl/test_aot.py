@@ -77,7 +77,7 @@ def test_a_forward_is_no_slower_than_take():
         forward, _ = verdicts(V5P, reduction)
         peer, _ = take(V5P, LAYOUTS[reduction])
         assert forward.milliseconds <= limit * peer.milliseconds
-        assert forward.temporary <= peer.temporary
+        assert forward.temporary <= 1.01 * peer.temporary
 
 
 def test_a_forward_over_512_chips_is_no_slower_than_take():
