@@ -1,7 +1,15 @@
 """The vocabulary-parallel embedding in PyTorch. Never imports jax."""
 
+from torch_impl.clipping import clip_grad_norm_
 from torch_impl.dlpack import from_dlpack, shards_from_dlpack
 from torch_impl.functional import partial_lookup, reduced_lookup
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
-__all__ = ["ParallelVocabEmbedding", "from_dlpack", "partial_lookup", "reduced_lookup", "shards_from_dlpack"]
+__all__ = [
+    "ParallelVocabEmbedding",
+    "clip_grad_norm_",
+    "from_dlpack",
+    "partial_lookup",
+    "reduced_lookup",
+    "shards_from_dlpack",
+]

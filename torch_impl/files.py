@@ -38,6 +38,15 @@ class TableInFiles(ModuleWithTable):
         world_size: int
         padded_vocab_size: int
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group that the layer was built with; None without one.
+
+        Raises:
+            RuntimeError: it does not exist in this process (any more), or it is not the one the layer was built for.
+        """
+        return None if self._group_name is None else find_group(self._group_name, self.rank, self.world_size)
+
     @classmethod
     def from_table(
         cls,
@@ -131,9 +140,7 @@ class TableInFiles(ModuleWithTable):
         self._require_storage()
         if process_group is not None:
             resolve_rank(self.rank, self.world_size, process_group)
-        elif self._group_name is not None:
-            process_group = find_group(self._group_name, self.rank, self.world_size)
-        elif self.world_size > 1:
+        elif (process_group := self.process_group) is None and self.world_size > 1:
             raise ValueError(
                 f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
             )

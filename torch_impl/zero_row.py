@@ -29,12 +29,17 @@ class ModuleWithTable(ModuleThatMoves):
         """Give the module an uninitialised ``weight`` of ``[num_rows, emb_size]``."""
         longer = torch.empty(num_rows + 1, emb_size, dtype=dtype, device=device)
         if type(longer) is not Tensor or longer.device.type not in ("cpu", "cuda"):
-            self.weight = nn.Parameter(torch.empty(num_rows, emb_size, dtype=dtype, device=device))
-            return
-        longer[num_rows].zero_()
-        # By way of DLPack the rows are a storage of their own: what saves, ties or pickles them finds nothing else.
-        self.weight = nn.Parameter(from_dlpack(longer[:num_rows]))
-        self._longer = longer
+            rows, kept = torch.empty(num_rows, emb_size, dtype=dtype, device=device), None
+        else:
+            longer[num_rows].zero_()
+            # By way of DLPack the rows are a storage of their own: what saves, ties or pickles them finds nothing else.
+            rows, kept = from_dlpack(longer[:num_rows]), longer
+        self.weight = nn.Parameter(rows)
+        if kept is not None:
+            self._longer = kept
+        # By these Megatron-LM knows whose rows to count in the norm of all gradients.
+        for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
+            setattr(self.weight, name, value)
 
     def zero_padded(self) -> Tensor | None:
         """The memory of ``weight`` with the row of zeros behind it, ``[n + 1, e]``; None if it has none (any more)."""
