@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from shared.partition import VocabPartition
+from torch_impl.further_split import rows_here
 from torch_impl.private_api import tensor_without_storage
 
 __all__ = ["TableRows"]
@@ -23,7 +24,8 @@ class TableRows(Tensor):
     it has; a DTensor itself could only be split as DTensor splits, ``ceil(vocab_size / world_size)`` rows a rank.
 
     Args:
-        rows: the rank's rows, ``[n, e]``, those of padding included; shared, not copied.
+        rows: the rank's rows, ``[n, e]``, those of padding included; shared, not copied. Those that ``fully_shard`` has
+            split further are this process's part.
         partition: who owns what.
         rank: whose rows these are.
     """
@@ -34,12 +36,14 @@ class TableRows(Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor, partition: VocabPartition, rank: int) -> TableRows:
         size = torch.Size([partition.vocab_size, rows.shape[1]])
-        self: TableRows = tensor_without_storage(cls, size, rows)
+        self: TableRows = tensor_without_storage(cls, size, rows_here(rows)[0])
         return self
 
     def __init__(self, rows: Tensor, partition: VocabPartition, rank: int) -> None:
-        self._start, stop = partition.owned_range(rank)
-        self._rows = rows.detach()[: stop - self._start]
+        start, stop = partition.owned_range(rank)
+        part, first = rows_here(rows)
+        self._start = min(start + first, stop)
+        self._rows = part[: stop - self._start]
 
     def __repr__(self) -> str:  # type: ignore[override]
         rows = f"{self._start}:{self._start + len(self._rows)}"

@@ -31,6 +31,11 @@ class TableInFiles(ModuleWithTable):
     rank: int
     _group_name: str | None
 
+    def mark_state_dicts(self) -> None:
+        """Have ``state_dict()`` say whose rows it holds, beside its keys, and ``load_state_dict`` refuse another rank's."""
+        self.register_state_dict_post_hook(_say_whose_rows)
+        self.register_load_state_dict_pre_hook(_refuse_other_rows)
+
     if TYPE_CHECKING:  # each option is a property, made beside the layer
         partition: VocabPartition
         vocab_size: int
@@ -126,7 +131,7 @@ class TableInFiles(ModuleWithTable):
 
         Raises:
             ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written; the table is on
-                the meta device; ranks and no group.
+                the meta device, or split further by ``fully_shard``; ranks and no group.
 
         Example:
             >>> import tempfile, torch
@@ -138,6 +143,11 @@ class TableInFiles(ModuleWithTable):
             True
         """
         self._require_storage()
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                "the table must not be split further, as by fully_shard, to be saved: save it by sharded_state_dict() and "
+                "torch.distributed.checkpoint, or call unshard() on the module first"
+            )
         if process_group is not None:
             resolve_rank(self.rank, self.world_size, process_group)
         elif (process_group := self.process_group) is None and self.world_size > 1:
@@ -149,7 +159,8 @@ class TableInFiles(ModuleWithTable):
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
 
-        Loading writes to the parameter in place. Any number of ranks with any padding load what others saved.
+        Loading writes to the parameter in place; where ``fully_shard`` has split it further, to this process's part. Any
+        number of ranks with any padding load what others saved.
         (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
 
         Args:
@@ -177,6 +188,27 @@ class TableInFiles(ModuleWithTable):
     def _require_storage(self) -> None:
         if self.weight.is_meta:
             raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+
+
+def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    local_metadata["rows"] = _rows_of(layer)
+
+
+def _refuse_other_rows(
+    layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any], *others: Any
+) -> None:
+    saved, own = local_metadata.get("rows"), _rows_of(layer)
+    if saved is None or saved == own:  # files of other formats do not say
+        return
+    names = [f"rows [{start}, {stop}) of {vocab_size}" for start, stop, vocab_size in (saved, own)]
+    others[-1].append(
+        f"{prefix}weight must hold this rank's own {names[1]}, got {names[0]}: load the state dict of this rank, or all "
+        f"ranks' by sharded_state_dict() and torch.distributed.checkpoint"
+    )
+
+
+def _rows_of(layer: TableInFiles) -> list[int]:
+    return [*layer.partition.owned_range(layer.rank), layer.vocab_size]
 
 
 def _fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition, rank: int) -> None:
@@ -224,7 +256,8 @@ def _write_table(
     rows, (start, _) = weight.detach(), partition.owned_range(rank)
 
     def fill(first: int, last: int, buffer: memoryview) -> None:
-        part = rows[first - start : last - start].cpu().contiguous()
+        # A copy: a storage that NumPy has seen cannot be resized any more, which fully_shard does.
+        part = rows[first - start : last - start].to("cpu", copy=True).contiguous()
         buffer[:] = memory_of(part).reshape(-1).view(np.uint8).data
 
     def exchange(mine: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shared.config import EmbeddingConfig
 from shared.global_normal import normal_rows
+from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows
 
 __all__ = ["fill_normal"]
@@ -24,18 +25,24 @@ def fill_normal(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
         rank: whose rows these are.
     """
     partition, seed, mean, std = config.partition, config.init_base_seed, config.init_mean, config.init_std
+    rows, first = rows_here(weight)
     start, stop = partition.owned_range(rank)
+    begin = min(start + first, stop)
+    owned = rows[: stop - begin]
     if config.init == "per_rank":
-        generator = torch.Generator(weight.device).manual_seed(seed + rank)
-        nn.init.normal_(weight, mean, std, generator=generator)
+        generator = torch.Generator(rows.device).manual_seed(seed + rank)
+        if rows.shape == weight.shape:
+            nn.init.normal_(rows, mean, std, generator=generator)
+        else:  # the same numbers, whatever part of them is here
+            whole = torch.empty(weight.shape, dtype=rows.dtype, device=rows.device)
+            rows.copy_(nn.init.normal_(whole, mean, std, generator=generator)[first : first + len(rows)])
     else:
 
-        def fill(first: int, rows: np.ndarray) -> None:
-            first += start
-            normal_rows(first, first + len(rows), rows.shape[1], rows.dtype, seed, mean, std, out=rows)
+        def fill(number: int, part: np.ndarray) -> None:
+            number += begin
+            normal_rows(number, number + len(part), part.shape[1], part.dtype, seed, mean, std, out=part)
 
-        fill_rows(weight.detach()[: stop - start], fill)
-    with torch.no_grad():
-        weight[stop - start :].zero_()
-        if config.padding_idx is not None and start <= config.padding_idx < stop:
-            weight[config.padding_idx - start].zero_()
+        fill_rows(owned, fill)
+    rows[len(owned) :].zero_()
+    if config.padding_idx is not None and begin <= config.padding_idx < begin + len(owned):
+        rows[config.padding_idx - begin].zero_()

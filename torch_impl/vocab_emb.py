@@ -144,6 +144,7 @@ class ParallelVocabEmbedding(TableInFiles):
         if check and size > 1 and process_group is None:
             raise ValueError("check=True compares the ranks of a process_group: pass it")
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
+        self.mark_state_dicts()
         self.allocate_table(self.partition.rows_per_rank, self.config.emb_size, dtype, device)
         self.reset_parameters()
 

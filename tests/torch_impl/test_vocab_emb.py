@@ -175,3 +175,23 @@ def test_a_subclassed_conversion_keeps_it_working():
 def test_bad_arguments_are_refused(arguments, error, match):
     with pytest.raises(error, match=match):
         ParallelVocabEmbedding(**{"vocab_size": 24, "emb_size": 4, **arguments})
+
+
+def test_the_state_dict_of_another_rank_is_refused(tmp_path):
+    """What rank 0 saved, loaded on every rank, would be the right rows for nobody else."""
+    first, second = (ParallelVocabEmbedding(12, 4, rank, 2) for rank in range(2))
+    own = second.weight.detach().clone()
+    torch.save(first.state_dict(), tmp_path / "rank0.pt")
+    saved = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    assert list(saved) == ["weight"]
+    refusal = r"weight must hold this rank's own rows \[6, 12\) of 12, got rows \[0, 6\) of 12"
+    for options in ({}, {"assign": True}, {"strict": False}):
+        with pytest.raises(RuntimeError, match=refusal):
+            copy.deepcopy(second).load_state_dict(saved, **options)
+    whole = torch.nn.ModuleDict({"emb": pickle.loads(pickle.dumps(second))})
+    with pytest.raises(RuntimeError, match=rf"emb\.{refusal}"):
+        whole.load_state_dict(torch.nn.ModuleDict({"emb": first}).state_dict())
+    first.load_state_dict(saved)
+    second.load_state_dict(dict(saved))  # without metadata, as from safetensors: nobody can know
+    second.load_state_dict({"weight": own})
+    assert torch.equal(second.weight, own)

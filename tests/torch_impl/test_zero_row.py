@@ -48,7 +48,7 @@ def test_the_parameter_is_the_rows_and_no_others():
     assert not list(emb.buffers())
     plain = nn.Module()
     plain.weight = nn.Parameter(emb.weight.detach().clone())
-    assert len(pickle.dumps(emb.state_dict())) == len(pickle.dumps(plain.state_dict()))
+    assert len(pickle.dumps(dict(emb.state_dict()))) == len(pickle.dumps(dict(plain.state_dict())))
 
 
 def moved(how, emb):
