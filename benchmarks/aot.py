@@ -278,7 +278,7 @@ HEADER = [
 def _row(reduction: str, name: str, verdicts: tuple[Verdict, Verdict]) -> list[str]:
     row = [reduction, name]
     for verdict in verdicts:
-        time = "" if math.isnan(verdict.milliseconds) else f"{verdict.milliseconds:.3f}"
+        time = "" if not verdict.milliseconds >= 0 else f"{verdict.milliseconds:.3f}"
         accessed = "" if math.isnan(verdict.accessed) else f"{verdict.accessed / 1e6:.0f}"
         kinds = ", ".join(f"{kind} x {count}" for kind, count in verdict.collectives.items())
         row += [time, accessed, f"{verdict.temporary / 1e6:.1f}", kinds]
@@ -294,7 +294,7 @@ the program accesses, *temporary MB* its memory beside arguments and results.
 - Of a program with two ways, it has the dearer one: `ours, routed` is dense and routed in one, and a run goes one of them.
 - `jnp.take`, `flax.nnx.Embed` and `.at[].get` add the gradients of bfloat16 tables up in bfloat16: 5000 equal ids give 256.
   `float32 scatter` adds in float32, as ours does, as autodiff writes it.
-- On GPUs there is no model of time.
+- Where no time is given, there is no model of it (GPUs), or it makes a negative one (a fault of the model's).
 """
 
 

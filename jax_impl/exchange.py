@@ -71,8 +71,8 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
         return dense()
 
     def routed(routes: _Routes) -> jax.Array:
-        recv = _all_to_all(linear_gather(weight, routes.send_WK, weight.dtype), axis_name)
-        return linear_gather(recv, routes.slots, weight.dtype)
+        recv = _all_to_all(linear_gather(weight, routes.send_WK), axis_name)
+        return linear_gather(recv, routes.slots)
 
     return _if_it_fits(_plan_routes(ids, config, axis_name, gradient=True), routed, dense)
 

@@ -42,7 +42,7 @@ def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> t
 
 def linear_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
     """``lookup`` as JAX transposes it: the gradient of a row is the sum over its tokens; that of ``padding_idx`` is zero."""
-    return linear_gather(weight, _keys(ids, config, axis_name, gradient=True), weight.dtype)
+    return linear_gather(weight, _keys(ids, config, axis_name, gradient=True))
 
 
 def _keys(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: bool = False) -> jax.Array:
@@ -93,29 +93,27 @@ def gather(
 _INTEGERS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-def linear_gather(table: jax.Array, keys: jax.Array, dtype: Any) -> jax.Array:
-    """The table's row for each key, in ``dtype``, as a linear map whose transpose adds the gradients of each row up.
+def linear_gather(table: jax.Array, keys: jax.Array) -> jax.Array:
+    """The table's row for each key, as a linear map whose transpose adds the gradients of each row up.
 
-    The transpose accumulates 16-bit gradients in float32 and rounds once. It sorts the tokens by row, so that XLA need not:
-    for 32768 tokens and 16384 rows of 4096 columns in bfloat16, the TPU's compiler takes 269 MB of temporary memory for it
-    instead of 806, and models 0.46 ms instead of 0.63.
+    The transpose accumulates 16-bit gradients in float32 and rounds once. For these it sorts the tokens by row. XLA would
+    widen all tokens' gradients first: for 32768 tokens and 16384 rows of 4096 columns in bfloat16, the compiler of TPU v5p
+    takes 269 MB of temporary memory where they are sorted instead of 806, and models 0.46 ms instead of 0.63. In float32
+    there is nothing to widen: 0.6 MB and 0.17 ms sorted, 0.4 MB and 0.12 ms as they are.
 
     Args:
         table: ``[N, E]``.
         keys: any shape; a key of ``N`` gives zeros, and takes no gradient.
-        dtype: of the result.
 
     Returns:
-        ``[*keys.shape, E]``.
+        ``[*keys.shape, E]`` in the table's dtype.
     """
-    wide = table.astype(jnp.float32) if table.dtype.itemsize < 4 else table
+    outside: Any = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
+    if table.dtype.itemsize >= 4:
+        return table.at[keys].get(**outside)
     order_T = jnp.argsort(keys.reshape(-1))
-    sorted_T = keys.reshape(-1)[order_T]
-    rows_TE = (
-        wide.at[sorted_T]
-        .get(mode="fill", fill_value=0, wrap_negative_indices=False, indices_are_sorted=True)
-        .astype(dtype)
-    )
+    wide = table.astype(jnp.float32)
+    rows_TE = wide.at[keys.reshape(-1)[order_T]].get(indices_are_sorted=True, **outside).astype(table.dtype)
     # Written to their places, not read from them: the transpose then reads the gradients in order, without a second scatter.
     rows_TE = jnp.zeros_like(rows_TE).at[order_T].set(rows_TE, mode="promise_in_bounds", unique_indices=True)
     return rows_TE.reshape(*keys.shape, table.shape[1])
