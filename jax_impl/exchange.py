@@ -1,7 +1,7 @@
 """The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
 
 Every rank knows all the ids, so each works out what it sends and what it gets: no counts are exchanged.
-Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K rows that one rank may send to another.
+Shape suffixes: W ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
     def dense() -> jax.Array:
         return _sum_over_ranks(weight, ids, config, axis_name, collective)
 
-    if config.reduction == "all_reduce" or config.exchange != "routed":
+    if config.reduction == "all_reduce" or config.exchange != "routed" or config.world_size == 1:
         return dense()
 
     def routed(routes: _Routes) -> jax.Array:
@@ -65,9 +65,9 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
     def dense() -> jax.Array:
         return _collective(ids, config, axis_name)(linear_lookup(weight, ids, config, axis_name))
 
-    # Sums of 16-bit gradients travel in float32: as many bytes for half the rows as the dense form has for all of them.
-    narrow = weight.dtype.itemsize < 4
-    if config.reduction == "all_reduce" or config.exchange != "routed" or narrow:
+    # To round only once, the routed form would have to send float32 sums: no fewer bytes than dense 16-bit gradients.
+    direct = weight.dtype.itemsize < 4 or config.world_size == 1
+    if config.reduction == "all_reduce" or config.exchange != "routed" or direct:
         return dense()
 
     def routed(routes: _Routes) -> jax.Array:
@@ -79,17 +79,17 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
 
 def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
     """The embedding of no ids."""
-    varying, shape = varying_axes(ids), ids.shape
+    varying, shape = varying_axes(ids) | (varying_axes(weight) - {axis_name}), ids.shape
     if config.reduction == "reduce_scatter":
         varying, shape = varying | {axis_name}, chunk_shape(shape, config.seq_dim, config.world_size)
     zeros = jnp.zeros((*shape, weight.shape[1]), weight.dtype)
-    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+    return jax.lax.pcast(zeros, tuple(sorted(varying)), to="varying") if varying else zeros
 
 
 def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
     """What adds the ranks' incomplete embeddings up."""
     if config.reduction == "all_reduce":
-        if config.world_size == 1:  # a psum over one device does not compile beside axes that are left to the compiler
+        if config.world_size == 1:  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2, 0.12.0)
             return functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         return functools.partial(jax.lax.psum, axis_name=axis_name)
     chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split
@@ -104,14 +104,14 @@ def _sum_over_ranks(
     axis_name: str,
     collective: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """The sum over the ranks of rows that all but one of them lack.
+    """Sum the ranks' incomplete embeddings.
 
-    Lacking rows are -0.0, to which every number can be added without a change of its bits; +0.0 would make +0.0 of -0.0.
-    Ids outside the vocabulary become +0.0 by way of the first rank.
+    Foreign ids' rows are filled with -0.0, the identity of addition; +0.0 would turn -0.0 into +0.0. For an id outside the
+    vocabulary, the first rank contributes +0.0.
     """
     rank = jax.lax.axis_index(axis_name)
-    lacking = jnp.where((rank == 0) & ~config.partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
-    return gather(weight, config.partition.keys(ids, rank), collective, lacking[..., None])
+    fill = jnp.where((rank == 0) & ~config.partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
+    return gather(weight, config.partition.keys(ids, rank), collective, fill[..., None])
 
 
 class _Routes(NamedTuple):
@@ -119,7 +119,8 @@ class _Routes(NamedTuple):
 
     Attributes:
         send_WK: rows of this rank's table for each chunk, ascending; the number of rows where there are no more.
-        slots: for each token of this rank's chunk, its row among the ``W * K`` that arrive; ``W * K`` for one of none.
+        slots: for each token of this rank's chunk, its row among the ``W * K`` that arrive; ``W * K`` for an id outside the
+            vocabulary and, in gradients, for ``padding_idx``.
         fits: whether no rank needs more than ``K`` rows of another; the same on all devices.
     """
 
@@ -138,7 +139,7 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
         known &= ids_WC != config.padding_idx
     ids_WC = jnp.where(known, ids_WC, none).astype(jnp.int32)
     # Half a chunk: Zipf-distributed ids need 0.35 to 0.48 of it from the first of 8 ranks, uniform ones a w-th; all_to_all
-    # then moves half the bytes of the dense form. With less, real text would never fit.
+    # then moves half the bytes of the dense form. With a smaller capacity, real text would always fall back to dense.
     capacity = -(-ids_WC.shape[1] // 2)
     sorted_WC, order_WC = jax.lax.sort_key_val(ids_WC, jax.lax.broadcasted_iota(jnp.int32, ids_WC.shape, 1))
     first_WC = jnp.pad(sorted_WC[:, 1:] != sorted_WC[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -152,14 +153,19 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
     owner_C = jnp.minimum(mine_C // n, w - 1)
     slots_C = jnp.where(mine_C < none, owner_C * capacity + place_C - below[rank][owner_C], w * capacity)
     needed = _most_of_batch(jnp.diff(below, axis=1).max())
-    if others := tuple(varying_axes(needed)):  # over which ids are split: all devices are to take the same branch
+    if others := tuple(
+        sorted(varying_axes(needed))
+    ):  # over which ids are split: all devices are to take the same branch
         needed = jax.lax.pmax(needed, others)
     return _Routes(jnp.sort(keys_WC, axis=1)[:, :capacity], slots_C.reshape(shape), needed <= capacity)
 
 
 @jax.custom_batching.custom_vmap
 def _most_of_batch(count: jax.Array) -> jax.Array:
-    """The count; under vmap the largest of the batch, so that all take the same branch: a mixed cond has no transpose."""
+    """Return the count; under vmap, the largest of the batch.
+
+    All take the same branch then. A cond with a batched predicate cannot be transposed (jax 0.10.2).
+    """
     return count
 
 

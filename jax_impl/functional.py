@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_impl.exchange import reduced_lookup as lookup_over_axis
-from jax_impl.ids import as_ids
+from jax_impl.ids import as_ids, check_size_for_int32
 from jax_impl.lookup import lookup
 from jax_impl.private_api import varying_axes
-from shared.checks import REDUCTIONS, check_choice
+from shared.checks import REDUCTIONS, check_choice, table_dtype_error
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 
@@ -31,9 +32,9 @@ def partial_lookup(
     manual over ``axis_name``; the rank is the position along that axis.
 
     Args:
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
-        ids: global ids, any shape, any integer dtype; no dtype wraps. Ids outside ``[0, vocab_size)``, negative ones
-            included, give zero rows on every rank.
+        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
+        ids: global ids, any shape, any integer dtype, the same on all ranks of the axis; no dtype wraps. Ids outside
+            ``[0, vocab_size)``, negative ones included, give zero rows on every rank.
         partition: who owns what; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis over which the vocabulary is split.
         padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
@@ -70,7 +71,7 @@ def partial_lookup(
                [0., 0.]], dtype=float32)
     """
     config = _config(weight, partition, axis_name, padding_idx=padding_idx)
-    return lookup(weight, as_ids(ids, partition.vocab_size), config, axis_name)
+    return lookup(weight, _shared_ids(ids, partition, axis_name), config, axis_name)
 
 
 def reduced_lookup(
@@ -84,27 +85,29 @@ def reduced_lookup(
     seq_dim: int = -1,
     padding_idx: int | None = None,
 ) -> jax.Array:
-    """Look ids up in a table that is split over the ranks of a mesh axis: the sum of their ``partial_lookup``.
+    """Look ids up in a table that is split over the ranks of a mesh axis.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    The result is the sum of the ranks' ``partial_lookup``. To be called inside a ``jax.shard_map`` that is manual over
+    ``axis_name``; the rank is the position along that axis.
 
     Args:
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
+        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
         ids: global ids, any shape, any integer dtype, the same on all ranks of the axis; no dtype wraps.
         partition: who owns what; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis over which the vocabulary is split.
         reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
         exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, for ``"reduce_scatter"``
-            each distinct row straight from its owner to who needs it, where no rank needs of another more rows than half
-            of its chunk has tokens, and densely else; ``"auto"``, dense. The embeddings are equal. ``"all_reduce"`` has
+            each distinct row straight from its owner to who needs it, or dense where a rank needs more distinct rows of
+            one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal. ``"all_reduce"`` has
             only the dense form.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
         padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
 
     Returns:
         ``[*ids.shape, emb_size]`` in the weight's dtype, not varying over ``axis_name``; for ``"reduce_scatter"`` varying
-        over it, with the dimension ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit; ids
-        outside the vocabulary give +0.0.
+        over it, with the dimension ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit,
+        but where an accelerator adds: a subnormal number may become zero there, and a NaN another. Ids outside the
+        vocabulary give +0.0.
 
     The gradient of ``"all_reduce"`` is local. That of ``"reduce_scatter"`` brings each rank what all chunks have for the
     rows it owns. Sums are float32 for 16-bit tables and rounded once. Forward and reverse mode work to any order.
@@ -137,16 +140,25 @@ def reduced_lookup(
     check_choice("reduction", reduction, REDUCTIONS[1:])
     options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "padding_idx": padding_idx}
     config = _config(weight, partition, axis_name, **options)
-    ids = as_ids(ids, partition.vocab_size)
+    return lookup_over_axis(weight, _shared_ids(ids, partition, axis_name), config, axis_name)
+
+
+def _shared_ids(ids: Any, partition: VocabPartition, axis_name: str) -> jax.Array:
+    ids = jnp.asarray(as_ids(ids, partition.vocab_size))
     if axis_name in varying_axes(ids):
         raise ValueError(
             f"ids must be the same on all ranks of the axis {axis_name!r}, but they vary over it: pass them with an "
             f"in_specs that does not name the axis"
         )
-    return lookup_over_axis(weight, ids, config, axis_name)
+    return ids
 
 
 def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **options: Any) -> EmbeddingConfig:
+    if not isinstance(axis_name, str):
+        raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
+    check_size_for_int32(partition)
+    if weight.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise table_dtype_error(weight.dtype)
     if weight.ndim != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {weight.shape}"
@@ -157,5 +169,7 @@ def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **opti
             f"partition.world_size must be the size of the axis {axis_name!r}: got {partition.world_size}, "
             f"the axis has {size}"
         )
+    if axis_name not in varying_axes(jax.lax.axis_index(axis_name)):
+        raise ValueError("check_vma must be True in the shard_map around: without it gradients are too large")
     sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
     return EmbeddingConfig(*sizes, **options)

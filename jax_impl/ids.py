@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shared.checks import ids_type_error, invalid_id_error
 from shared.ids import check_ids_valid, widen
+from shared.partition import VocabPartition
 
-__all__ = ["as_ids", "check_ids", "checked_array"]
+__all__ = ["as_ids", "check_ids", "check_size_for_int32", "checked_array"]
 
 
 def as_ids(ids: Any, vocab_size: int) -> Any:
@@ -23,8 +24,11 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
     door, before any code of the function runs: call this on 64-bit NumPy ids that go into a jitted function of your own.
 
     Args:
-        ids: a JAX array (of up to 32 bits returned as it is), a NumPy array or a number, of any integer dtype.
+        ids: a JAX array, a NumPy array or a number, of any integer dtype.
         vocab_size: rows of the whole table, at most ``2**31 - 1``.
+
+    Returns:
+        int32 of the same shape, from JAX where the ids are.
 
     Raises:
         TypeError: ids are not an array of integers.
@@ -38,13 +42,24 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
     if isinstance(ids, jax.Array):
         checked_array(ids)
         if ids.dtype.itemsize < 8:
-            return ids
+            return widen(ids)
         with jax.enable_x64(True):  # without it, JAX narrows at the first operation
             return jnp.where((ids >= 0) & (ids < vocab_size), ids, -1).astype(jnp.int32)
     if not isinstance(ids, (np.ndarray, np.generic, int)) or isinstance(ids, bool):
         raise ids_type_error(type(ids).__name__, "a JAX or NumPy array")
     wide = widen(np.asarray(ids))
     return np.where((wide >= 0) & (wide < vocab_size), wide, -1).astype(np.int32)
+
+
+def check_size_for_int32(partition: VocabPartition) -> None:
+    """Refuse a vocabulary whose rows, and one more for foreign ids, int32 cannot number.
+
+    Raises:
+        ValueError: naming the size.
+    """
+    size, limit = partition.padded_vocab_size, "2**31" if partition.world_size > 1 else "2**31 - 1"
+    if size >= 2**31 or partition.rows_per_rank >= 2**31 - 1:
+        raise ValueError(f"vocab_size must fit JAX's int32 indices, below {limit}, got {size}")
 
 
 def check_ids(ids: Any, vocab_size: int) -> None:

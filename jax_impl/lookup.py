@@ -1,6 +1,6 @@
 """One rank's lookup and its derivative, inside a shard_map.
 
-A *key* is a row number of the rank's table, or the number of rows where there is none to look up: a foreign id's.
+A *key* is a row number of the rank's table, or the number of rows for a foreign id.
 Shape suffixes: N rows of the rank's table, E columns; the keys' own dimensions are flattened to T tokens.
 """
 
@@ -41,7 +41,7 @@ def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> t
 
 
 def linear_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
-    """``lookup`` as JAX transposes it: the gradient of a row is the sum over its tokens; that of ``padding_idx`` is zero."""
+    """The linear map whose transpose is the gradient: ``lookup``, but zeros for ``padding_idx``."""
     return linear_gather(weight, _keys(ids, config, axis_name, gradient=True))
 
 
@@ -55,23 +55,24 @@ def _keys(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: boo
 def gather(
     table: jax.Array,
     keys: jax.Array,
-    then: Callable[[jax.Array], jax.Array] = lambda rows: rows,
-    lacking: jax.Array | float = 0.0,
+    collective: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+    fill: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Copy the table's row for each key, bit for bit, and hand the rows to ``then``.
+    """Gather rows bit for bit, then apply ``collective``.
 
-    On CPUs ``then`` gets the rows as unsigned integers. XLA selects and sends 16-bit floats as float32 there, which changes
-    NaNs, and its sums begin at +0.0 and make zero of subnormal numbers. Elsewhere integers would cost: a lookup of 32768
-    tokens of 4096 columns in bfloat16 takes 269 MB of temporary memory in floats and 538 in integers (TPU v5p's compiler).
+    On CPUs ``collective`` gets the rows as unsigned integers. XLA selects and sends 16-bit floats as float32 there, which
+    changes NaNs, and its sums begin at +0.0 and make zero of subnormal numbers. Elsewhere integers would cost: a lookup of
+    32768 tokens of 4096 columns in bfloat16 takes 269 MB of temporary memory in floats and 538 in integers (TPU v5p's
+    compiler).
 
     Args:
         table: ``[N, E]``.
-        keys: any shape; a key of ``N`` gives the row ``lacking``.
-        then: a collective that adds or moves rows.
-        lacking: broadcast against the rows; as integers it is always 0.
+        keys: any shape; a key of ``N`` gives the row ``fill``.
+        collective: adds or moves rows.
+        fill: broadcast against the rows. Ignored on CPUs, where it is integer 0.
 
     Returns:
-        What ``then`` makes of ``[*keys.shape, E]``, in the table's dtype.
+        What ``collective`` makes of ``[*keys.shape, E]``, in the table's dtype.
     """
 
     # Neither jnp.take nor plain indexing: they wrap negative indices, and give NaN or another row past the end.
@@ -80,12 +81,12 @@ def gather(
         return (keys < len(table))[..., None], rows
 
     def in_floats(table: jax.Array, keys: jax.Array) -> jax.Array:
-        return then(jnp.where(*copied(table, keys), jnp.asarray(lacking, table.dtype)))
+        return collective(jnp.where(*copied(table, keys), jnp.asarray(fill, table.dtype)))
 
     def in_integers(table: jax.Array, keys: jax.Array) -> jax.Array:
         found, rows = copied(table, keys)
         bits = jax.lax.bitcast_convert_type(rows, _INTEGERS[rows.dtype.itemsize])
-        return jax.lax.bitcast_convert_type(then(jnp.where(found, bits, jnp.zeros((), bits.dtype))), table.dtype)
+        return jax.lax.bitcast_convert_type(collective(jnp.where(found, bits, jnp.zeros((), bits.dtype))), table.dtype)
 
     return jax.lax.platform_dependent(table, keys, cpu=in_integers, default=in_floats)
 
@@ -111,9 +112,10 @@ def linear_gather(table: jax.Array, keys: jax.Array) -> jax.Array:
     outside: Any = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
     if table.dtype.itemsize >= 4:
         return table.at[keys].get(**outside)
-    order_T = jnp.argsort(keys.reshape(-1))
+    keys_T = keys.reshape(-1)
+    keys_T, order_T = jax.lax.sort_key_val(keys_T, jax.lax.broadcasted_iota(jnp.int32, keys_T.shape, 0))
     wide = table.astype(jnp.float32)
-    rows_TE = wide.at[keys.reshape(-1)[order_T]].get(indices_are_sorted=True, **outside).astype(table.dtype)
-    # Written to their places, not read from them: the transpose then reads the gradients in order, without a second scatter.
+    rows_TE = wide.at[keys_T].get(indices_are_sorted=True, **outside).astype(table.dtype)
+    # Unpermute by a scatter: its transpose is a gather, so that the gradients need no second scatter.
     rows_TE = jnp.zeros_like(rows_TE).at[order_T].set(rows_TE, mode="promise_in_bounds", unique_indices=True)
     return rows_TE.reshape(*keys.shape, table.shape[1])

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
-    """``mesh``, or the one set with ``jax.set_mesh``, once it is known to have the axis ``axis_name``.
+    """Return the mesh to use, checked to have ``axis_name``: ``mesh``, or the one set with ``jax.set_mesh``.
 
     Raises:
         TypeError: ``mesh`` is not a mesh, or ``axis_name`` is not a string.
@@ -53,15 +54,20 @@ def first_row(index: Any) -> int:
 
 
 def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
-    """The axes of the mesh that no shard_map of the caller's has taken.
+    """Find the axes of the mesh that no shard_map of the caller's has taken.
 
     Raises:
-        ValueError: ``axis_name`` is taken.
+        ValueError: ``axis_name`` is taken; another mesh is set with ``jax.set_mesh``.
     """
     in_force = jax.sharding.get_abstract_mesh()
     free = frozenset(mesh.axis_names)
     if not in_force.empty:
-        free &= frozenset(in_force.axis_names) - frozenset(in_force.manual_axes)
+        if dict(in_force.shape) != dict(mesh.shape):
+            raise ValueError(
+                f"the mesh that is set must be the layer's, {dict(mesh.shape)}, got {dict(in_force.shape)}: call the layer "
+                f"under jax.set_mesh(emb.mesh), or without a mesh set"
+            )
+        free -= frozenset(in_force.manual_axes)
     if axis_name not in free:
         raise ValueError(
             f"the layer opens a shard_map of its own over {axis_name!r}, which is manual already; "
@@ -85,24 +91,31 @@ def known_split(ids: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def likely_split(ids: Any, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str) -> PartitionSpec:
-    """A split of the ids over every axis of the mesh: as far as it is not known, of their first dimension.
+def likely_split(
+    ids: Any, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, config: EmbeddingConfig
+) -> PartitionSpec:
+    """Guess how traced ids are split: known axes as they are, free Auto axes along the batch.
 
-    Inside jit nobody knows how ids are split over Auto axes. A batch most often is, and along this dimension. Where it is
-    not, the program is as right, and has a collective more. Left to the compiler, it gathers the tokens of all devices
-    where it cannot split an operation: a scatter, a reduce-scatter.
+    The batch is the first dimension that is not the sequence, ``seq_dim``. A wrong guess costs a collective, not
+    correctness. Without a guess, XLA gathers the tokens of all devices before a scatter or a reduce-scatter.
     """
-    if not ids.ndim or not isinstance(ids, jax.core.Tracer):
+    has_sequence = ids.ndim > 1 or config.reduction == "reduce_scatter"
+    sequence = config.seq_dim % ids.ndim if ids.ndim and has_sequence else None
+    batch = next((dim for dim in range(ids.ndim) if dim != sequence), None)
+    if batch is None or not isinstance(ids, jax.core.Tracer):
         return split
-    taken = axes_of(split) | explicit_axes(mesh) | {axis_name}
     entries = [*split, *[None] * (ids.ndim - len(split))]
-    names, size = _names(entries[0]), ids.shape[0]
+    names, size = _names(entries[batch]), ids.shape[batch]
     for name in names:
         size //= mesh.shape[name]
-    for name in sorted(free_axes(mesh, axis_name) - taken, key=mesh.axis_names.index):
-        if size % mesh.shape[name] == 0:
+    taken = axes_of(split) | explicit_axes(mesh)
+    if not (in_force := jax.sharding.get_abstract_mesh()).empty:
+        taken |= frozenset(in_force.manual_axes)
+    for name in mesh.axis_names:
+        if name not in taken and name != axis_name and size % mesh.shape[name] == 0:
             names, size = (*names, name), size // mesh.shape[name]
-    return PartitionSpec(names or None, *entries[1:])
+    entries[batch] = names or None
+    return PartitionSpec(*entries)
 
 
 def axes_of(spec: PartitionSpec) -> frozenset[str]:

@@ -2,8 +2,9 @@
 
 A test uses each of them, so that a release that moves one fails loudly.
 
-- ``typeof(x).manual_axis_type.varying`` (0.10 on), ``typeof(x).vma`` (0.6 to 0.9): over which mesh axes an array differs
-  inside a shard_map. ``jax.lax.pcast`` needs the axes that are missing, and ids must not differ over the table's axis.
+- ``typeof(x).manual_axis_type.varying`` (jax 0.10 on; ``.vma`` before): over which mesh axes an array differs inside a
+  shard_map. ``jax.lax.pcast`` needs the axes that are missing, and ids must not differ over the table's axis. No public
+  name is proposed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,4 @@ __all__ = ["varying_axes"]
 
 def varying_axes(array: Any) -> frozenset[str]:
     """The mesh axes, manual in the shard_map around, over which the array differs."""
-    kind = jax.typeof(array)
-    found = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-    return frozenset(found)
+    return frozenset(jax.typeof(array).manual_axis_type.varying)

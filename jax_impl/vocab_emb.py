@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax_impl.agreement import check_agreement
 from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
 from jax_impl.files import array_from_table, write_table
-from jax_impl.ids import as_ids, check_ids
+from jax_impl.ids import as_ids, check_ids, check_size_for_int32
 from jax_impl.init import draw_normal
 from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
@@ -47,8 +46,8 @@ class ParallelVocabEmbedding:
 
     Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``
     (``padded_vocab_size`` in the place of ``vocab_size`` where there is padding), looks up the ids it owns and returns
-    all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding, which
-    ``reduction`` makes of them.
+    all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding;
+    ``reduction`` says whether the layer computes it.
 
     The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimisers take it as it is.
 
@@ -67,17 +66,17 @@ class ParallelVocabEmbedding:
         reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
             ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
         exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, for
-            ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, where no rank needs of another
-            more rows than half of its chunk has tokens, and densely else; ``"auto"``, dense. The embeddings are equal in
-            every bit; sums in gradients may be added in another order. ``"all_reduce"`` has only the dense form, and
+            ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, or dense where a rank needs
+            more distinct rows of one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal
+            in every bit; sums in gradients may be added in another order. ``"all_reduce"`` has only the dense form, and
             16-bit gradients travel densely.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
         padding_idx: a global id whose row starts as zero and gets no gradient.
         padded_vocab_size: rows with those of padding, which the size of the axis divides, or ``"even"`` for the least such
-            size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``. Padding comes last: zero, no id's,
-            without a gradient, never written to a file. Left out, there is none.
+            size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``, and one less on one rank. Padding comes
+            last: zero, no id's, without a gradient, never written to a file. Left out, there is none.
         init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
             i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
@@ -156,10 +155,7 @@ class ParallelVocabEmbedding:
             init=init,
             check=checks_wanted(check),
         )
-        if self.config.padded_vocab_size >= 2**31:
-            raise ValueError(
-                f"vocab_size must fit JAX's int32 indices, below 2**31, got {self.config.padded_vocab_size}"
-            )
+        check_size_for_int32(self.config.partition)
         rows = draw_normal(self.config, self.mesh, axis_name, _table_dtype(dtype))
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
@@ -292,7 +288,7 @@ class ParallelVocabEmbedding:
             ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)``, of which element r is rank r's
             incomplete embedding ``Er``; with ``"all_reduce"`` the embedding, ``[*ids.shape, emb_size]``, on every rank;
             with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``. Rows are copied bit
-            for bit.
+            for bit; only where an accelerator adds for a reduction, a subnormal number may become zero and a NaN another.
 
         Raises:
             TypeError: ids are not an array of integers.
@@ -315,8 +311,6 @@ class ParallelVocabEmbedding:
         if ids.size == 0 and not (traced or isinstance(self.weight, jax.core.Tracer)):
             return self._empty(ids.shape)
         lookup = functools.partial(_lookup, config, self.mesh, self.axis_name, split)
-        if config.invalid_ids == "error" and traced:
-            return _hidden_from_checkify(lookup, self.weight, ids)
         return lookup(self.weight, ids)
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
@@ -354,8 +348,8 @@ def _lookup(
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
     if config.reduction == "reduce_scatter":
-        split = likely_split(ids, split, mesh, axis_name)
-    return _on_each_rank(config, mesh, axis_name, split, False, weight, ids)
+        split = likely_split(ids, split, mesh, axis_name, config)
+    return _hidden_from_checkify(config, mesh, axis_name, split, False, weight, ids)
 
 
 @_lookup.defjvp
@@ -368,8 +362,8 @@ def _(
     tangents: Any,
 ) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
-    likely = likely_split(ids, split, mesh, axis_name)
-    tangent = _on_each_rank(config, mesh, axis_name, likely, True, tangents[0], ids)
+    likely = likely_split(ids, split, mesh, axis_name, config)
+    tangent = _hidden_from_checkify(config, mesh, axis_name, likely, True, tangents[0], ids)
     return _lookup(config, mesh, axis_name, split, weight, ids), tangent
 
 
@@ -409,21 +403,29 @@ def _on_each_rank(
     return mapped(lay_out(weight, mesh, rows), lay_out(ids, mesh, tokens))
 
 
-def _hidden_from_checkify(lookup: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array) -> jax.Array:
-    """``lookup(weight, ids)`` behind an operation that checkify does not open.
+def _hidden_from_checkify(
+    config: EmbeddingConfig,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    split: PartitionSpec,
+    linear: bool,
+    weight: jax.Array,
+    ids: jax.Array,
+) -> jax.Array:
+    """``_on_each_rank``, behind an operation that checkify does not open where it may be in use.
 
     checkify rewrites a shard_map that it finds, even one without checks, and fails to where a mesh is set or has further
-    axes (jax 0.10.2). linear_call has first and higher reverse derivatives, but no vmap.
+    axes (jax 0.10.2). linear_call has derivatives of any order, but no vmap.
     """
+    run = functools.partial(_on_each_rank, config, mesh, axis_name, split, linear)
+    if config.invalid_ids != "error" or not isinstance(ids, jax.core.Tracer):
+        return run(weight, ids)
 
-    def transpose(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> jax.Array:
-        weight, ids = residuals
-        return jax.vjp(lambda w: lookup(w, ids), weight)[1](cotangent)[0]
+    def transpose(ids: jax.Array, cotangent: jax.Array) -> jax.Array:
+        table = jax.ShapeDtypeStruct((config.padded_vocab_size, config.emb_size), cotangent.dtype)
+        return jax.linear_transpose(lambda weight: run(weight, ids), table)(cotangent)[0]
 
-    residuals = (jax.lax.stop_gradient(weight), ids)
-    return jax.custom_derivatives.linear_call(
-        lambda residuals, weight: lookup(weight, residuals[1]), transpose, residuals, weight
-    )
+    return jax.custom_derivatives.linear_call(lambda ids, weight: run(weight, ids), transpose, ids, weight)
 
 
 def _table_dtype(dtype: Any) -> np.dtype[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"pve {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (compare, plan, record, diff):
         module.add_parser(commands)
@@ -50,3 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except KeyboardInterrupt:
         return fail("interrupted")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("parallel-vocab-embedding")
+    except importlib.metadata.PackageNotFoundError:  # run from a source folder
+        return "of a source folder, not installed"

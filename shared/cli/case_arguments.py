@@ -10,7 +10,14 @@ from shared.case import CaseOptions
 from shared.checks import EXCHANGES, REDUCTIONS
 from shared.padding_rules import RULE_HELP
 
-__all__ = ["add_case_arguments", "case_options"]
+__all__ = ["add_case_arguments", "case_options", "dtype_name"]
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def dtype_name(text: str) -> str:
+    """The name of a dtype, of which ``bf16`` and its like are short forms."""
+    return _SHORT_DTYPES.get(text, text)
 
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +34,9 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table")
     table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
-    table.add_argument("--dtype", choices=[*DTYPES], help="of a made-up table; with --weights, what to cast it to")
+    table.add_argument(
+        "--dtype", type=dtype_name, choices=[*DTYPES], help="of a made-up table; with --weights, what to cast it to"
+    )
 
     ids = parser.add_argument_group("the ids (left out: made-up Zipf-distributed ones, 4 x 2048)")
     ids.add_argument("--ids", type=Path, metavar="FILE.npy", help="an array of integers, of any shape")
@@ -52,14 +61,13 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*EXCHANGES],
         default="auto",
         help="how a reduction's rows travel: by the dense collective, routed from their owner to who needs them, or "
-        "whichever is faster (auto, the default); the values are the same",
+        "what each layer chooses by itself (auto, the default); the values are the same",
     )
     layer.add_argument(
         "--seq-dim",
         type=int,
-        default=-1,
         metavar="D",
-        help="the dimension of the ids that is split (default -1, the last)",
+        help="with --reduction reduce_scatter: the dimension of the ids that is split (default -1, the last)",
     )
     layer.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is made up (default 0)")
 
@@ -68,4 +76,8 @@ def case_options(options: argparse.Namespace) -> CaseOptions:
     """What the user said with them."""
     if options.seed < 0:
         raise ValueError(f"--seed must not be negative, got {options.seed}")
+    if options.seq_dim is None:
+        options.seq_dim = -1
+    elif options.reduction != "reduce_scatter":
+        raise ValueError(f"--seq-dim needs --reduction reduce_scatter, got --reduction {options.reduction}")
     return CaseOptions(**{name: getattr(options, name) for name in CaseOptions.__dataclass_fields__})

@@ -10,6 +10,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from shared.bits import STORED_DTYPES
+from shared.cli.case_arguments import dtype_name
 from shared.cli.console import output, print_json, progress_steps
 from shared.find_table import open_table
 from shared.padding_rules import RULE_HELP, padded_by_rule
@@ -91,7 +92,10 @@ def add_parsers(commands: Any) -> None:
                 help="files with a manifest (the default), or equal parts with padding, as Megatron-LM has them",
             )
         parser.add_argument(
-            "--dtype", choices=[*STORED_DTYPES], help="what to cast to, rounding once (default: as it is)"
+            "--dtype",
+            type=dtype_name,
+            choices=[*STORED_DTYPES],
+            help="what to cast to, rounding once (default: as it is)",
         )
         parser.add_argument("--force", action="store_true", help="replace what is there")
         parser.add_argument("--json", action="store_true", help="print what was written as JSON")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from shared.bits import DTYPES, dtype_named
 from shared.checks import check_size
+from shared.cli.case_arguments import dtype_name
 from shared.cli.console import output, print_json
 from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
 from shared.partition import VocabPartition
@@ -44,7 +45,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     parser.add_argument("--emb-size", type=int, metavar="E", help="columns; with it, memory is shown")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16", help="of the table (default bfloat16)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, choices=[*DTYPES], default="bfloat16", help="of the table (default bfloat16)"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=_run)
 

@@ -41,6 +41,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--backend", required=True, choices=[*BACKENDS], help="who computes")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="RECORD", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace the record if it is there")
     add_case_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print what was recorded as JSON")
     parser.set_defaults(run=_run)
@@ -51,6 +52,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--backend {options.backend} is not installed: pip install 'parallel-vocab-embedding[{options.backend}]'"
         )
+    if options.output.is_file() and not options.force:
+        raise ValueError(f"-o {options.output} is there already: choose another name, or add --force")
     target = writable_file(options.output)
     with tempfile.TemporaryDirectory(prefix="pve-") as temporary, progress_steps() as begin:
         folder = Path(temporary)

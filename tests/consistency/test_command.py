@@ -1,6 +1,7 @@
 """The command `pve`, as its user meets it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -344,3 +345,34 @@ def test_help_teaches(command):
         assert "exit status" in done.stdout
     else:
         assert "start here" in done.stdout
+
+
+def test_a_record_is_replaced_with_force_only(capsys, tmp_path):
+    path = tmp_path / "oracle.record"
+    path.write_bytes(b"mine")
+    command = ["record", "--backend", "oracle", "-o", str(path), *SMALL]
+    refused(capsys, "is there already: choose another name, or add --force", *command)
+    assert path.read_bytes() == b"mine"
+    assert main([*command, "--force"]) == 0
+    assert path.read_bytes() != b"mine"
+
+
+def test_a_sequence_is_split_by_reduce_scatter_only(capsys):
+    refused(capsys, "--seq-dim needs --reduction reduce_scatter, got --reduction none", "compare", "--seq-dim", "0")
+
+
+def test_short_names_of_dtypes(capsys):
+    sizes = ["--vocab-size", "8", "--world-size", "2", "--emb-size", "4", "--json"]
+    shown = []
+    for name in ("bf16", "bfloat16"):
+        assert main(["plan", *sizes, "--dtype", name]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert shown[0]["dtype"] == "bfloat16"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"pve \d+\.\d+\.\d+\n", capsys.readouterr().out)

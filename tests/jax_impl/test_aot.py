@@ -1,6 +1,5 @@
 """The layer as the TPU's own compiler sees it: collectives, temporary memory, and modelled time beside ``jnp.take``."""
 
-import importlib.util
 import re
 
 import jax
@@ -9,11 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.aot import AotCase, abstract_layer, forward_and_gradient, judge, mesh_of
+from benchmarks.aot import AotCase, abstract_layer, forward_and_gradient, is_available, judge, mesh_of
 
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra `tpu` brings it"),
+    pytest.mark.skipif(not is_available("v5p:2x2x2"), reason="needs libtpu: the extra `tpu` brings it"),
 ]
 
 VOCAB = 131072
@@ -53,7 +52,6 @@ def float32_scatter(case):
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:8x8", "v5p:8x8x8"])
 def test_collectives(topology):
     """On 512 chips the compiler makes all-reduces of gathers and reduce-scatters: there only their number counts."""
-    case = AotCase(topology, 4, 512, 256)
     for dtype in ("bfloat16", "float32"):
         case = AotCase(topology, 4, 512, 256, dtype)
         forward, gradient = verdicts(case, "none")
@@ -72,21 +70,14 @@ def test_rows_travel_in_their_own_dtype():
     assert re.findall(r"stablehlo.all_reduce.*?-> tensor<\S*x(\w+)>", text, re.DOTALL) == ["bf16"]
 
 
-def test_a_forward_is_no_slower_than_take():
-    for reduction, limit in (("all_reduce", 0.95), ("reduce_scatter", 1.02)):
-        forward, _ = verdicts(V5P, reduction)
-        peer, _ = take(V5P, LAYOUTS[reduction])
-        assert forward.milliseconds <= limit * peer.milliseconds
-        assert forward.temporary <= 1.01 * peer.temporary
-
-
-def test_a_forward_over_512_chips_is_no_slower_than_take():
-    case = AotCase("v5p:8x8x8", 4, 2048, 1024)
-    for reduction, limit in (("all_reduce", 0.95), ("reduce_scatter", 1.02)):
-        forward, _ = verdicts(case, reduction)
-        peer, _ = take(case, LAYOUTS[reduction])
-        assert forward.milliseconds <= limit * peer.milliseconds
-        assert forward.temporary <= 1.01 * peer.temporary
+@pytest.mark.parametrize("case", [V5P, AotCase("v5p:8x8x8", 4, 2048, 1024)], ids=["8 chips", "512 chips"])
+@pytest.mark.parametrize(("reduction", "limit"), [("all_reduce", 0.95), ("reduce_scatter", 1.02)])
+def test_a_forward_is_no_slower_than_take(case, reduction, limit):
+    """A pass less over the output than ``jnp.take`` in all_reduce; as many in reduce_scatter, and some bytes for the ids."""
+    forward, _ = verdicts(case, reduction)
+    peer, _ = take(case, LAYOUTS[reduction])
+    assert forward.milliseconds <= limit * peer.milliseconds
+    assert forward.temporary <= 1.01 * peer.temporary
 
 
 def test_a_gradient_takes_half_the_memory_of_a_float32_scatter():
@@ -96,7 +87,7 @@ def test_a_gradient_takes_half_the_memory_of_a_float32_scatter():
         assert gradient.temporary <= plain.temporary / 2
         assert gradient.milliseconds <= plain.milliseconds
     _, gradient = verdicts(V5P, "reduce_scatter")
-    # The gradients of all tokens, gathered, and sums in float32 are there at once: two thirds.
+    # The gathered gradients and the float32 sums are live at once: 537 MB, two thirds of the plain scatter's 806.
     gathered, sums = 8 * 4096 * 4096 * 2, VOCAB // 8 * 4096 * 4
     assert gradient.temporary <= 1.01 * (gathered + sums)
     assert gradient.milliseconds <= plain.milliseconds

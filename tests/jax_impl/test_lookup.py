@@ -217,3 +217,29 @@ def test_ids_that_are_no_integers_are_refused(mesh_of, invalid_ids, ids, given):
     if isinstance(ids, jax.Array):
         with pytest.raises(TypeError, match=f"got {given}"):
             jax.jit(lambda emb, ids: emb(ids))(emb, ids)
+
+
+@pytest.mark.parametrize("exchange", ["dense", "routed"])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
+def test_short_ids_are_widened_before_anything_else(dtype, exchange):
+    """A vocabulary of which the ids' dtype can name a part: no sentinel and no padding_idx may wrap on to an id of it."""
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((4,), ("tp",), (jax.sharding.AxisType.Auto,), devices=devices)
+    largest = int(np.iinfo(dtype).max)
+    vocab_size = 4 * (largest // 4 + 100)
+    ids = np.array([[largest, 0, 44, -1, 1, 2, 3, largest - 1]]).astype(dtype)
+    known = np.where((ids >= 0), ids.astype(np.int64), -1)
+    for padding_idx in (vocab_size - 1, 256 + 44 if largest < 300 else None):
+        if padding_idx is not None and padding_idx >= vocab_size:
+            continue
+        emb = ParallelVocabEmbedding(
+            vocab_size, 2, mesh, reduction="reduce_scatter", exchange=exchange, padding_idx=padding_idx
+        )
+        table = np.asarray(emb.weight)
+        expected = np.where((known >= 0)[..., None], table[known], 0)
+        given = jnp.asarray(ids)
+        for call in (emb, jax.jit(emb)):
+            np.testing.assert_array_equal(call(given), expected)
+        gradient = jax.jit(jax.grad(lambda emb: emb(given).sum()))(emb).weight  # noqa: B023
+        counts = np.bincount(known[known >= 0], minlength=vocab_size)
+        np.testing.assert_array_equal(np.asarray(gradient)[:, 0], counts)

@@ -111,3 +111,28 @@ def test_the_table_is_not_a_constant_of_the_compiled_program(mesh_of):
     ids = jnp.arange(8)
     size = jax.jit(lambda emb, ids: emb(ids)).lower(emb, ids).compile().memory_analysis().generated_code_size_in_bytes
     assert size < 4096 * 64 * 4 / 8
+
+
+def test_another_mesh_in_force_is_refused():
+    devices, auto = jax.devices(), (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), auto, devices=devices[:4])
+    other = jax.make_mesh((4, 2), ("tp", "sp"), auto, devices=devices)
+    emb = ParallelVocabEmbedding(12, 4, mesh)
+    with (
+        jax.set_mesh(other),
+        pytest.raises(ValueError, match=r"the mesh that is set must be the layer's, \{'dp': 2, 'tp': 2\}, got"),
+    ):
+        emb(np.arange(4))
+
+
+@pytest.mark.parametrize(("shape", "seq_dim"), [((4, 3), 0), ((8, 3), 0), ((8,), 0), ((2, 8), -1), ((3, 8), 1)])
+def test_the_sequence_inside_jit_beside_data(shape, seq_dim):
+    """Nobody says how ids are split over the data axis: the sequence is not split over it."""
+    mesh = jax.make_mesh((4, 2), ("dp", "tp"), (jax.sharding.AxisType.Auto,) * 2)
+    emb = ParallelVocabEmbedding(12, 4, mesh, reduction="reduce_scatter", seq_dim=seq_dim)
+    ids = np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 12
+    np.testing.assert_array_equal(jax.jit(emb)(jnp.asarray(ids)), np.asarray(emb.weight)[ids])
+    stacked = jnp.stack([jnp.asarray(ids)] * 2)
+    np.testing.assert_array_equal(jax.vmap(emb)(stacked), np.asarray(emb.weight)[np.stack([ids] * 2)])
+    gradient = jax.jit(jax.grad(lambda emb: emb(jnp.asarray(ids)).sum()))(emb).weight
+    np.testing.assert_array_equal(np.asarray(gradient)[:, 0], np.bincount(ids.ravel(), minlength=12))

@@ -116,3 +116,47 @@ def test_the_pure_function_refuses_what_does_not_fit(mesh_of):
         run(table, VocabPartition(12, 3), padding_idx=12)
     with pytest.raises(TypeError, match="ids must be an array of an integer dtype, got dtype float32"):
         run(table, VocabPartition(12, 3), ids=IDS.astype(np.float32))
+
+
+def test_the_pure_function_refuses_an_unchecked_shard_map_and_other_misuse(mesh_of):
+    mesh, partition = mesh_of((3,)), VocabPartition(12, 3)
+
+    def run(table, ids=IDS, axis_name="tp", tokens=(), check_vma=True, partition=partition):
+        mapped = jax.shard_map(
+            lambda weight, ids: partial_lookup(weight, ids, partition, axis_name),
+            mesh=mesh,
+            in_specs=(P("tp", None), P(*tokens)),
+            out_specs=P("tp"),
+            check_vma=check_vma,
+        )
+        spec = NamedSharding(mesh, P(*tokens))
+        return jax.jit(mapped)(jax.device_put(table, NamedSharding(mesh, P("tp", None))), jax.device_put(ids, spec))
+
+    table = np.ones((12, 4), np.float32)
+    with pytest.raises(ValueError, match="check_vma must be True in the shard_map around"):
+        run(table, check_vma=False)
+    with pytest.raises(ValueError, match="ids must be the same on all ranks of the axis 'tp', but they vary over it"):
+        run(table, np.arange(6), tokens=("tp",))
+    with pytest.raises(TypeError, match="axis_name must be a string, the name of one mesh axis, got \\('tp',\\)"):
+        run(table, axis_name=("tp",))
+    with pytest.raises(ValueError, match="must fit JAX's int32 indices"):
+        run(table, partition=VocabPartition(3 * 2**31, 3))
+    with pytest.raises((TypeError, ValueError), match="int8"):
+        run(table.astype(np.int8))
+
+
+def test_forward_mode_skips_padding_idx_with_checked_ids_too(mesh_of):
+    emb = ParallelVocabEmbedding(12, 4, mesh_of((3,)), padding_idx=5, reduction="all_reduce", invalid_ids="error")
+    plain = ParallelVocabEmbedding(12, 4, emb.mesh, padding_idx=5, reduction="all_reduce")
+    ids, ones = jnp.asarray([[0, 5, 4]]), jax.tree.map(jnp.ones_like, emb)
+
+    def derivatives(layer, direction):
+        loss = lambda layer: (layer(ids) ** 3).sum()  # noqa: E731
+        tangent = jax.jvp(lambda layer: layer(ids), (layer,), (direction,))[1]
+        return tangent, jax.jvp(jax.grad(loss), (layer,), (direction,))[1].weight
+
+    checked = jax.jit(jax.experimental.checkify.checkify(derivatives))
+    error, found = checked(emb, ones)
+    assert error.get() is None
+    for each, expected in zip(found, jax.jit(derivatives)(plain, jax.tree.map(jnp.ones_like, plain)), strict=True):
+        np.testing.assert_array_equal(each, expected)
