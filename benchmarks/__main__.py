@@ -183,7 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the base cases only, in some fifteen minutes")
+    parser.add_argument("--quick", action="store_true", help="the base cases only, in some twenty minutes")
     parser.add_argument("--part", choices=["local", "exchange"], help="one part")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")

@@ -146,5 +146,4 @@ def write():
 
 
 if __name__ == "__main__":
-    for _ in range(3):  # one of them counts the README's own tokens
-        write()
+    write()
