@@ -70,6 +70,15 @@ def test_rows_travel_in_their_own_dtype():
     assert re.findall(r"stablehlo.all_reduce.*?-> tensor<\S*x(\w+)>", text, re.DOTALL) == ["bf16"]
 
 
+def test_the_sign_of_zero_survives_the_compiler():
+    """Foreign rows are -0.0 and those of ids outside the vocabulary +0.0: no simplification takes one for the other."""
+    mesh = mesh_of(SMALL.topology)
+    emb = abstract_layer(mesh, VOCAB, 256, dtype="bfloat16", reduction="all_reduce")
+    ids = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=NamedSharding(mesh, P(None, None)))
+    text = jax.jit(lambda emb, ids: emb(ids)).lower(emb, ids).compile().as_text()
+    assert {"0", "-0"} <= set(re.findall(r"= (?:bf16|f32)\[\]\S* constant\((-?0)\)", text))
+
+
 @pytest.mark.parametrize("case", [V5P, AotCase("v5p:8x8x8", 4, 2048, 1024)], ids=["8 chips", "512 chips"])
 @pytest.mark.parametrize(("reduction", "limit"), [("all_reduce", 0.95), ("reduce_scatter", 1.02)])
 def test_a_forward_is_no_slower_than_take(case, reduction, limit):

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding, as_ids
+from jax_impl.lookup import gather
 from shared.bits import unsigned_view
 from shared.oracle import partial_lookup, sum_partials
 
@@ -243,3 +244,18 @@ def test_short_ids_are_widened_before_anything_else(dtype, exchange):
         gradient = jax.jit(jax.grad(lambda emb: emb(given).sum()))(emb).weight  # noqa: B023
         counts = np.bincount(known[known >= 0], minlength=vocab_size)
         np.testing.assert_array_equal(np.asarray(gradient)[:, 0], counts)
+
+
+def test_accelerators_copy_rows_as_floats(monkeypatch):
+    """The form for accelerators, run on a CPU: every row's bits, and the fill's sign of zero."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, cpu, default: default(*arguments))
+    table = jnp.array([[1.0, -0.0], [0.0, 1e-40], [-jnp.inf, 3.0]], jnp.float32)
+    keys, negative = jnp.array([[0, 1], [2, 3], [3, 0]]), jnp.array([[False, False], [False, True], [False, True]])
+
+    @jax.jit
+    def run(table, keys, negative):
+        return gather(table, keys, fill=jnp.where(negative, -0.0, 0.0)[..., None])
+
+    rows = np.append(np.asarray(table), np.zeros((1, 2), np.float32), axis=0)[np.asarray(keys)]
+    rows[1, 1] = -0.0
+    np.testing.assert_array_equal(unsigned_view(np.asarray(run(table, keys, negative))), unsigned_view(rows))
