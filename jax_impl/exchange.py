@@ -89,7 +89,9 @@ def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_na
 def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
     """What adds the ranks' incomplete embeddings up."""
     if config.reduction == "all_reduce":
-        if config.world_size == 1:  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
+        if (
+            config.world_size == 1
+        ):  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
             return functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
         return functools.partial(jax.lax.psum, axis_name=axis_name)
     chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split

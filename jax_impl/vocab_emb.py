@@ -216,6 +216,40 @@ class ParallelVocabEmbedding:
         weight = array_from_table(table, empty.config.partition, empty._sharding, dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
+    @classmethod
+    def from_embedding(cls, table: Any, mesh: Mesh | None = None, axis_name: str = "tp", **options: Any) -> Self:
+        """Build a layer from a whole table in memory.
+
+        Args:
+            table: ``[v, e]``, from JAX or NumPy, of a dtype that a layer can have.
+            mesh, axis_name: as for the class.
+            **options: what else the class takes by name: ``padded_vocab_size`` where the axis does not divide the
+                vocabulary, ``reduction`` and so on.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: ``table`` is not of two dimensions, or an argument is out of range.
+
+        Example:
+            >>> import jax, numpy as np
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> table = np.arange(20.0, dtype=np.float32).reshape(10, 2)
+            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+            >>> emb = ParallelVocabEmbedding.from_embedding(table, mesh, padded_vocab_size="even")
+            >>> bool((np.asarray(emb.weight)[:10] == table).all())
+            True
+        """
+        if not isinstance(table, (jax.Array, np.ndarray)):
+            raise TypeError(f"table must be a JAX or NumPy array, got {type(table).__name__}")
+        if table.ndim != 2:
+            raise ValueError(f"table must be [v, e], got {list(table.shape)}")
+        mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
+        vocab_size, emb_size = table.shape
+        empty = jax.eval_shape(lambda: cls(vocab_size, emb_size, mesh, axis_name, dtype=table.dtype, **options))
+        if rows := empty.config.partition.padding_rows:
+            table = (np if isinstance(table, np.ndarray) else jnp).pad(table, ((0, rows), (0, 0)))
+        return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
+
     def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
         """Write the table to files; every process writes the rows of its devices, and none writes padding.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.bits import DTYPES
 from shared.config import EmbeddingConfig
@@ -107,6 +107,62 @@ class TableInFiles(ModuleWithTable):
         self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
         if not self.weight.is_meta:
             _fill_from_table(self.weight, table, self.partition, self.rank)
+        return self
+
+    @classmethod
+    def from_embedding(
+        cls,
+        table: nn.Embedding | Tensor,
+        rank: int | None = None,
+        world_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build a rank's layer from a whole table in memory, copying its rows.
+
+        Args:
+            table: an ``nn.Embedding``, whose ``padding_idx`` and ``sparse`` are taken over, or a tensor ``[v, e]``. It is
+                not modified; its gradient is not followed.
+            rank, world_size, process_group: as for the class.
+            dtype: what to cast the rows to; left out, the table's.
+            device: where the rows go; left out, where the table is.
+            **options: what else the class takes by name.
+
+        Raises:
+            TypeError: ``table`` is neither; an argument is of the wrong kind.
+            ValueError: ``table`` is not of two dimensions or on the meta device; an ``nn.Embedding`` has ``max_norm`` or
+                ``scale_grad_by_freq``, which this layer does not; an argument is out of range.
+
+        Example:
+            >>> import torch
+            >>> from torch_impl import ParallelVocabEmbedding
+            >>> whole = torch.nn.Embedding(10, 4)
+            >>> emb = ParallelVocabEmbedding.from_embedding(whole, rank=1, world_size=2)
+            >>> torch.equal(emb.weight, whole.weight[5:])
+            True
+        """
+        if isinstance(table, nn.Embedding):
+            if table.max_norm is not None or table.scale_grad_by_freq:
+                raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
+            options = {"padding_idx": table.padding_idx, "sparse": table.sparse, **options}
+            table = table.weight
+        if not isinstance(table, Tensor):
+            raise TypeError(f"table must be an nn.Embedding or a tensor, got {type(table).__name__}")
+        if table.dim() != 2 or table.is_meta:
+            raise ValueError(f"table must be [v, e] and have storage, got {list(table.shape)} on {table.device}")
+        if hasattr(table, "placements"):
+            raise ValueError("table must be a plain tensor, got a DTensor: pass full_tensor() of it")
+        dtype, device = dtype or table.dtype, device or table.device
+        sizes = *table.shape, rank, world_size, process_group
+        self = cls(*sizes, dtype=dtype, device="meta", **options)
+        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
+        start, stop = self.partition.owned_range(self.rank)
+        with torch.no_grad():
+            self.weight[: stop - start].copy_(table[start:stop])
+            self.weight[stop - start :].zero_()
         return self
 
     def save_table(

@@ -184,3 +184,22 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
 def test_bad_arguments_are_refused(mesh_of, arguments, error, match):
     with pytest.raises(error, match=match):
         ParallelVocabEmbedding(**{"vocab_size": 24, "emb_size": 4, "mesh": mesh_of(), **arguments})
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+def test_from_a_table_in_memory(mesh_of, make):
+    mesh = mesh_of((4,))
+    table = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    emb = ParallelVocabEmbedding.from_embedding(
+        make(table), mesh, padded_vocab_size="even", padding_idx=7, reduction="all_reduce"
+    )
+    assert emb.weight.sharding.is_equivalent_to(NamedSharding(mesh, P("tp", None)), 2)
+    np.testing.assert_array_equal(np.asarray(emb.weight), np.pad(table, ((0, 2), (0, 0))))
+    np.testing.assert_array_equal(emb(np.arange(10)), table)
+    assert emb.padding_idx == 7
+    with pytest.raises(TypeError, match="table must be a JAX or NumPy array, got list"):
+        ParallelVocabEmbedding.from_embedding([[1.0]], mesh)
+    with pytest.raises(ValueError, match=r"table must be \[v, e\], got \[4\]"):
+        ParallelVocabEmbedding.from_embedding(np.ones(4, np.float32), mesh)
+    with pytest.raises(ValueError, match="divisible"):
+        ParallelVocabEmbedding.from_embedding(table, mesh)

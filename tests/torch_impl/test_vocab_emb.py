@@ -195,3 +195,36 @@ def test_the_state_dict_of_another_rank_is_refused(tmp_path):
     second.load_state_dict(dict(saved))  # without metadata, as from safetensors: nobody can know
     second.load_state_dict({"weight": own})
     assert torch.equal(second.weight, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_a_table_in_memory(dtype):
+    whole = nn.Embedding(10, 3, padding_idx=7, dtype=dtype)
+    before = whole.weight.detach().clone()
+    ranks = [ParallelVocabEmbedding.from_embedding(whole, r, 4, padded_vocab_size="even") for r in range(4)]
+    ids = torch.arange(-1, 12).remainder(10)
+    assert torch.equal(sum(emb(ids) for emb in ranks), whole(ids))
+    assert [emb.padding_idx for emb in ranks] == [7] * 4
+    assert not ranks[3].weight[1:].any()
+    with torch.no_grad():
+        ranks[0].weight.zero_()
+    assert torch.equal(whole.weight, before)
+    cast = ParallelVocabEmbedding.from_embedding(whole.weight, dtype=torch.float64)
+    assert torch.equal(cast.weight, before.double())
+    assert cast.padding_idx is None
+    assert cast.weight.is_leaf
+    assert cast.weight.requires_grad
+
+
+def test_a_table_in_memory_that_will_not_do_is_refused():
+    build = ParallelVocabEmbedding.from_embedding
+    with pytest.raises(TypeError, match=r"table must be an nn\.Embedding or a tensor, got list"):
+        build([[1.0]])
+    with pytest.raises(ValueError, match=r"table must be \[v, e\] and have storage, got \[4\]"):
+        build(torch.ones(4))
+    with pytest.raises(ValueError, match="have storage"):
+        build(torch.ones(4, 2, device="meta"))
+    with pytest.raises(ValueError, match="without max_norm"):
+        build(nn.Embedding(4, 2, max_norm=1.0))
+    with pytest.raises(ValueError, match="divisible"):
+        build(torch.ones(5, 2), 0, 2)
