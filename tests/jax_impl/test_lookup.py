@@ -221,7 +221,9 @@ def test_ids_that_are_no_integers_are_refused(mesh_of, invalid_ids, ids, given):
 
 
 @pytest.mark.parametrize("exchange", ["dense", "routed"])
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
+@pytest.mark.parametrize(
+    "dtype", [np.int8, *(pytest.param(d, marks=pytest.mark.slow) for d in (np.uint8, np.int16, np.uint16))]
+)
 def test_short_ids_are_widened_before_anything_else(dtype, exchange):
     """A vocabulary of which the ids' dtype can name a part: no sentinel and no padding_idx may wrap on to an id of it."""
     devices = jax.devices()[:4]

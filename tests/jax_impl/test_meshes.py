@@ -125,7 +125,13 @@ def test_another_mesh_in_force_is_refused():
         emb(np.arange(4))
 
 
-@pytest.mark.parametrize(("shape", "seq_dim"), [((4, 3), 0), ((8, 3), 0), ((8,), 0), ((2, 8), -1), ((3, 8), 1)])
+@pytest.mark.parametrize(
+    ("shape", "seq_dim"),
+    [
+        ((4, 3), 0),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (((8, 3), 0), ((8,), 0), ((2, 8), -1), ((3, 8), 1))),
+    ],
+)
 def test_the_sequence_inside_jit_beside_data(shape, seq_dim):
     """Nobody says how ids are split over the data axis: the sequence is not split over it."""
     mesh = jax.make_mesh((4, 2), ("dp", "tp"), (jax.sharding.AxisType.Auto,) * 2)

@@ -338,7 +338,7 @@ def test_a_tensor_axis_of_one_beside_data(mesh_of, reduction):
     assert_same_bits(gradient, weight_grad(upstream, ids, VocabPartition(48, 1), 0), reduction)
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_16_bit_number_survives(reduction, exchange, world_size):

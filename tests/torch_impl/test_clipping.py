@@ -62,7 +62,7 @@ def check_training(norm_type, reduction):
     assert all(torch.equal(each, everyones[0]) for each in everyones)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, pytest.param(1.0, marks=pytest.mark.slow), math.inf])
 def test_training_follows_the_unsharded_model(world, norm_type):
     world(4)(check_training, norm_type, "all_reduce")
 

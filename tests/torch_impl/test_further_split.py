@@ -31,7 +31,7 @@ def check_numbers(init):
     assert torch.equal(emb.weight.full_tensor(), expected)
 
 
-@pytest.mark.parametrize("init", ["per_rank", "global"])
+@pytest.mark.parametrize("init", ["per_rank", pytest.param("global", marks=pytest.mark.slow)])
 def test_reset_parameters_draws_the_same_numbers(world, init):
     world(4)(check_numbers, init)
 
