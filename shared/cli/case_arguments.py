@@ -78,6 +78,6 @@ def case_options(options: argparse.Namespace) -> CaseOptions:
         raise ValueError(f"--seed must not be negative, got {options.seed}")
     if options.seq_dim is None:
         options.seq_dim = -1
-    elif options.reduction != "reduce_scatter":
-        raise ValueError(f"--seq-dim needs --reduction reduce_scatter, got --reduction {options.reduction}")
+    elif options.reduction == "none":
+        raise ValueError("--seq-dim needs --reduction reduce_scatter, got none: nothing is split without a reduction")
     return CaseOptions(**{name: getattr(options, name) for name in CaseOptions.__dataclass_fields__})

@@ -358,7 +358,7 @@ def test_a_record_is_replaced_with_force_only(capsys, tmp_path):
 
 
 def test_a_sequence_is_split_by_reduce_scatter_only(capsys):
-    refused(capsys, "--seq-dim needs --reduction reduce_scatter, got --reduction none", "compare", "--seq-dim", "0")
+    refused(capsys, "--seq-dim needs --reduction reduce_scatter, got none", "compare", "--seq-dim", "0")
 
 
 def test_short_names_of_dtypes(capsys):
