@@ -180,6 +180,8 @@ def _write(
 
 def main() -> int:
     """Parse the command line, measure, show and write."""
+    if sys.argv[1:2] == ["aot"]:
+        return subprocess.call([sys.executable, "-m", "benchmarks.aot", *sys.argv[2:]], cwd=_ROOT)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,8 +190,6 @@ def main() -> int:
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
-    if sys.argv[1:2] == ["aot"]:
-        return subprocess.call([sys.executable, "-m", "benchmarks.aot", *sys.argv[2:]], cwd=_ROOT)
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")

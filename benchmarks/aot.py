@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.jax_peers import Lookup, flax_embed, one_hot
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = [
@@ -37,11 +37,14 @@ __all__ = [
     "AotCase",
     "Verdict",
     "abstract_layer",
+    "float32_scatter",
     "forward_and_gradient",
     "is_available",
     "judge",
     "main",
     "mesh_of",
+    "ours",
+    "take",
     "write_table",
 ]
 
@@ -183,33 +186,18 @@ def judge(function: Any, *arguments: Any) -> Verdict:
     )
 
 
-Lookup = Callable[[Any, Any], Any]
-
-
-def _ours(case: AotCase, mesh: Mesh, **options: Any) -> Lookup:
+def ours(case: AotCase, mesh: Mesh, **options: Any) -> Lookup:
+    """This layer as a function of its table and ids."""
     emb = abstract_layer(mesh, case.vocab_size, case.emb_size, dtype=case.dtype, **options)
     return lambda weight, ids: jax.tree.map(lambda _: weight, emb)(ids)
 
 
-def _take(weight: Any, ids: Any) -> Any:
+def take(weight: Any, ids: Any) -> Any:
+    """What users write, left to the compiler."""
     return jnp.take(weight, ids, axis=0)
 
 
-def _one_hot(weight: Any, ids: Any) -> Any:
-    return jax.nn.one_hot(ids, len(weight), dtype=weight.dtype) @ weight
-
-
-def _flax(case: AotCase) -> Lookup:
-    from flax import nnx
-
-    empty = nnx.eval_shape(
-        lambda: nnx.Embed(case.vocab_size, case.emb_size, dtype=case.dtype, param_dtype=case.dtype, rngs=nnx.Rngs(0))
-    )
-    definition, state = nnx.split(empty)
-    return lambda weight, ids: nnx.merge(definition, jax.tree.map(lambda _: weight, state))(ids)
-
-
-def _float32_scatter(mesh: Mesh, stacked: bool) -> Lookup:
+def float32_scatter(mesh: Mesh, stacked: bool) -> Lookup:
     """The gradient as autodiff has it for a float32 copy of the rows, in a shard_map: what ours is measured against."""
 
     def on_each_rank(weight: Any, ids: Any) -> Any:
@@ -228,20 +216,20 @@ def _candidates(case: AotCase) -> list[tuple[str, str, Lookup, Mesh, P]]:
     whole, split, stacked = P(), P(None, "tp"), P("tp")
     everywhere = NamedSharding(explicit, P(None, None, None))
     found: list[tuple[str, str, Lookup, Mesh, P]] = [
-        ("none", "ours", _ours(case, auto), auto, stacked),
-        ("none", "float32 scatter", _float32_scatter(auto, stacked=True), auto, stacked),
-        ("all_reduce", "ours", _ours(case, auto, reduction="all_reduce"), auto, whole),
-        ("all_reduce", "jnp.take, GSPMD", _take, auto, whole),
+        ("none", "ours", ours(case, auto), auto, stacked),
+        ("none", "float32 scatter", float32_scatter(auto, stacked=True), auto, stacked),
+        ("all_reduce", "ours", ours(case, auto, reduction="all_reduce"), auto, whole),
+        ("all_reduce", "jnp.take, GSPMD", take, auto, whole),
         ("all_reduce", "Explicit .at[].get", lambda w, i: w.at[i].get(out_sharding=everywhere), explicit, whole),
     ]
     if importlib.util.find_spec("flax") is not None:
-        found.append(("all_reduce", "flax.nnx.Embed, GSPMD", _flax(case), auto, whole))
-    found.append(("all_reduce", "one-hot matmul", _one_hot, auto, whole))
+        found.append(("all_reduce", "flax.nnx.Embed, GSPMD", flax_embed(case), auto, whole))
+    found.append(("all_reduce", "one-hot matmul", one_hot, auto, whole))
     for exchange in ("dense", "routed"):
-        ours = _ours(case, auto, reduction="reduce_scatter", exchange=exchange)
-        found.append(("reduce_scatter", f"ours, {exchange}", ours, auto, split))
-    found.append(("reduce_scatter", "float32 scatter", _float32_scatter(auto, stacked=False), auto, split))
-    found.append(("reduce_scatter", "jnp.take, GSPMD", _take, auto, split))
+        lookup = ours(case, auto, reduction="reduce_scatter", exchange=exchange)
+        found.append(("reduce_scatter", f"ours, {exchange}", lookup, auto, split))
+    found.append(("reduce_scatter", "float32 scatter", float32_scatter(auto, stacked=False), auto, split))
+    found.append(("reduce_scatter", "jnp.take, GSPMD", take, auto, split))
     return found
 
 
@@ -259,7 +247,7 @@ def forward_and_gradient(case: AotCase, lookup: Lookup, mesh: Mesh, output: P) -
     return forward, judge(jax.jit(gradient, out_shardings=weight.sharding), weight, ids, upstream)
 
 
-HEADER = [
+_HEADER = [
     "reduction",
     "",
     "forward, ms",
@@ -302,8 +290,8 @@ def write_table(cases: list[AotCase], output: Path, console: Console) -> None:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in cases:
             candidates = _candidates(case)
-            table = Table(*HEADER, title=str(case))
-            lines += [f"## {case}", "", "| " + " | ".join(HEADER) + " |", "|---|---|" + "--:|" * (len(HEADER) - 2)]
+            table = Table(*_HEADER, title=str(case))
+            lines += [f"## {case}", "", "| " + " | ".join(_HEADER) + " |", "|---|---|" + "--:|" * (len(_HEADER) - 2)]
             task = progress.add_task(str(case), total=len(candidates))
             for reduction, name, *rest in candidates:
                 row = _row(reduction, name, forward_and_gradient(case, *rest))

@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.jax_peers import Lookup, flax_embed, one_hot
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
 
-Lookup = Callable[[Any, Any], Any]
 _ROWS, _STACKED, _WHOLE = PartitionSpec("tp", None), PartitionSpec("tp"), PartitionSpec()
 _LARGEST_ONE_HOT = 1 << 28
 
@@ -48,20 +48,6 @@ def _fill(weight: Any, ids: Any) -> Any:
     return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _flax(case: Case) -> Lookup:
-    from flax import nnx
-
-    empty = nnx.eval_shape(
-        lambda: nnx.Embed(case.vocab_size, case.emb_size, dtype=case.dtype, param_dtype=case.dtype, rngs=nnx.Rngs(0))
-    )
-    definition, state = nnx.split(empty)
-    return lambda weight, ids: nnx.merge(definition, jax.tree.map(lambda _: weight, state))(ids)
-
-
-def _one_hot(weight: Any, ids: Any) -> Any:
-    return jax.nn.one_hot(ids, len(weight), dtype=weight.dtype) @ weight
-
-
 def _candidates(case: Case) -> dict[str, tuple[Lookup, Any, PartitionSpec]]:
     """By name: the lookup, its mesh, and how its output lies."""
     devices, shape = jax.devices()[: case.world_size], (case.world_size,)
@@ -78,9 +64,9 @@ def _candidates(case: Case) -> dict[str, tuple[Lookup, Any, PartitionSpec]]:
         "Explicit .at[].get": (lambda w, ids: w.at[ids].get(out_sharding=everywhere), explicit, _WHOLE),
     }
     if importlib.util.find_spec("flax") is not None:
-        found["flax.nnx.Embed, GSPMD"] = (_flax(case), auto, _WHOLE)
+        found["flax.nnx.Embed, GSPMD"] = (flax_embed(case), auto, _WHOLE)
     if case.batch * case.sequence * case.vocab_size * case.itemsize <= _LARGEST_ONE_HOT:
-        found["one-hot matmul"] = (_one_hot, auto, _WHOLE)
+        found["one-hot matmul"] = (one_hot, auto, _WHOLE)
     return found
 
 

@@ -155,9 +155,8 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
     owner_C = jnp.minimum(mine_C // n, w - 1)
     slots_C = jnp.where(mine_C < none, owner_C * capacity + place_C - below[rank][owner_C], w * capacity)
     needed = _most_of_batch(jnp.diff(below, axis=1).max())
-    if others := tuple(
-        sorted(varying_axes(needed))
-    ):  # over which ids are split: all devices are to take the same branch
+    # Over the axes that ids are split over, too, all devices are to take the same branch.
+    if others := tuple(sorted(varying_axes(needed))):
         needed = jax.lax.pmax(needed, others)
     return _Routes(jnp.sort(keys_WC, axis=1)[:, :capacity], slots_C.reshape(shape), needed <= capacity)
 

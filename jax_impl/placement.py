@@ -108,11 +108,9 @@ def likely_split(
     names, size = _names(entries[batch]), ids.shape[batch]
     for name in names:
         size //= mesh.shape[name]
-    taken = axes_of(split) | explicit_axes(mesh)
-    if not (in_force := jax.sharding.get_abstract_mesh()).empty:
-        taken |= frozenset(in_force.manual_axes)
+    free = free_axes(mesh, axis_name) - axes_of(split) - explicit_axes(mesh) - {axis_name}
     for name in mesh.axis_names:
-        if name not in taken and name != axis_name and size % mesh.shape[name] == 0:
+        if name in free and size % mesh.shape[name] == 0:
             names, size = (*names, name), size // mesh.shape[name]
     entries[batch] = names or None
     return PartitionSpec(*entries)

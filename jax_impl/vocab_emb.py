@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,14 @@ from shared.find_table import Paths, open_table
 from shared.sequence import resolve_seq_dim
 
 __all__ = ["ParallelVocabEmbedding"]
+
+
+class _Static(NamedTuple):
+    """A layer without its table: what jit must know when it compiles."""
+
+    config: EmbeddingConfig
+    mesh: Mesh | AbstractMesh
+    axis_name: str
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -280,12 +288,12 @@ class ParallelVocabEmbedding:
             raise ValueError(f"the table must be an array to be saved, outside jit, got {type(self.weight).__name__}")
         write_table(self.weight, self.config.partition, path, tensor_name, force)
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[Any, ...]]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], _Static]:
         leaf = (jax.tree_util.GetAttrKey("weight"), self.weight)
-        return (leaf,), (self.config, self.mesh, self.axis_name)
+        return (leaf,), _Static(self.config, self.mesh, self.axis_name)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any]) -> Self:
+    def tree_unflatten(cls, static: _Static, leaves: tuple[Any]) -> Self:
         self = object.__new__(cls)
         self.config, self.mesh, self.axis_name = static
         (self.weight,) = leaves
@@ -296,7 +304,7 @@ class ParallelVocabEmbedding:
         return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
 
     def with_weight(self, weight: Any) -> ParallelVocabEmbedding:
-        """The same layer with another table.
+        """Return this layer with another table.
 
         Args:
             weight: ``[padded_vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy; laid out as the layer needs
@@ -338,14 +346,12 @@ class ParallelVocabEmbedding:
         if config.invalid_ids == "error":
             check_ids(ids, config.vocab_size)
         ids = as_ids(ids, config.vocab_size)
-        traced = isinstance(ids, jax.core.Tracer)
         split = known_split(ids, self.mesh)
         if config.reduction == "reduce_scatter":
             check_sequence(ids.shape, config.seq_dim, self.axis_name, split, self.mesh)
-        if ids.size == 0 and not (traced or isinstance(self.weight, jax.core.Tracer)):
+        if ids.size == 0 and not any(isinstance(each, jax.core.Tracer) for each in (ids, self.weight)):
             return self._empty(ids.shape)
-        lookup = functools.partial(_lookup, config, self.mesh, self.axis_name, split)
-        return lookup(self.weight, ids)
+        return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
         """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
@@ -371,47 +377,42 @@ for _name in ("partition", *OPTIONS):
     setattr(ParallelVocabEmbedding, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _lookup(
-    config: EmbeddingConfig,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
+    static: _Static,
     split: PartitionSpec,
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
-    if config.reduction == "reduce_scatter":
-        split = likely_split(ids, split, mesh, axis_name, config)
-    return _hidden_from_checkify(config, mesh, axis_name, split, False, weight, ids)
+    if static.config.reduction == "reduce_scatter":
+        split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
+    return _hidden_from_checkify(static, split, False, weight, ids)
 
 
 @_lookup.defjvp
 def _(
-    config: EmbeddingConfig,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
+    static: _Static,
     split: PartitionSpec,
     primals: Any,
     tangents: Any,
 ) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
-    likely = likely_split(ids, split, mesh, axis_name, config)
-    tangent = _hidden_from_checkify(config, mesh, axis_name, likely, True, tangents[0], ids)
-    return _lookup(config, mesh, axis_name, split, weight, ids), tangent
+    likely = likely_split(ids, split, static.mesh, static.axis_name, static.config)
+    tangent = _hidden_from_checkify(static, likely, True, tangents[0], ids)
+    return _lookup(static, split, weight, ids), tangent
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _on_each_rank(
-    config: EmbeddingConfig,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
+    static: _Static,
     split: PartitionSpec,
     linear: bool,
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
     """The ranks' lookups under one shard_map, or, ``linear``, what JAX transposes."""
+    config, mesh, axis_name = static
     free = free_axes(mesh, axis_name)
     manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
     rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
@@ -438,9 +439,7 @@ def _on_each_rank(
 
 
 def _hidden_from_checkify(
-    config: EmbeddingConfig,
-    mesh: Mesh | AbstractMesh,
-    axis_name: str,
+    static: _Static,
     split: PartitionSpec,
     linear: bool,
     weight: jax.Array,
@@ -451,7 +450,7 @@ def _hidden_from_checkify(
     checkify rewrites a shard_map that it finds, even one without checks, and fails to where a mesh is set or has further
     axes (jax 0.10.2). linear_call has derivatives of any order, but no vmap.
     """
-    run = functools.partial(_on_each_rank, config, mesh, axis_name, split, linear)
+    config, run = static.config, functools.partial(_on_each_rank, static, split, linear)
     if config.invalid_ids != "error" or not isinstance(ids, jax.core.Tracer):
         return run(weight, ids)
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_impl.process_group import find_group
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["clip_grad_norm_"]
@@ -55,20 +54,20 @@ def clip_grad_norm_(
     gradients, norms, of_groups = [], [torch.zeros(())], {}  # type: ignore[var-annotated]
     for parameter in model.parameters():
         layer, gradient = layers.get(id(parameter)), parameter.grad
-        if layer is not None and layer.world_size > 1 and layer.process_group is None:
+        group = None if layer is None else layer.process_group
+        if layer is not None and layer.world_size > 1 and group is None:
             raise ValueError(
                 f"process_group must be given to a layer of {layer.world_size} ranks for its gradient's norm to be known: "
                 f"build the layer with it"
             )
         if gradient is not None:
             gradients.append(gradient)
-        if layer is None or layer.process_group is None:
+        if group is None:
             norms += [] if gradient is None else [_norm(gradient, norm_type)]
         else:  # a rank without a gradient takes part with zero
             norm = torch.zeros((), device=parameter.device) if gradient is None else _norm(gradient, norm_type)
-            of_groups.setdefault(layer.process_group.group_name, []).append(norm)
-    for name in of_groups:
-        norms.append(_over_ranks(of_groups[name], name, norm_type))
+            of_groups.setdefault(group, []).append(norm)
+    norms += [_over_ranks(held, group, norm_type) for group, held in of_groups.items()]
     device = next((norm.device for norm in norms[1:]), norms[0].device)
     total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
     if error_if_nonfinite and not total.isfinite():
@@ -87,10 +86,9 @@ def _norm(gradient: Tensor, norm_type: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def _over_ranks(norms: list[Tensor], group_name: str, norm_type: float) -> Tensor:
+def _over_ranks(norms: list[Tensor], group: dist.ProcessGroup, norm_type: float) -> Tensor:
     """The norm of what all ranks of the group hold."""
     norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    group = find_group(group_name, None, None)
     if math.isinf(norm_type):
         dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
         return norm

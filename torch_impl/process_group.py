@@ -57,7 +57,7 @@ def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world
     return None
 
 
-def find_group(name: str, rank: int | None, world_size: int | None) -> dist.ProcessGroup:
+def find_group(name: str, rank: int | None, world_size: int) -> dist.ProcessGroup:
     """Find the group of that name and check that it is the one a module was built for.
 
     Raises:
@@ -70,7 +70,7 @@ def find_group(name: str, rank: int | None, world_size: int | None) -> dist.Proc
             f"the process group {name!r} of this ParallelVocabEmbedding does not exist in this process; "
             f"build the module after init_process_group, and use it before destroy_process_group"
         ) from error
-    if world_size not in (None, group.size()) or rank not in (None, group.rank()):
+    if group.size() != world_size or rank not in (None, group.rank()):
         raise RuntimeError(
             f"the process group {name!r} makes this process rank {group.rank()} of {group.size()}, this "
             f"ParallelVocabEmbedding was made as rank {rank} of {world_size}; build it anew with the group at hand"

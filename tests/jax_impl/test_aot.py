@@ -8,7 +8,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.aot import AotCase, abstract_layer, forward_and_gradient, is_available, judge, mesh_of
+from benchmarks.aot import (
+    AotCase,
+    abstract_layer,
+    float32_scatter,
+    forward_and_gradient,
+    is_available,
+    judge,
+    mesh_of,
+    ours,
+    take,
+)
 
 pytestmark = [
     pytest.mark.aot,
@@ -21,32 +31,9 @@ V5P = AotCase("v5p:2x2x2", 8, 4096, 4096)
 LAYOUTS = {"none": P("tp"), "all_reduce": P(), "reduce_scatter": P(None, "tp")}
 
 
-def ours(mesh, case, **options):
-    emb = abstract_layer(mesh, VOCAB, case.emb_size, dtype=case.dtype, **options)
-    return lambda weight, ids: jax.tree.map(lambda _: weight, emb)(ids)
-
-
 def verdicts(case, reduction, **options):
     mesh = mesh_of(case.topology)
-    return forward_and_gradient(case, ours(mesh, case, reduction=reduction, **options), mesh, LAYOUTS[reduction])
-
-
-def take(case, output):
-    mesh = mesh_of(case.topology)
-    return forward_and_gradient(case, lambda weight, ids: jnp.take(weight, ids, axis=0), mesh, output)
-
-
-def float32_scatter(case):
-    """The gradient of a masked lookup in float32, as autodiff writes it."""
-    mesh = mesh_of(case.topology)
-
-    def on_each_rank(weight, ids):
-        local = ids - jax.lax.axis_index("tp") * len(weight)
-        rows = weight.astype(jnp.float32).at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return rows.astype(weight.dtype)[None]
-
-    lookup = jax.shard_map(on_each_rank, mesh=mesh, in_specs=(P("tp", None), P()), out_specs=P("tp"))
-    return forward_and_gradient(case, lookup, mesh, P("tp"))[1]
+    return forward_and_gradient(case, ours(case, mesh, reduction=reduction, **options), mesh, LAYOUTS[reduction])
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:8x8", "v5p:8x8x8"])
@@ -84,13 +71,14 @@ def test_the_sign_of_zero_survives_the_compiler():
 def test_a_forward_is_no_slower_than_take(case, reduction, limit):
     """A pass less over the output than ``jnp.take`` in all_reduce; as many in reduce_scatter, and some bytes for the ids."""
     forward, _ = verdicts(case, reduction)
-    peer, _ = take(case, LAYOUTS[reduction])
+    peer, _ = forward_and_gradient(case, take, mesh_of(case.topology), LAYOUTS[reduction])
     assert forward.milliseconds <= limit * peer.milliseconds
     assert forward.temporary <= 1.01 * peer.temporary
 
 
 def test_a_gradient_takes_half_the_memory_of_a_float32_scatter():
-    plain = float32_scatter(V5P)
+    mesh = mesh_of(V5P.topology)
+    _, plain = forward_and_gradient(V5P, float32_scatter(mesh, stacked=True), mesh, LAYOUTS["none"])
     for reduction in ("none", "all_reduce"):
         _, gradient = verdicts(V5P, reduction)
         assert gradient.temporary <= plain.temporary / 2

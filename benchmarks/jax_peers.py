@@ -1,0 +1,28 @@
+"""The lookups that JAX's peers have, each a function of a table and ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["Lookup", "flax_embed", "one_hot"]
+
+Lookup = Callable[[Any, Any], Any]
+
+
+def flax_embed(case: Any) -> Lookup:
+    """``flax.nnx.Embed`` of the case's size and dtype."""
+    from flax import nnx
+
+    empty = nnx.eval_shape(
+        lambda: nnx.Embed(case.vocab_size, case.emb_size, dtype=case.dtype, param_dtype=case.dtype, rngs=nnx.Rngs(0))
+    )
+    definition, state = nnx.split(empty)
+    return lambda weight, ids: nnx.merge(definition, jax.tree.map(lambda _: weight, state))(ids)
+
+
+def one_hot(weight: Any, ids: Any) -> Any:
+    """A product of one-hot rows with the table, as in MaxText."""
+    return jax.nn.one_hot(ids, len(weight), dtype=weight.dtype) @ weight
