@@ -24,7 +24,7 @@ from benchmarks.cases import warm_pages
 from benchmarks.machine import describe, machine_facts
 from shared.bits import DTYPES
 from shared.global_normal import normal_rows
-from shared.tensor_file import header_bytes
+from shared.tables.tensor_file import header_bytes
 
 __all__ = ["convert", "main", "numbers"]
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax_impl.agreement import gather_objects
 from jax_impl.placement import first_row
 from shared.partition import VocabPartition
-from shared.table_file import TableFile
-from shared.table_writer import write_together
+from shared.tables.table_file import TableFile
+from shared.tables.table_writer import write_together
 
 __all__ = ["array_from_table", "write_table"]
 

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl.vocab_emb import ParallelVocabEmbedding
-from shared.case import Case
-from shared.harness import serve
-from shared.record import RecordWriter
+from shared.proof.case import Case
+from shared.proof.harness import serve
+from shared.proof.record import RecordWriter
 
 __all__ = ["run"]
 

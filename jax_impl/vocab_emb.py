@@ -34,8 +34,8 @@ from shared.agreement import checks_wanted
 from shared.bits import DTYPES
 from shared.checks import table_dtype_error
 from shared.config import OPTIONS, EmbeddingConfig
-from shared.find_table import Paths, open_table
 from shared.sequence import resolve_seq_dim
+from shared.tables.find_table import Paths, open_table
 
 __all__ = ["ParallelVocabEmbedding"]
 
@@ -184,7 +184,7 @@ class ParallelVocabEmbedding:
 
         Args:
             path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (``shared.find_table.open_table`` has it all).
+                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             mesh, axis_name: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.

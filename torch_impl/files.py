@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from shared.bits import DTYPES
 from shared.config import EmbeddingConfig
-from shared.find_table import Paths, open_table
 from shared.partition import VocabPartition
-from shared.table_file import TableFile
-from shared.table_writer import write_together
+from shared.tables.find_table import Paths, open_table
+from shared.tables.table_file import TableFile
+from shared.tables.table_writer import write_together
 from torch_impl.agreement import gather_objects
 from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
@@ -70,7 +70,7 @@ class TableInFiles(ModuleWithTable):
 
         Args:
             path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (``shared.find_table.open_table`` has it all).
+                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             rank, world_size, process_group: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.

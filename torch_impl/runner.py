@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from shared.case import Case
-from shared.harness import serve
-from shared.record import RecordWriter
+from shared.proof.case import Case
+from shared.proof.harness import serve
+from shared.proof.record import RecordWriter
 from shared.sequence import resolve_seq_dim
-from shared.tensor_file import open_safetensors
+from shared.tables.tensor_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["run"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from shared.cli import compare, convert, diff, plan, record
 from shared.cli.console import fail
-from shared.launch import BackendError
+from shared.proof.launch import BackendError
 
 __all__ = ["main"]
 

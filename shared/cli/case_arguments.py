@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from shared.bits import DTYPES
-from shared.case import CaseOptions
 from shared.checks import EXCHANGES, REDUCTIONS
 from shared.padding_rules import RULE_HELP
+from shared.proof.case import CaseOptions
 
 __all__ = ["add_case_arguments", "case_options", "dtype_name"]
 

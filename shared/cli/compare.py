@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.case import build_case
 from shared.cli.case_arguments import add_case_arguments, case_options
 from shared.cli.console import fail, output, print_json, progress_steps
-from shared.diff import compare_records
-from shared.launch import FRAMEWORKS, is_installed, record_backend
-from shared.report import as_json, print_report
+from shared.proof.case import build_case
+from shared.proof.diff import compare_records
+from shared.proof.launch import FRAMEWORKS, is_installed, record_backend
+from shared.proof.report import as_json, print_report
 
 __all__ = ["add_parser"]
 

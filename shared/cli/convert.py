@@ -12,10 +12,10 @@ from rich.filesize import decimal
 from shared.bits import STORED_DTYPES
 from shared.cli.case_arguments import dtype_name
 from shared.cli.console import output, print_json, progress_steps
-from shared.find_table import open_table
 from shared.padding_rules import RULE_HELP, padded_by_rule
 from shared.partition import VocabPartition
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 __all__ = ["add_parsers"]
 

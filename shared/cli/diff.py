@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.cli.console import output, print_json, progress_steps
-from shared.diff import compare_records
-from shared.record import Record
-from shared.report import as_json, print_report
+from shared.proof.diff import compare_records
+from shared.proof.record import Record
+from shared.proof.report import as_json, print_report
 
 __all__ = ["add_parser"]
 

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared.case import build_case
 from shared.cli.case_arguments import add_case_arguments, case_options
 from shared.cli.console import output, print_json, progress_steps
-from shared.launch import BACKENDS, is_installed, record_backend
-from shared.record import writable_file
+from shared.proof.case import build_case
+from shared.proof.launch import BACKENDS, is_installed, record_backend
+from shared.proof.record import writable_file
 
 __all__ = ["add_parser"]
 

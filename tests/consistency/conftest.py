@@ -12,7 +12,7 @@ import torch
 
 from jax_impl import ParallelVocabEmbedding as JaxEmbedding
 from shared.bits import canonical_nan, unsigned_view
-from shared.oracle import partial_lookup, sum_partials, weight_grad
+from shared.proof.oracle import partial_lookup, sum_partials, weight_grad
 from torch_impl import ParallelVocabEmbedding as TorchEmbedding
 
 jax.config.update("jax_num_cpu_devices", 8)

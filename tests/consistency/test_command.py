@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from shared.cli import compare as compare_command
 from shared.cli import main
-from shared.launch import BACKENDS
+from shared.proof.launch import BACKENDS
 
 SMALL = ["--vocab-size", "96", "--emb-size", "16", "--world-size", "3"]
 
@@ -163,7 +163,7 @@ def test_with_one_framework_installed_it_runs_that_and_says_what_is_missing(caps
 BROKEN = """
 import torch
 
-from shared.harness import serve
+from shared.proof.harness import serve
 from torch_impl import runner
 from torch_impl.functional import partial_lookup
 

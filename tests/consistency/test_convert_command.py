@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from shared.bits import cast
 from shared.cli import main
-from shared.find_table import open_table
-from shared.tensor_file import header_bytes
+from shared.tables.find_table import open_table
+from shared.tables.tensor_file import header_bytes
 
 COMMANDS = ["shard", "reshard", "merge"]
 
@@ -263,7 +263,7 @@ def test_a_damaged_set_is_refused_and_nothing_is_written(capsys, place):
 
 INTERRUPTED = """
 import os, signal, sys
-from shared import table_writer
+from shared.tables import table_writer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without
 copy, interrupted = table_writer._copy, []
 def interrupted_once(*arguments):

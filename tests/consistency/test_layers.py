@@ -1,13 +1,13 @@
 """Identical weights and ids through both layers: partials, sums and gradients are equal bit for bit.
 
-The gradients fed in have sums that are exact in any order (`shared.generate.exact_gradient`), so bits can be asked for.
+The gradients fed in have exact sums in any order (`shared.proof.generate`), so bits can be asked for.
 """
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from shared.generate import exact_gradient
+from shared.proof.generate import exact_gradient
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 WORLDS = [1, 2, 3, 8]

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.generate import exact_gradient
+from shared.proof.generate import exact_gradient
 
 ALL_BITS = {np.float32: np.uint32, np.float16: np.uint16, ml_dtypes.bfloat16: np.uint16}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.classify import KINDS
+from shared.proof.classify import KINDS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -20,7 +20,7 @@ GLOO = re.compile(
 BROKEN_LAYER = """
 import torch
 
-from shared.harness import serve
+from shared.proof.harness import serve
 from torch_impl import runner
 from torch_impl.functional import partial_lookup
 
@@ -46,7 +46,7 @@ serve("torch", {}, runner.run)
 """
 RECORDS = """
 from shared.cli import main
-from shared.launch import BACKENDS
+from shared.proof.launch import BACKENDS
 
 small = ["--vocab-size", "120", "--emb-size", "16", "--world-size", "2", "--dtype", "float32"]
 main(["record", "--backend", "jax", "-o", "jax.record", *small])

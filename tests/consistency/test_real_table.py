@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.cli import main
-from shared.find_table import open_table
+from shared.tables.find_table import open_table
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 from jax_impl import ParallelVocabEmbedding as JaxEmbedding
 from shared import VocabPartition
 from shared.bits import DTYPES, STORED_DTYPES, cast, unsigned_view
-from shared.find_table import open_table
-from shared.table_writer import convert_table
-from shared.tensor_file import header_bytes
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
+from shared.tables.tensor_file import header_bytes
 from torch_impl import ParallelVocabEmbedding as TorchEmbedding
 
 WORLD_SIZES = [1, 2, 3, 7, 8]
@@ -75,7 +75,7 @@ import jax
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 64)
 from jax_impl import ParallelVocabEmbedding
-from shared.find_table import open_table
+from shared.tables.find_table import open_table
 mesh = jax.make_mesh((64,), ("tp",))
 for path in sys.argv[1:]:
     table = open_table(path)

@@ -8,7 +8,7 @@ import numpy as np
 from shared import VocabPartition
 from shared.checks import ids_type_error
 from shared.ids import check_ids_valid, widen
-from shared.oracle import partial_lookup, weight_grad
+from shared.proof.oracle import partial_lookup, weight_grad
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float16", "bfloat16", "float32", "float64")}
 

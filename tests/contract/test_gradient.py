@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from contract.backends import DTYPES
 
-from shared.oracle import accumulation_dtype, weight_grad
 from shared.partition import VocabPartition
+from shared.proof.oracle import accumulation_dtype, weight_grad
 
 V, E = 48, 6
 

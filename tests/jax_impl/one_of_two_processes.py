@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
-from shared.generate import exact_gradient
 from shared.global_normal import normal_rows
-from shared.oracle import partial_lookup, weight_grad
-from shared.tensor_file import header_bytes
+from shared.proof.generate import exact_gradient
+from shared.proof.oracle import partial_lookup, weight_grad
+from shared.tables.tensor_file import header_bytes
 
 
 def check(mesh, dtype, rng):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
-from shared.oracle import weight_grad
+from shared.proof.oracle import weight_grad
 
 VOCAB, EMB = 2048, 6
 DTYPES = [jnp.float16, jnp.bfloat16]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
-from shared.oracle import weight_grad
+from shared.proof.oracle import weight_grad
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 MESHES = [((1,), ("tp",)), ((2,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 2, 2), ("dp", "tp", "sp"))]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax_impl import ParallelVocabEmbedding, as_ids
 from jax_impl.lookup import gather
 from shared.bits import unsigned_view
-from shared.oracle import partial_lookup, sum_partials
+from shared.proof.oracle import partial_lookup, sum_partials
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
 MESHES = [((1,), ("tp",)), ((2,), ("tp",)), ((3,), ("tp",)), ((8,), ("tp",)), ((2, 2, 2), ("dp", "tp", "sp"))]

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax_impl import ParallelVocabEmbedding, reduced_lookup
 from shared import VocabPartition
 from shared.bits import unsigned_view
-from shared.generate import exact_gradient, zipf_ids
-from shared.oracle import partial_lookup, weight_grad
+from shared.proof.generate import exact_gradient, zipf_ids
+from shared.proof.oracle import partial_lookup, weight_grad
 
 REDUCTIONS, EXCHANGES = ["all_reduce", "reduce_scatter"], ["dense", "routed"]
 _COLLECTIVE = re.compile(

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shared.case import CaseOptions, build_case
-from shared.record import Record, RecordWriter
-from shared.runner import run
+from shared.proof.case import CaseOptions, build_case
+from shared.proof.record import Record, RecordWriter
+from shared.proof.runner import run
 
 
 class Arrays(dict):

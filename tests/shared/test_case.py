@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from shared.case import Case, CaseOptions, build_case
-from shared.find_table import open_table
+from shared.proof.case import Case, CaseOptions, build_case
+from shared.tables.find_table import open_table
 
 
 @pytest.fixture

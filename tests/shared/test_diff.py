@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from shared.bits import unsigned_view
-from shared.case import CaseOptions, build_case
-from shared.classify import KINDS
-from shared.diff import compare_records
-from shared.record import Record, RecordWriter
-from shared.runner import run
+from shared.proof.case import CaseOptions, build_case
+from shared.proof.classify import KINDS
+from shared.proof.diff import compare_records
+from shared.proof.record import Record, RecordWriter
+from shared.proof.runner import run
 
 
 class Arrays(dict):

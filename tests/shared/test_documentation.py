@@ -6,9 +6,9 @@ def test_documentation(check_documentation):
         "shared",
         {
             "shared.partition.VocabPartition",
-            "shared.oracle.partial_lookup",
-            "shared.oracle.weight_grad",
+            "shared.proof.oracle.partial_lookup",
+            "shared.proof.oracle.weight_grad",
             "shared.ids.widen",
-            "shared.rows.Rows.of",
+            "shared.proof.rows.Rows.of",
         },
     )

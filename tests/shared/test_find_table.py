@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shared import VocabPartition, row_checks, table_file
+from shared import VocabPartition
 from shared.bits import STORED_DTYPES, cast
 from shared.checks import printable
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables import row_checks, table_file
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 CODES = {
     "float16": "F16",

@@ -7,8 +7,8 @@ import pytest
 
 from shared import VocabPartition
 from shared.bits import DTYPES
-from shared.generate import exact_gradient, special_rows, table_chunks, zipf_ids
-from shared.oracle import accumulation_dtype
+from shared.proof.generate import exact_gradient, special_rows, table_chunks, zipf_ids
+from shared.proof.oracle import accumulation_dtype
 
 
 def digest(array):

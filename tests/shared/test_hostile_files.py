@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shared import VocabPartition, row_checks, table_file
-from shared.find_table import open_table
-from shared.layouts import LAYOUTS
-from shared.manifest import Manifest
-from shared.table_writer import convert_table
+from shared import VocabPartition
+from shared.tables import row_checks, table_file
+from shared.tables.find_table import open_table
+from shared.tables.layouts import LAYOUTS
+from shared.tables.manifest import Manifest
+from shared.tables.table_writer import convert_table
 
 VALUES = np.random.default_rng(7).standard_normal((24, 5)).astype(np.float32)
 PARTITION = VocabPartition(24, 3, 36)

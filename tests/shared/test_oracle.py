@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shared import VocabPartition
-from shared.oracle import accumulation_dtype, partial_lookup, sum_partials, weight_grad
+from shared.proof.oracle import accumulation_dtype, partial_lookup, sum_partials, weight_grad
 
 
 def partials(table, ids, world_size):

@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from shared.case import sha256
-from shared.diff import compare_records
-from shared.record import Record, RecordWriter, writable_file
-from shared.rows import Rows
+from shared.proof.case import sha256
+from shared.proof.diff import compare_records
+from shared.proof.record import Record, RecordWriter, writable_file
+from shared.proof.rows import Rows
 
 
 def rewrite(path, change):

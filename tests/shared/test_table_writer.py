@@ -18,16 +18,17 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from shared import VocabPartition, row_checks, table_writer
+from shared import VocabPartition
 from shared.bits import DTYPES, STORED_DTYPES, cast
 from shared.cli import main
-from shared.find_table import open_table
-from shared.layouts import LAYOUTS, ShardsLayout
-from shared.manifest import Manifest
 from shared.padding_rules import padded_by_rule
-from shared.row_checks import read_facts
-from shared.table_writer import convert_table, write_together
-from shared.tensor_file import STORAGE_CODES, header_bytes, read_header
+from shared.tables import row_checks, table_writer
+from shared.tables.find_table import open_table
+from shared.tables.layouts import LAYOUTS, ShardsLayout
+from shared.tables.manifest import Manifest
+from shared.tables.row_checks import read_facts
+from shared.tables.table_writer import convert_table, write_together
+from shared.tables.tensor_file import STORAGE_CODES, header_bytes, read_header
 
 WORLD_SIZES = [1, 2, 3, 7, 8, 64]
 PADDINGS = [None, "even", "multiple-of:64", "128*w"]
@@ -532,7 +533,7 @@ def test_what_is_not_read_back_as_written_is_noticed(targets, table, monkeypatch
 @pytest.mark.parametrize("module", ["table_writer", "layouts"])
 def test_a_header_that_was_not_written_is_noticed(targets, table, monkeypatch, module):
     """Of shards and parts the writer writes it with the last rows, of a file the layout does, at the end."""
-    module = sys.modules[f"shared.{module}"]
+    module = sys.modules[f"shared.tables.{module}"]
     write = module.write_exactly
     monkeypatch.setattr(module, "write_exactly", lambda file, data, at: at and write(file, data, at))
     for layout in LAYOUTS:
@@ -561,8 +562,8 @@ def test_leftovers_of_a_killed_run_do_not_pile_up_beside_a_target(tmp_path, tabl
     script = f"""
 import os, signal
 from shared import VocabPartition
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 table = open_table({str(table.path)!r})
 stop = lambda rows: os.kill(os.getpid(), signal.SIGKILL)
 convert_table(table, {str(tmp_path / "target")!r}, {layout!r}, VocabPartition(30, 3), progress=stop)
@@ -577,8 +578,8 @@ ANOTHER_WRITER = """
 import sys
 from pathlib import Path
 from shared import VocabPartition
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 def wait(rows):
     print("writing", flush=True)
@@ -683,8 +684,8 @@ STOPPED = """
 import errno, itertools, json, os, shutil, signal, sys
 from pathlib import Path
 from shared import VocabPartition
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 folder, layout, how, before = Path(sys.argv[1]), *sys.argv[2:]
 target = folder / "place" / "target"
@@ -818,8 +819,8 @@ KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from shared import VocabPartition
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 folder, layout, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 target = folder / "place" / "target"
@@ -1039,8 +1040,8 @@ from pathlib import Path
 import numpy as np
 from shared import VocabPartition
 from shared.bits import STORED_DTYPES
-from shared.find_table import open_table
-from shared.table_writer import convert_table
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024

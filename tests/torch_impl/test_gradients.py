@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.oracle import weight_grad
+from shared.proof.oracle import weight_grad
 from torch_impl import ParallelVocabEmbedding
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from shared import VocabPartition
-from shared.generate import exact_gradient, zipf_ids
-from shared.oracle import partial_lookup, weight_grad
+from shared.proof.generate import exact_gradient, zipf_ids
+from shared.proof.oracle import partial_lookup, weight_grad
 from torch_impl import ParallelVocabEmbedding, reduced_lookup
 from torch_impl.exchange import choose_exchange
 

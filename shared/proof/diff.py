@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, ulp_distance, unsigned_view
-from shared.case import sha256
-from shared.classify import Side, classify, held_rows
-from shared.record import Record
-from shared.rows import Rows
+from shared.proof.case import sha256
+from shared.proof.classify import Side, classify, held_rows
+from shared.proof.record import Record
+from shared.proof.rows import Rows
 
 __all__ = ["Comparison", "DifferingRow", "compare_records"]
 
@@ -30,7 +30,7 @@ class DifferingRow:
         index: forward: the position in the ids, of all ranks together; gradient: the row of the whole table.
         id: the id looked up there.
         owner: the rank that owns the id; -1 for ids outside the vocabulary.
-        kind: one of ``shared.classify.KINDS``.
+        kind: one of ``shared.proof.classify.KINDS``.
         max_ulp: the largest distance of two elements; None where none can be told, for NaN.
         note: which other row a side holds, where that is the difference.
     """

@@ -31,7 +31,7 @@ class Rows:
 
         Example:
             >>> import numpy as np
-            >>> from shared.rows import Rows
+            >>> from shared.proof.rows import Rows
             >>> Rows.of(np.array([[0.0, 0.0], [0.0, 5.0], [-0.0, 0.0]])).index
             array([1, 2])
         """

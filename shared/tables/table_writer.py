@@ -12,11 +12,11 @@ from typing import Any
 
 from shared.agreement import disagreement
 from shared.bits import STORED_DTYPES, cast
-from shared.layouts import Layout, TableSpec, layout_named, new_set_id
 from shared.partition import VocabPartition
-from shared.row_checks import block_rows, piece_edges
-from shared.table_file import TableFile
-from shared.tensor_file import read_exactly, write_exactly
+from shared.tables.layouts import Layout, TableSpec, layout_named, new_set_id
+from shared.tables.row_checks import block_rows, piece_edges
+from shared.tables.table_file import TableFile
+from shared.tables.tensor_file import read_exactly, write_exactly
 
 __all__ = ["Exchange", "Fill", "convert_table", "write_ranks", "write_together"]
 
@@ -134,8 +134,8 @@ def convert_table(
         >>> from pathlib import Path
         >>> from safetensors.numpy import save_file
         >>> from shared import VocabPartition
-        >>> from shared.find_table import open_table
-        >>> from shared.table_writer import convert_table
+        >>> from shared.tables.find_table import open_table
+        >>> from shared.tables.table_writer import convert_table
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_file({"wte.weight": np.arange(10.0).reshape(5, 2)}, folder / "model.safetensors")
         >>> partition = VocabPartition(5, 3, "even")

@@ -17,13 +17,13 @@ from safetensors.numpy import save_file
 from shared.bits import DTYPES, cast, dtype_named
 from shared.checks import check_size
 from shared.config import LOOKUP_OPTIONS, EmbeddingConfig
-from shared.find_table import open_table
-from shared.generate import exact_gradient, table_chunks, zipf_ids
 from shared.ids import widen
 from shared.padding_rules import padded_by_rule
+from shared.proof.generate import exact_gradient, table_chunks, zipf_ids
 from shared.sequence import chunk_shape, resolve_seq_dim
-from shared.table_file import TableFile
-from shared.tensor_file import open_safetensors
+from shared.tables.find_table import open_table
+from shared.tables.table_file import TableFile
+from shared.tables.tensor_file import open_safetensors
 
 __all__ = ["Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
 

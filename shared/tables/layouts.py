@@ -15,12 +15,12 @@ from pathlib import Path
 
 from shared.bits import STORED_DTYPES
 from shared.checks import check_choice
-from shared.exchange_names import exchange
-from shared.find_table import PICKLE_SUFFIXES, open_shards, open_table
-from shared.manifest import MANIFEST_NAME, Manifest, Shard, is_set_name, shard_name
 from shared.partition import VocabPartition
-from shared.row_checks import FileFacts, block_rows, piece_edges
-from shared.tensor_file import header_bytes, write_exactly
+from shared.tables.exchange_names import exchange
+from shared.tables.find_table import PICKLE_SUFFIXES, open_shards, open_table
+from shared.tables.manifest import MANIFEST_NAME, Manifest, Shard, is_set_name, shard_name
+from shared.tables.row_checks import FileFacts, block_rows, piece_edges
+from shared.tables.tensor_file import header_bytes, write_exactly
 
 __all__ = ["LAYOUTS", "Layout", "Place", "TableSpec", "layout_named", "new_set_id"]
 

@@ -23,7 +23,7 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
         ValueError: it is no JSON object, names a key twice, or holds NaN or an infinity, which JSON does not have.
 
     Example:
-        >>> from shared.strict_json import parse_object
+        >>> from shared.tables.strict_json import parse_object
         >>> parse_object('{"rows": 3}', "an example")
         {'rows': 3}
     """

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from shared.partition import VocabPartition
-from shared.strict_json import check_integer, parse_object
-from shared.tensor_file import Header
+from shared.tables.strict_json import check_integer, parse_object
+from shared.tables.tensor_file import Header
 
 __all__ = ["FileFacts", "block_rows", "piece_edges", "read_facts"]
 
@@ -33,7 +33,7 @@ def piece_edges(cuts: Sequence[int], block: int) -> np.ndarray:
     Blocks are counted from row 0 of the table, so that most pieces are the same however a table is cut.
 
     Example:
-        >>> from shared.row_checks import piece_edges
+        >>> from shared.tables.row_checks import piece_edges
         >>> piece_edges([3, 11], block=4)
         array([ 3,  4,  8, 11])
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.bits import STORED_DTYPES
 from shared.partition import VocabPartition
-from shared.strict_json import check_integer, load_object
+from shared.tables.strict_json import check_integer, load_object
 
 __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "is_set_name", "is_shard_name", "shard_name"]
 

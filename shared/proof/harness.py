@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.case import Case
-from shared.record import RecordWriter
+from shared.proof.case import Case
+from shared.proof.record import RecordWriter
 
 __all__ = ["PROGRESS_PREFIX", "Runner", "serve"]
 

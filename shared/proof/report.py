@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.case import CaseFacts
-from shared.classify import KINDS
-from shared.diff import Comparison
+from shared.proof.case import CaseFacts
+from shared.proof.classify import KINDS
+from shared.proof.diff import Comparison
 
 __all__ = ["as_json", "print_report"]
 

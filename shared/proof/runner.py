@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shared.case import Case
-from shared.harness import serve
-from shared.oracle import partial_lookup, sum_partials, weight_grad
-from shared.record import RecordWriter
+from shared.proof.case import Case
+from shared.proof.harness import serve
+from shared.proof.oracle import partial_lookup, sum_partials, weight_grad
+from shared.proof.record import RecordWriter
 
 __all__ = ["run"]
 

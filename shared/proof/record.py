@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
-from shared.case import Case, CaseFacts, sha256
-from shared.rows import Rows
-from shared.tensor_file import open_safetensors
+from shared.proof.case import Case, CaseFacts, sha256
+from shared.proof.rows import Rows
+from shared.tables.tensor_file import open_safetensors
 
 __all__ = ["Record", "RecordWriter", "writable_file"]
 

@@ -34,7 +34,7 @@ def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartitio
     Example:
         >>> import numpy as np
         >>> from shared import VocabPartition
-        >>> from shared.oracle import partial_lookup
+        >>> from shared.proof.oracle import partial_lookup
         >>> table = np.arange(8.0).reshape(4, 2)
         >>> halves = VocabPartition(4, 2)
         >>> partial_lookup(table[2:], np.array([0, 3, 2]), halves, rank=1)
@@ -83,7 +83,7 @@ def weight_grad(
     Example:
         >>> import numpy as np
         >>> from shared import VocabPartition
-        >>> from shared.oracle import weight_grad
+        >>> from shared.proof.oracle import weight_grad
         >>> weight_grad(np.ones((3, 1)), np.array([2, 0, 2]), VocabPartition(4, 2), rank=1)
         array([[2.],
                [0.]])

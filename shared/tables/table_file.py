@@ -15,8 +15,8 @@ import numpy as np
 
 from shared.bits import STORED_DTYPES, cast, row_hashes
 from shared.partition import VocabPartition
-from shared.row_checks import FileFacts, piece_edges
-from shared.tensor_file import read_exactly
+from shared.tables.row_checks import FileFacts, piece_edges
+from shared.tables.tensor_file import read_exactly
 
 __all__ = ["Segment", "TableFile"]
 
@@ -43,7 +43,7 @@ class Segment:
 
 
 class TableFile:
-    """A table in files: its sizes, and its rows on demand. ``shared.find_table.open_table`` makes one of a path.
+    """A table in files: its sizes, and its rows on demand. ``shared.tables.find_table.open_table`` makes one of a path.
 
     Attributes:
         path: what the table was opened as.

@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from shared.checks import check_size, printable
-from shared.manifest import MANIFEST_NAME, Manifest, is_shard_name
 from shared.partition import VocabPartition
-from shared.row_checks import FileFacts, read_facts
-from shared.strict_json import load_object
-from shared.table_file import Segment, TableFile
-from shared.tensor_file import STORAGE_CODES, Header, read_header
+from shared.tables.manifest import MANIFEST_NAME, Manifest, is_shard_name
+from shared.tables.row_checks import FileFacts, read_facts
+from shared.tables.strict_json import load_object
+from shared.tables.table_file import Segment, TableFile
+from shared.tables.tensor_file import STORAGE_CODES, Header, read_header
 
 __all__ = ["PICKLE_SUFFIXES", "Paths", "open_shards", "open_table"]
 
@@ -52,7 +52,7 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
     Example:
         >>> import tempfile, numpy as np
         >>> from safetensors.numpy import save_file
-        >>> from shared.find_table import open_table
+        >>> from shared.tables.find_table import open_table
         >>> folder = tempfile.mkdtemp()
         >>> save_file({"wte.weight": np.eye(3), "wpe.weight": np.ones((8, 3))}, f"{folder}/model.safetensors")
         >>> table = open_table(folder)

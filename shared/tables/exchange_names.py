@@ -20,7 +20,7 @@ def exchange(left: Path, right: Path) -> None:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from shared.exchange_names import exchange
+        >>> from shared.tables.exchange_names import exchange
         >>> folder = Path(tempfile.mkdtemp())
         >>> for name in ("old", "new"):
         ...     _ = (folder / name).write_text(name)

@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.harness import PROGRESS_PREFIX
-from shared.record import Record
+from shared.proof.harness import PROGRESS_PREFIX
+from shared.proof.record import Record
 
 __all__ = ["BACKENDS", "FRAMEWORKS", "BackendError", "is_installed", "record_backend"]
 
-BACKENDS = {"oracle": "shared.runner", "torch": "torch_impl.runner", "jax": "jax_impl.runner"}
+BACKENDS = {"oracle": "shared.proof.runner", "torch": "torch_impl.runner", "jax": "jax_impl.runner"}
 """The module that runs each backend."""
 
 FRAMEWORKS = ("torch", "jax")

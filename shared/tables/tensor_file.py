@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shared.bits import STORED_DTYPES
-from shared.strict_json import parse_object
+from shared.tables.strict_json import parse_object
 
 __all__ = [
     "STORAGE_CODES",
