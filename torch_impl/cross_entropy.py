@@ -36,6 +36,7 @@ from torch_impl.head import (
     block_buffer,
     check_products,
     chunks,
+    column_slices,
     gather_sequence,
     logits_block,
     owned_columns,
@@ -417,16 +418,15 @@ def _logit_statistics_backward(
     partition = VocabPartition(*sizes)
     logits_TN = logits.reshape(len(targets_T), logits.shape[-1])
     gradients = _Gradients(grads, statistics, targets_T, partition.start(rank))
-    owned, some_silent = owned_columns(partition, rank), bool(gradients.silent_T.any())
     grad_TN = torch.empty_like(logits_TN, memory_format=torch.contiguous_format)
-    grad_TN[:, owned:] = 0
+    grad_TN[:, owned_columns(partition, rank) :] = 0
     buffer = block_buffer(len(targets_T), partition, grads.dtype, logits.device)
-    for start, stop in (each for group in ColumnBlocks.of(partition).ranges(owned) for each in group):
+    for columns in column_slices(partition, rank):
         for tokens in chunks(len(targets_T)):
-            given = logits_TN[tokens, start:stop]
+            given = logits_TN[tokens, columns]
             x_CB = buffer[: given.numel()].view(given.shape).copy_(given)
-            grad_TN[tokens, start:stop] = gradients.of_block(x_CB, tokens, slice(start, stop), None)
-    if some_silent:
+            grad_TN[tokens, columns] = gradients.of_block(x_CB, tokens, columns, None)
+    if gradients.silent_T.any():
         grad_TN.masked_fill_(gradients.silent_T.unsqueeze(1), 0)
     return grad_TN.view(logits.shape)
 

@@ -31,6 +31,7 @@ __all__ = [
     "block_buffer",
     "check_products",
     "chunks",
+    "column_slices",
     "gather_sequence",
     "logits_block",
     "logits_over_group",
@@ -126,6 +127,12 @@ def owned_columns(partition: VocabPartition, rank: int) -> int:
     return stop - start
 
 
+def column_slices(partition: VocabPartition, rank: int) -> Iterator[slice]:
+    """The blocks of the rank's columns that are not padding, in order."""
+    for group in ColumnBlocks.of(partition).ranges(owned_columns(partition, rank)):
+        yield from (slice(start, stop) for start, stop in group if start < stop)
+
+
 def chunks(tokens: int) -> Iterator[slice]:
     """Slices of at most ``TOKENS_AT_ONCE`` tokens."""
     for start in range(0, tokens, TOKENS_AT_ONCE):
@@ -172,13 +179,12 @@ def backward_products(
     wide = accumulation_dtype(weight_NE.dtype)
     hidden_grad = hidden_TE.new_zeros(hidden_TE.shape if wanted[0] else (0,), dtype=wide)
     weight_grad = weight_NE.new_empty(weight_NE.shape if wanted[1] else (0,))
-    owned = owned_columns(partition, rank)
-    weight_grad[owned:] = 0
+    weight_grad[owned_columns(partition, rank) :] = 0
     if len(hidden_TE) == 0:
         return hidden_grad, weight_grad.zero_()
     some_silent = bool(silent_T.any())
-    for start, stop in (each for group in ColumnBlocks.of(partition).ranges(owned) for each in group):
-        columns, rows_BE = slice(start, stop), weight_NE[start:stop].to(wide)
+    for columns in column_slices(partition, rank):
+        rows_BE = weight_NE[columns].to(wide)
         sums_BE = weight_grad[columns] if weight_NE.dtype == wide else torch.empty_like(rows_BE)
         for tokens in chunks(len(hidden_TE)):
             hidden_CE = hidden_TE[tokens].to(wide)
@@ -283,14 +289,13 @@ def _head_logits(
     gathered = gather_sequence(hidden, seq_dim, group)
     whole = gathered if seq_dim is not None and group is not None else hidden
     hidden_TE, wide = whole.reshape(-1, whole.shape[-1]), accumulation_dtype(weight.dtype)
-    owned = owned_columns(partition, rank)
     logits_TN = hidden.new_empty(len(hidden_TE), len(weight), dtype=wide)
-    logits_TN[:, owned:] = -torch.inf
+    logits_TN[:, owned_columns(partition, rank) :] = -torch.inf
     buffer = block_buffer(len(hidden_TE), partition, wide, hidden.device)
-    for start, stop in (each for part in ColumnBlocks.of(partition).ranges(owned) for each in part):
-        rows_BE = weight[start:stop].to(wide)
+    for columns in column_slices(partition, rank):
+        rows_BE = weight[columns].to(wide)
         for tokens in chunks(len(hidden_TE)):
-            logits_TN[tokens, start:stop] = logits_block(hidden_TE[tokens].to(wide), rows_BE, softcap, buffer)
+            logits_TN[tokens, columns] = logits_block(hidden_TE[tokens].to(wide), rows_BE, softcap, buffer)
     return logits_TN.view(*whole.shape[:-1], len(weight)), gathered
 
 
