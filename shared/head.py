@@ -24,11 +24,13 @@ __all__ = [
     "LOSS_RETURNS",
     "ColumnBlocks",
     "LossOptions",
+    "check_hidden",
     "check_logits_width",
     "check_softcap",
     "check_targets_shape",
     "check_targets_valid",
     "check_top_k",
+    "check_uniform",
     "logits_dtype_error",
     "merge_adjacent",
     "targets_type_error",
@@ -210,6 +212,14 @@ def check_top_k(k: Any, vocab_size: int) -> int:
     return number
 
 
+def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: int) -> None:
+    """Refuse shapes of hidden states and of a rank's rows that do not fit each other or the partition."""
+    if len(weight) != 2 or weight[0] != rows_per_rank:
+        raise ValueError(f"weight must hold the rank's own rows, [{rows_per_rank}, emb_size], got {tuple(weight)}")
+    if len(hidden) < 1 or hidden[-1] != weight[1]:
+        raise ValueError(f"hidden must be [*, emb_size] with emb_size={weight[1]} as weight has, got {tuple(hidden)}")
+
+
 def check_logits_width(width: int, partition: VocabPartition) -> None:
     """Refuse logits that are not one rank's columns: gathered ones would be counted once a rank."""
     if width != partition.rows_per_rank:
@@ -220,10 +230,16 @@ def check_logits_width(width: int, partition: VocabPartition) -> None:
         )
 
 
-def check_targets_shape(targets: Sequence[int], tokens: Sequence[int], source: str) -> None:
+def check_uniform(valid: bool) -> None:
+    """Refuse random numbers that are not all ``valid``, in [0, 1)."""
+    if not valid:
+        raise ValueError("uniform must hold numbers in [0, 1), such as torch.rand or jax.random.uniform draw")
+
+
+def check_targets_shape(given: Sequence[int], tokens: Sequence[int], source: str, name: str = "targets") -> None:
     """Refuse targets that are not one a token; ``source`` is the argument whose leading shape is ``tokens``."""
-    if tuple(targets) != tuple(tokens):
-        raise ValueError(f"targets must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(targets)}")
+    if tuple(given) != tuple(tokens):
+        raise ValueError(f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}")
 
 
 def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int) -> None:
