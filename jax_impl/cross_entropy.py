@@ -26,6 +26,7 @@ from jax_impl.head import (
     gather_sequence,
     logits_block,
     owned_columns,
+    part_of,
     rows_of,
     split_tokens,
     vary,
@@ -264,7 +265,7 @@ def _local_statistics(
             x_CB = block(here, chunk)
             maximum_C = x_CB.max(axis=1)
             shift_C = jnp.where(maximum_C == -jnp.inf, 0, maximum_C)
-            hit_CB = here.fresh_B & (here.columns_B == rows_KC[chunk][:, None])
+            hit_CB = here.owned_B & (here.columns_B == rows_KC[chunk][:, None])
             found = [maximum_C, jnp.exp(x_CB - shift_C[:, None]).sum(axis=1), jnp.where(hit_CB, x_CB, 0).sum(axis=1)]
             if smoothed:
                 found.append(jnp.where(here.owned_B, x_CB, 0).sum(axis=1))
@@ -327,7 +328,7 @@ def _linear_forward(
     chunks_KCE, rows_KC = split_tokens(whole, whole.ndim - 1), split_tokens(_rows(targets, plan), targets.ndim)
 
     def block(here: Block, chunk: jax.Array) -> jax.Array:
-        return logits_block(chunks_KCE[chunk], rows_of(weight, here), here, plan.softcap)
+        return logits_block(part_of(chunks_KCE, chunk, 1)[0], rows_of(weight, here), here, plan.softcap)
 
     statistics = _over_ranks(_local_statistics(block, rows_KC, plan, smoothed), targets, plan)
     return statistics, (hidden, whole, weight, targets, statistics)

@@ -32,6 +32,7 @@ __all__ = [
     "logits_on_rank",
     "owned_columns",
     "parallel_logits",
+    "part_of",
     "rows_of",
     "split_tokens",
     "vary",
@@ -61,16 +62,16 @@ class Plan(NamedTuple):
 class Block(NamedTuple):
     """A block of the rank's columns. All are equally wide: a narrower one begins with columns of the one before.
 
+    What is written to these is overwritten if the last block comes first.
+
     Attributes:
         at: its first column.
         columns_B: the number of each column.
-        fresh_B: False for columns of the block before.
-        owned_B: False for those and for padding.
+        owned_B: False for columns of the block before, and for padding.
     """
 
     at: jax.Array
     columns_B: jax.Array
-    fresh_B: jax.Array
     owned_B: jax.Array
 
 
@@ -188,16 +189,31 @@ def owned_columns(plan: Plan) -> jax.Array:
 def block_of(edges: jax.Array, plan: Plan) -> Block:
     """The block with these edges."""
     width = ColumnBlocks.of(plan.partition).columns
-    at = jnp.minimum(edges[0], plan.partition.rows_per_rank - width)
-    columns_B = at + jax.lax.iota(jnp.int32, width)
-    fresh_B = (columns_B >= edges[0]) & (columns_B < edges[1])
-    return Block(at, columns_B, fresh_B, fresh_B & (columns_B < owned_columns(plan)))
+    columns_B = edges[1] - width + jax.lax.iota(jnp.int32, width)
+    return Block(edges[1] - width, columns_B, (columns_B >= edges[0]) & (columns_B < owned_columns(plan)))
+
+
+def part_of(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """``size`` entries along the first axis, of an array that a loop does not change.
+
+    XLA:CPU computes with 16-bit floats as float32, and widens all of the array before the loop: 512 MiB for a table of
+    131072 x 1024. It does not where the array seems to depend on the iteration (jax 0.10.2).
+    """
+
+    def seemingly_changing(array: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(*jax.lax.optimization_barrier((array, start)), size)
+
+    def unchanging(array: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+    if array.dtype.itemsize != 2:
+        return unchanging(array, start)
+    return jax.lax.platform_dependent(array, start, cpu=seemingly_changing, default=unchanging)
 
 
 def rows_of(weight_NE: jax.Array, block: Block) -> jax.Array:
     """The block's rows; zeros for those that it does not own, which may hold anything."""
-    rows_BE = jax.lax.dynamic_slice_in_dim(weight_NE, block.at, len(block.columns_B))
-    return jnp.where(block.owned_B[:, None], rows_BE, 0)
+    return jnp.where(block.owned_B[:, None], part_of(weight_NE, block.at, len(block.columns_B)), 0)
 
 
 def logits_block(hidden_CE: jax.Array, rows_BE: jax.Array, block: Block, softcap: float | None) -> jax.Array:
@@ -231,10 +247,11 @@ def backward_products(
         The gradients of ``hidden`` and ``weight``, summed over the mesh axes over which each does not vary, and rounded
         after that.
     """
-    wide = wide_dtype(weight.dtype)
+    dtype, wide = weight.dtype, wide_dtype(weight.dtype)
     chunks_KCE = split_tokens(whole, whole.ndim - 1)
     everything = whole, weight, silent_KC, plan.axis_name
-    over_data = varying_axes(vary(silent_KC, *everything)) - varying_axes(weight)
+    if varying_axes(vary(silent_KC, *everything)) - varying_axes(weight):
+        dtype = wide  # over data axes gradients are added up before they are rounded
 
     def add_block(sums: tuple[jax.Array, jax.Array], edges: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         hidden_KCE, weight_NE = sums
@@ -244,27 +261,26 @@ def backward_products(
         def add_chunk(sums: tuple[jax.Array, jax.Array], chunk: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
             hidden_KCE, sums_BE = sums
             silent_C1 = silent_KC[chunk][:, None]
-            grad_CB = gradient(chunks_KCE[chunk], rows_BE, block, chunk)
+            tokens_CE = part_of(chunks_KCE, chunk, 1)[0]
+            grad_CB = gradient(tokens_CE, rows_BE, block, chunk)
             grad_CB = jnp.where(block.owned_B & ~silent_C1, grad_CB, 0)
-            tokens_CE = jnp.where(silent_C1, 0, chunks_KCE[chunk]).astype(wide)
+            tokens_CE = jnp.where(silent_C1, 0, tokens_CE).astype(wide)
             sums_BE += jnp.einsum("cb,ce->be", grad_CB, tokens_CE, preferred_element_type=wide)
             of_tokens_CE = jnp.einsum("cb,be->ce", grad_CB, rows_BE.astype(wide), preferred_element_type=wide)
             return (hidden_KCE.at[chunk].add(of_tokens_CE), sums_BE), None
 
         start = hidden_KCE, vary(jnp.zeros(rows_BE.shape, wide), *everything)
         (hidden_KCE, sums_BE), _ = jax.lax.scan(add_chunk, start, jnp.arange(len(chunks_KCE)))
-        before_BE = jax.lax.dynamic_slice_in_dim(weight_NE, block.at, len(rows_BE))
-        sums_BE = jnp.where(block.fresh_B[:, None], sums_BE.astype(weight_NE.dtype), before_BE)
-        return (hidden_KCE, jax.lax.dynamic_update_slice_in_dim(weight_NE, sums_BE, block.at, 0)), None
+        weight_NE = jax.lax.dynamic_update_slice_in_dim(weight_NE, sums_BE.astype(dtype), block.at, 0)
+        return (hidden_KCE, weight_NE), None
 
-    # Over data axes gradients are added up before they are rounded.
-    zeros = jnp.zeros(chunks_KCE.shape, wide), jnp.zeros(weight.shape, wide if over_data else weight.dtype)
+    zeros = jnp.zeros(chunks_KCE.shape, wide), jnp.zeros(weight.shape, dtype)
     start = jax.tree.map(lambda each: vary(each, *everything), zeros)
-    (hidden_KCE, weight_NE), _ = jax.lax.scan(add_block, start, block_edges(plan.partition))
+    (hidden_KCE, weight_grad), _ = jax.lax.scan(add_block, start, block_edges(plan.partition), reverse=True)
     hidden_grad = _join_tokens(hidden_KCE, whole.shape[:-1])
     if plan.split_dim is not None:
         hidden_grad = jax.lax.psum_scatter(hidden_grad, plan.axis_name, scatter_dimension=plan.split_dim, tiled=True)
-    return _sum_as(hidden_grad, hidden).astype(hidden.dtype), _sum_as(weight_NE, weight).astype(weight.dtype)
+    return _sum_as(hidden_grad, hidden).astype(hidden.dtype), _sum_as(weight_grad, weight).astype(weight.dtype)
 
 
 def _join_tokens(array_KC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -298,16 +314,15 @@ def _forward(hidden: jax.Array, weight: jax.Array, plan: Plan) -> tuple[jax.Arra
         rows_BE = rows_of(weight, block)
 
         def of_chunk(logits_KCN: jax.Array, chunk: jax.Array) -> tuple[jax.Array, None]:
-            x_CB = logits_block(chunks_KCE[chunk], rows_BE, block, plan.softcap)
+            x_CB = logits_block(part_of(chunks_KCE, chunk, 1)[0], rows_BE, block, plan.softcap)
             place = chunk, jnp.int32(0), block.at
-            before_CB = jax.lax.dynamic_slice(logits_KCN, place, (1, *x_CB.shape))[0]
-            x_CB = jnp.where(block.fresh_B, x_CB, before_CB)
             return jax.lax.dynamic_update_slice(logits_KCN, x_CB[None], place), None
 
         return jax.lax.scan(of_chunk, logits_KCN, jnp.arange(len(chunks_KCE), dtype=jnp.int32))
 
     logits_KCN = jnp.zeros((*chunks_KCE.shape[:2], len(weight)), wide_dtype(weight.dtype))
-    logits_KCN, _ = jax.lax.scan(of_block, vary(logits_KCN, whole, weight, plan.axis_name), block_edges(plan.partition))
+    start = vary(logits_KCN, whole, weight, plan.axis_name)
+    logits_KCN, _ = jax.lax.scan(of_block, start, block_edges(plan.partition), reverse=True)
     logits = _join_tokens(logits_KCN, whole.shape[:-1])
     return logits, (hidden, whole, weight, None if plan.softcap is None else logits)
 
