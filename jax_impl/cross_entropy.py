@@ -39,19 +39,21 @@ from shared.head import (
     check_logits_width,
     check_targets_shape,
     logits_dtype_error,
-    merge_adjacent,
     tree_size,
 )
 from shared.partition import VocabPartition
 from shared.sequence import resolve_seq_dim
 
 __all__ = [
+    "as_leaves",
+    "finite_shift",
     "linear_cross_entropy",
     "linear_statistics",
-    "logit_statistics",
     "loss_of",
-    "merged_statistics",
+    "maximum_and_sum",
+    "merge_levels",
     "parallel_cross_entropy",
+    "rank_levels",
 ]
 
 
@@ -122,7 +124,7 @@ def parallel_cross_entropy(
     check_logits_width(logits.shape[-1] if logits.ndim else 1, partition)
     known = _known_targets(targets, options, partition, axis_name)
     check_targets_shape(known.shape, logits.shape[:-1], "logits")
-    statistics = logit_statistics(logits, known, Plan(partition, axis_name), options.label_smoothing > 0)
+    statistics = _logit_statistics(logits, known, Plan(partition, axis_name), options.label_smoothing > 0)
     return loss_of(statistics, known, options, partition)
 
 
@@ -257,51 +259,71 @@ def _local_statistics(
 
     ``block(block, chunk)`` returns logits; ``rows_KC`` are the targets' rows, ``rows_per_rank`` for foreign ones.
     """
-    blocks = ColumnBlocks.of(plan.partition)
 
     def of_chunk(chunk: jax.Array) -> jax.Array:
         def of_block(edges: jax.Array) -> jax.Array:
             here = block_of(edges, plan)
             x_CB = block(here, chunk)
-            maximum_C = x_CB.max(axis=1)
-            shift_C = jnp.where(maximum_C == -jnp.inf, 0, maximum_C)
             hit_CB = here.owned_B & (here.columns_B == rows_KC[chunk][:, None])
-            found = [maximum_C, jnp.exp(x_CB - shift_C[:, None]).sum(axis=1), jnp.where(hit_CB, x_CB, 0).sum(axis=1)]
+            found = [*maximum_and_sum(x_CB), jnp.where(hit_CB, x_CB, 0).sum(axis=1)]
             if smoothed:
                 found.append(jnp.where(here.owned_B, x_CB, 0).sum(axis=1))
             return jnp.stack(found)
 
         found = jax.lax.map(of_block, block_edges(plan.partition))  # [groups * pieces, S, C]
-        found = found.reshape(blocks.groups, blocks.pieces, *found.shape[1:])
-        return merged_statistics(merged_statistics(found.swapaxes(0, 1)))
+        return jnp.stack(merge_levels(as_leaves(found.swapaxes(0, 1), ColumnBlocks.of(plan.partition)))[-1])[:, 0]
 
     return jnp.moveaxis(jax.lax.map(of_chunk, jnp.arange(len(rows_KC))), 0, 1)
 
 
-def merged_statistics(parts: jax.Array) -> jax.Array:
-    """Merge statistics along the first axis, in the order of a fixed tree; that before the last holds S."""
-    by_statistic = list(jnp.moveaxis(parts, -2, 0))
-    if more := tree_size(len(parts)) - len(parts):
-        nothing = [-jnp.inf, *[0.0] * (len(by_statistic) - 1)]
-        widths = [(0, more), *[(0, 0)] * (parts.ndim - 2)]
-        by_statistic = [
-            jnp.pad(each, widths, constant_values=value) for each, value in zip(by_statistic, nothing, strict=True)
-        ]
-    return jnp.stack(merge_adjacent(by_statistic, _merge), axis=-2)
+def maximum_and_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum of the last dimension, and the sum of exponentials below it."""
+    maximum = x.max(axis=-1)
+    return maximum, jnp.exp(x - finite_shift(maximum)[..., None]).sum(axis=-1)
+
+
+def finite_shift(maximum: jax.Array) -> jax.Array:
+    """What to subtract before exp: the maximum, or 0 where it is -inf and the difference would be NaN."""
+    return jnp.where(maximum == -jnp.inf, 0, maximum)
+
+
+def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
+    """The leaves of the tree, from statistics ``[S, groups * pieces, *]``; empty ones where there are too few pieces."""
+    rest = statistics.shape[2:]
+    by_group = statistics.reshape(-1, blocks.groups, blocks.pieces, *rest)
+    widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]
+    nothing = [-jnp.inf, *[0.0] * (len(by_group) - 1)]
+    leaves = [jnp.pad(each, widths, constant_values=value) for each, value in zip(by_group, nothing, strict=True)]
+    return [each.reshape(-1, *rest) for each in leaves]
+
+
+def merge_levels(leaves: list[jax.Array]) -> list[list[jax.Array]]:
+    """All levels of the tree over leaves ``[count, *]`` for each statistic, from the leaves to the root."""
+    levels = [leaves]
+    while levels[-1][0].shape[0] > 1:
+        levels.append(_merge([each[0::2] for each in levels[-1]], [each[1::2] for each in levels[-1]]))
+    return levels
 
 
 def _merge(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Array]:
     maximum = jnp.maximum(left[0], right[0])
-    shift = jnp.where(maximum == -jnp.inf, 0, maximum)
+    shift = finite_shift(maximum)
     exponentials = left[1] * jnp.exp(left[0] - shift) + right[1] * jnp.exp(right[0] - shift)
     return [maximum, exponentials, *[a + b for a, b in zip(left[2:], right[2:], strict=True)]]
+
+
+def rank_levels(local_ST: jax.Array, plan: Plan) -> list[list[jax.Array]]:
+    """The levels of the tree over the ranks, from each rank's statistics."""
+    gathered = jax.lax.all_gather(local_ST, plan.axis_name, axis=1, to="invarying")
+    return merge_levels(as_leaves(gathered, ColumnBlocks(1, plan.partition.world_size, 0, 0)))
 
 
 def _over_ranks(local_SKC: jax.Array, targets: jax.Array, plan: Plan) -> jax.Array:
     """The statistics of all ranks' columns, ``[2 or 3, *targets.shape]``, from each rank's."""
     local_ST = local_SKC.reshape(len(local_SKC), -1)[:, : targets.size]
-    maximum, exponentials, *others = merged_statistics(jax.lax.all_gather(local_ST, plan.axis_name, to="invarying"))
-    lse = jnp.where(maximum == -jnp.inf, 0, maximum) + jnp.log(exponentials)
+    root = rank_levels(local_ST, plan)[-1]
+    maximum, exponentials, *others = [each[0] for each in root]
+    lse = finite_shift(maximum) + jnp.log(exponentials)
     return jnp.stack([lse, *others]).reshape(-1, *targets.shape)
 
 
@@ -358,8 +380,7 @@ def _rows(targets: jax.Array, plan: Plan) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def logit_statistics(logits: jax.Array, targets: jax.Array, plan: Plan, smoothed: bool) -> jax.Array:
-    """The statistics of all ranks' logits: logsumexp, target's logit and, if ``smoothed``, sum; ``[2 or 3, *]``."""
+def _logit_statistics(logits: jax.Array, targets: jax.Array, plan: Plan, smoothed: bool) -> jax.Array:
     return _logit_forward(logits, targets, plan, smoothed)[0]
 
 
@@ -384,4 +405,4 @@ def _logit_backward(plan: Plan, smoothed: bool, residuals: Any, grads: jax.Array
     return jnp.where(counted, grad, 0).astype(logits.dtype), None
 
 
-logit_statistics.defvjp(_logit_forward, _logit_backward)
+_logit_statistics.defvjp(_logit_forward, _logit_backward)
