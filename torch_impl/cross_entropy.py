@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.head import (
     ColumnBlocks,
@@ -104,10 +103,10 @@ def parallel_cross_entropy(
         tensor(0.4076)
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, reduction, invalid_targets)
-    rank, group_name = resolve_partition(partition, process_group)
     if not isinstance(logits, Tensor) or logits.dtype not in FLOAT_DTYPES:
         raise logits_dtype_error("logits", getattr(logits, "dtype", type(logits).__name__))
     check_logits_width(logits.shape[-1] if logits.dim() else 1, partition)
+    rank, group_name = resolve_partition(partition, process_group)
     known = checked_targets(targets, options, partition.vocab_size)
     check_targets_shape(known.shape, logits.shape[:-1], "logits")
     arguments = known.reshape(-1), _sizes(partition), rank, options.label_smoothing > 0, group_name
@@ -218,7 +217,7 @@ def _loss(
     counted = targets >= 0
     lse = statistics[0].view(targets.shape)
     # Selected before the formula: 0 times NaN in its gradient would be NaN.
-    clean = torch.where(counted, statistics.view(-1, *targets.shape), 0)
+    clean = torch.where(counted, statistics.view(len(statistics), *targets.shape), 0)
     smoothing, logprobs = options.label_smoothing, clean[1] - clean[0]
     loss = clean[0] - (1 - smoothing) * clean[1] if smoothing else -logprobs
     if smoothing:
@@ -346,7 +345,6 @@ class _LogitStatistics(torch.autograd.Function):
         ctx.save_for_backward(logits, targets_T, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         logits, targets_T, statistics = ctx.saved_tensors
         grad = torch.ops.pve.logit_statistics_backward(grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank)
@@ -380,7 +378,6 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, targets_T, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad

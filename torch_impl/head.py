@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.checks import check_rank
 from shared.head import ColumnBlocks, check_hidden, check_softcap, logits_dtype_error
@@ -265,7 +264,6 @@ class _Logits(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, *logits = ctx.saved_tensors
         arguments = grads[0], logits[0] if logits else None, hidden, weight, ctx.shape, *ctx.options

@@ -18,7 +18,7 @@ V, E, TOKENS = 21, 8, (3, 8)  # padded to 24: of 4 ranks the last has 3 ids, of 
 OPTIONS = [
     {},
     {"reduction": "sum", "label_smoothing": 0.1},
-    {"reduction": "none", "z_loss": 0.02, "ignore_index": 4},
+    {"reduction": "none", "z_loss": 0.02, "ignore_index": 4, "invalid_targets": "ignore"},
     {"reduction": "none", "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 1.5},
 ]
 
@@ -253,7 +253,7 @@ def test_retained_graphs_untouched_inputs_and_no_second_derivative():
         first, second = (torch.autograd.grad(loss, (h, w), retain_graph=True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         (once,) = torch.autograd.grad(loss, h, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
+        with pytest.raises(RuntimeError, match="no autograd formula"):
             once.sum().backward()
     for given, copy in zip((h, w, y, logits), (*before, kept), strict=True):
         np.testing.assert_array_equal(given.detach(), copy)
@@ -261,13 +261,12 @@ def test_retained_graphs_untouched_inputs_and_no_second_derivative():
 
 def test_only_the_gradients_that_are_wanted_are_computed():
     hidden, weight, targets, partition = case()
+    others = {"targets": torch.from_numpy(targets), "partition": partition, "process_group": None}
     for wanted in ("hidden", "weight"):
         given = {"hidden": tensor_of(hidden), "weight": tensor_of(weight)}
         given[wanted].requires_grad_()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            linear_cross_entropy(
-                **given, targets=torch.from_numpy(targets), partition=partition, process_group=None
-            ).backward()
+            linear_cross_entropy(**given, **others).backward()
         products = {e.key: e.count for e in recorded.key_averages() if e.key in ("aten::mm", "aten::addmm_")}
         assert products == {"aten::mm": 2 * 7, "aten::addmm_": 7}, products  # 24 columns in blocks of 3, one of padding
         assert given[wanted].grad.shape == given[wanted].shape
@@ -339,10 +338,8 @@ def test_what_is_refused():
         (TypeError, "targets must be a tensor", lambda: linear_cross_entropy(h, w, y.float(), partition, None)),
         (TypeError, "process_group must be", lambda: linear_cross_entropy(h, w, y, partition, "tp")),
     ):
-        group = call.__code__.co_names
         with pytest.raises(error, match=message):
             call()
-        assert group
 
 
 def check_collectives(seq_dim):
@@ -352,11 +349,9 @@ def check_collectives(seq_dim):
     calls = []
 
     def counted(activity):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
             activity()
-        calls.append(sorted(e.name.removeprefix("c10d::") for e in recorded.events() if e.name.startswith("c10d::")))
-        shapes = [e.input_shapes for e in recorded.events() if e.name.startswith("c10d::")]
-        return shapes
+        calls.append([e.name for e in recorded.events() if e.name.startswith("c10d::")])
 
     h = tensor_of(part_of(hidden, seq_dim, rank, partition.world_size)).requires_grad_()
     w = own_rows(weight, partition, rank)
