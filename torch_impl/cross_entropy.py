@@ -31,6 +31,7 @@ from torch_impl.agreement import naming_the_operation
 from torch_impl.exchange import all_gather
 from torch_impl.head import (
     FLOAT_DTYPES,
+    FirstOrder,
     backward_products,
     block_buffer,
     check_products,
@@ -347,7 +348,8 @@ class _LogitStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         logits, targets_T, statistics = ctx.saved_tensors
-        grad = torch.ops.pve.logit_statistics_backward(grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank)
+        arguments = grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank
+        grad = FirstOrder.apply(torch.ops.pve.logit_statistics_backward, *arguments)
         return grad, *[None] * 5
 
 
@@ -381,9 +383,8 @@ class _LinearStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, targets_T, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        hidden_grad, weight_grad = torch.ops.pve.linear_statistics_backward(
-            grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]
-        )
+        arguments = grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]
+        hidden_grad, weight_grad = FirstOrder.apply(torch.ops.pve.linear_statistics_backward, *arguments)
         return (hidden_grad if wanted[0] else None, weight_grad if wanted[1] else None, *[None] * 7)
 
 

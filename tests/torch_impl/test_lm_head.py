@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.middle = nn.Linear(EMB, EMB, dtype=other.weight.dtype)
         with torch.no_grad():
             self.middle.weight.copy_(torch.eye(EMB).roll(1, 0))
+            self.middle.bias.zero_()
         self.head = ParallelLMHead(other, tied=tied, seq_dim=seq_dim, label_smoothing=0.1, z_loss=0.01)
 
     def forward(self, ids, targets=None):
@@ -107,7 +108,7 @@ def test_a_tied_head_follows_its_table(move):
     with torch.no_grad():
         model.embedding.weight.fill_(0.5)
         model.middle.weight.copy_(torch.eye(EMB))
-        model.middle.bias.zero_()
+        model.middle.bias.zero_()  # to_empty left nothing of it
     assert model.head.embedding is model.embedding
     assert torch.equal(model(IDS), torch.full((*IDS.shape, VOCAB), EMB / 4))
     assert sum(p.numel() for p in model.parameters()) == VOCAB * EMB + EMB * EMB + EMB
@@ -145,12 +146,13 @@ def test_fsdp_in_one_group(world):
 def test_what_is_refused():
     embedding = ParallelVocabEmbedding(VOCAB, EMB)
     several = ParallelVocabEmbedding(24, EMB, rank=1, world_size=2)
+    head = ParallelLMHead(embedding, tied=True, softcap=30.0)
     fused = ParallelVocabEmbedding(VOCAB, EMB, gradient_accumulation_fusion=True)
     for error, message, call in (
         (
             TypeError,
-            "embedding must be a ParallelVocabEmbedding, got Embedding",
-            lambda: ParallelLMHead(nn.Embedding(3, 4), tied=True),
+            "embedding must be a ParallelVocabEmbedding, got Linear",
+            lambda: ParallelLMHead(nn.Linear(3, 4), tied=True),
         ),
         (TypeError, "tied must be True or False", lambda: ParallelLMHead(embedding, tied=1)),
         (ValueError, "must have a process_group", lambda: ParallelLMHead(several, tied=True)),
@@ -163,4 +165,4 @@ def test_what_is_refused():
     ):
         with pytest.raises(error, match=message):
             call()
-    assert repr(ParallelLMHead(embedding, tied=True, softcap=30.0)) == "ParallelLMHead(tied=True, softcap=30.0)"
+    assert repr(head) == "ParallelLMHead(tied=True, softcap=30.0)"
