@@ -6,9 +6,11 @@ from torch_impl.decode import parallel_argmax, parallel_sample, parallel_top_k
 from torch_impl.dlpack import from_dlpack, shards_from_dlpack
 from torch_impl.functional import partial_lookup, reduced_lookup
 from torch_impl.head import parallel_logits
+from torch_impl.lm_head import ParallelLMHead
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = [
+    "ParallelLMHead",
     "ParallelVocabEmbedding",
     "clip_grad_norm_",
     "from_dlpack",

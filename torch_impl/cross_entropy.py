@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.head import (
     ColumnBlocks,
@@ -32,6 +31,7 @@ from torch_impl.agreement import naming_the_operation
 from torch_impl.exchange import all_gather
 from torch_impl.head import (
     FLOAT_DTYPES,
+    FirstOrder,
     backward_products,
     block_buffer,
     check_products,
@@ -104,10 +104,10 @@ def parallel_cross_entropy(
         tensor(0.4076)
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, reduction, invalid_targets)
-    rank, group_name = resolve_partition(partition, process_group)
     if not isinstance(logits, Tensor) or logits.dtype not in FLOAT_DTYPES:
         raise logits_dtype_error("logits", getattr(logits, "dtype", type(logits).__name__))
     check_logits_width(logits.shape[-1] if logits.dim() else 1, partition)
+    rank, group_name = resolve_partition(partition, process_group)
     known = checked_targets(targets, options, partition.vocab_size)
     check_targets_shape(known.shape, logits.shape[:-1], "logits")
     arguments = known.reshape(-1), _sizes(partition), rank, options.label_smoothing > 0, group_name
@@ -218,7 +218,7 @@ def _loss(
     counted = targets >= 0
     lse = statistics[0].view(targets.shape)
     # Selected before the formula: 0 times NaN in its gradient would be NaN.
-    clean = torch.where(counted, statistics.view(-1, *targets.shape), 0)
+    clean = torch.where(counted, statistics.view(len(statistics), *targets.shape), 0)
     smoothing, logprobs = options.label_smoothing, clean[1] - clean[0]
     loss = clean[0] - (1 - smoothing) * clean[1] if smoothing else -logprobs
     if smoothing:
@@ -346,10 +346,10 @@ class _LogitStatistics(torch.autograd.Function):
         ctx.save_for_backward(logits, targets_T, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         logits, targets_T, statistics = ctx.saved_tensors
-        grad = torch.ops.pve.logit_statistics_backward(grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank)
+        arguments = grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank
+        grad = FirstOrder.apply(torch.ops.pve.logit_statistics_backward, *arguments)
         return grad, *[None] * 5
 
 
@@ -380,13 +380,11 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, targets_T, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        hidden_grad, weight_grad = torch.ops.pve.linear_statistics_backward(
-            grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]
-        )
+        arguments = grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]
+        hidden_grad, weight_grad = FirstOrder.apply(torch.ops.pve.linear_statistics_backward, *arguments)
         return (hidden_grad if wanted[0] else None, weight_grad if wanted[1] else None, *[None] * 7)
 
 

@@ -92,7 +92,7 @@ def parallel_top_k(
     found_TK = _candidates(logits_TN[:, :owned], partition.start(rank)).topk(min(k, owned)).values
     mine_TK = found_TK.new_full((len(found_TK), min(k, n)), _LOWEST)
     mine_TK[:, : found_TK.shape[1]] = found_TK
-    everyones_TK = _gather(mine_TK, group, "candidates of the top k").movedim(0, 1).reshape(len(mine_TK), -1)
+    everyones_TK = _gather(mine_TK, group, "candidates of the top k").movedim(0, 1).flatten(1)
     values, ids = _taken_apart(everyones_TK.topk(k).values)
     shape = *logits.shape[:-1], k
     return values.to(logits.dtype).view(shape), ids.view(shape)

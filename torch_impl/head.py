@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shared.checks import check_rank
 from shared.head import ColumnBlocks, check_hidden, check_softcap, logits_dtype_error
@@ -27,6 +26,7 @@ from torch_impl.process_group import find_group
 __all__ = [
     "FLOAT_DTYPES",
     "TOKENS_AT_ONCE",
+    "FirstOrder",
     "backward_products",
     "block_buffer",
     "check_products",
@@ -241,6 +241,25 @@ def gather_sequence(hidden: Tensor, seq_dim: int | None, group: dist.ProcessGrou
     return whole.movedim(0, seq_dim).reshape(shape)
 
 
+class FirstOrder(torch.autograd.Function):
+    """Calls an operator that computes a gradient, and refuses to differentiate it again."""
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> Any:
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "logits and cross entropies over a split vocabulary have first derivatives only: their gradients cannot be "
+            "differentiated again; detach them, or use F.linear and F.cross_entropy on the whole table"
+        )
+
+
 class _Logits(torch.autograd.Function):
     """From hidden states and a rank's rows to its logits."""
 
@@ -265,11 +284,12 @@ class _Logits(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, weight, *logits = ctx.saved_tensors
         arguments = grads[0], logits[0] if logits else None, hidden, weight, ctx.shape, *ctx.options
-        hidden_grad, weight_grad = torch.ops.pve.head_logits_backward(*arguments, *ctx.needs_input_grad[:2])
+        hidden_grad, weight_grad = FirstOrder.apply(
+            torch.ops.pve.head_logits_backward, *arguments, *ctx.needs_input_grad[:2]
+        )
         wanted = ctx.needs_input_grad
         return (hidden_grad if wanted[0] else None, weight_grad if wanted[1] else None, *[None] * 5)
 

@@ -201,6 +201,11 @@ class ParallelVocabEmbedding(TableInFiles):
         assert self._group_name is not None
         return reduced_lookup(weight, ids, config, self._group_name, zero_padded, sparse)
 
+    @property
+    def group_name(self) -> str | None:
+        """Name of the process group; None without one."""
+        return self._group_name
+
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
         return ", ".join([text, *(f"{name}={value!r}" for name, value in self.config.changes().items())])
