@@ -183,8 +183,8 @@ class ParallelVocabEmbedding:
         """A layer with a table from files, of which each process reads the rows of its own devices and no others.
 
         Args:
-            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
+            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
+                parts (see ``shared.tables.find_table.open_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             mesh, axis_name: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
@@ -259,14 +259,13 @@ class ParallelVocabEmbedding:
         return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
 
     def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
-        """Write the table to files; every process writes the rows of its devices, and none writes padding.
+        """Write the table to one new safetensors file: each process the rows of its devices, without padding.
 
-        All processes call this. What was written is read back. The new table is there whole or not at all; the old one stays
-        until it is.
+        All processes call this. Rows are read back after writing. The file appears whole or not at all; an old one stays
+        until then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
 
         Args:
-            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All processes
-                must see it.
+            path: the file, which ends in ``.safetensors``. All processes must see its folder.
             tensor_name: what to call the tensor.
             force: replace what is there.
 

@@ -15,7 +15,7 @@ from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from shared.tables.find_table import Paths, open_table
 from shared.tables.table_file import TableFile
-from shared.tables.table_writer import write_together
+from shared.tables.table_writer import TableSpec, write_table
 from torch_impl.agreement import gather_objects
 from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
@@ -69,8 +69,8 @@ class TableInFiles(ModuleWithTable):
         """Build a rank's layer from a table in files, reading its rows and no others.
 
         Args:
-            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
+            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
+                parts (see ``shared.tables.find_table.open_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             rank, world_size, process_group: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
@@ -173,14 +173,13 @@ class TableInFiles(ModuleWithTable):
         process_group: dist.ProcessGroup | None = None,
         force: bool = False,
     ) -> None:
-        """Write the table to files: each rank its own rows, without padding.
+        """Write the table to one new safetensors file: each rank its own rows, without padding.
 
-        All ranks call this. What was written is read back. The new table is there whole or not at all; the old one stays
-        until it is.
+        All ranks call this. Rows are read back after writing. The file appears whole or not at all; an old one stays until
+        then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
 
         Args:
-            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All ranks must
-                see it.
+            path: the file, which ends in ``.safetensors``. All ranks must see its folder.
             tensor_name: what to call the tensor.
             process_group: the ranks, where the layer was built without a group.
             force: replace what is there.
@@ -309,25 +308,15 @@ def _write_table(
         ValueError: on every rank, if any of them could not do its part.
     """
     dtype = str(weight.dtype).removeprefix("torch.")
-    rows, (start, _) = weight.detach(), partition.owned_range(rank)
+    rows, (start, stop) = weight.detach(), partition.owned_range(rank)
 
-    def fill(first: int, last: int, buffer: memoryview) -> None:
+    def read(first: int, last: int) -> np.ndarray:
         # A copy: a storage that NumPy has seen cannot be resized any more, which fully_shard does.
-        part = rows[first - start : last - start].to("cpu", copy=True).contiguous()
-        buffer[:] = memory_of(part).reshape(-1).view(np.uint8).data
+        return memory_of(rows[first - start : last - start].to("cpu", copy=True).contiguous())
 
     def exchange(mine: Any) -> list[Any]:
         return [mine] if group is None else gather_objects(mine, group, "what each rank wrote of a table")
 
-    write_together(
-        path,
-        tensor_name,
-        dtype,
-        weight.shape[1],
-        partition,
-        [rank],
-        fill,
-        force=force,
-        process=rank,
-        exchange=exchange,
-    )
+    spec = TableSpec(tensor_name, dtype, partition.vocab_size, weight.shape[1])
+    process = 0 if group is None else rank
+    write_table(path, spec, [(start, stop)], read, force=force, process=process, exchange=exchange)

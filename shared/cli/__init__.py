@@ -23,9 +23,7 @@ for the others; the ranks' results sum to the embedding.
   pve plan      who owns which rows, and the memory each rank needs
   pve record    run one backend and keep what it computed, for another machine
   pve diff      compare two such records
-  pve shard     write a table as one file a rank
-  pve reshard   write it anew for another number of ranks
-  pve merge     put it together to one file
+  pve convert   copy a table to one file or to Megatron-style parts
 
 `pve COMMAND --help` tells more of each."""
 
@@ -37,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pve {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (compare, plan, record, diff):
+    for module in (compare, plan, record, diff, convert):
         module.add_parser(commands)
-    convert.add_parsers(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

@@ -27,7 +27,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="FILE",
-        help="safetensors file with the table, or a folder: a checkpoint or a set of shards",
+        help="safetensors file with the table, or a folder with a Hugging Face checkpoint",
     )
     table.add_argument(
         "--tensor", metavar="NAME", help="the tensor; left out, the one that looks like an input embedding"

@@ -78,7 +78,7 @@ def run_console(commands):
             where = Path(folder)
             for name, text in FILES.items():
                 (where / name).write_text(text)
-        if "-o shards" in script:
+        if "pve convert" in script:
             where = Path(folder)
         if ".record" in script:
             where = Path(folder)

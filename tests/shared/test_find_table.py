@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from shared import VocabPartition
 from shared.bits import STORED_DTYPES, cast
 from shared.checks import printable
-from shared.tables import row_checks, table_file
+from shared.tables import table_file
 from shared.tables.find_table import open_table
 from shared.tables.table_writer import convert_table
 
@@ -89,12 +89,6 @@ def another(rng):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """A checksum for every three rows of the table."""
-    monkeypatch.setattr(row_checks, "_BLOCK_BYTES", 64)
-
-
-@pytest.fixture
 def reads(monkeypatch):
     """What is read of rows: each time the file, the first byte and the one past the last."""
     done, preadv = [], os.preadv
@@ -108,10 +102,10 @@ def reads(monkeypatch):
     return done
 
 
-def as_set(folder, values, partition=None, layout="shards"):
-    """A set of five shards, the last two without rows, or what else the layout is; written from a file beside it."""
-    source = open_table(save(folder.parent / f"{folder.name}-source", {"wte.weight": values}))
-    return convert_table(source, folder, layout, partition or VocabPartition(len(values), 5, 40))
+def written(target, values, partition=None):
+    """The files that we write of a table: one, or a part for each rank."""
+    source = open_table(save(target.parent / "source", {"wte.weight": values}))
+    return convert_table(source, target, partition)
 
 
 # Paths
@@ -161,25 +155,8 @@ def a_folder_with_model_among_others(folder, values, another):
     return save(folder / "model.safetensors", {"wte.weight": values}).parent
 
 
-def a_folder_of_shards(folder, values, another):
-    as_set(folder / "set", values)
-    return folder / "set"
-
-
-def a_manifest(folder, values, another):
-    return a_folder_of_shards(folder, values, another) / "manifest.json"
-
-
-def the_first_shard(folder, values, another):
-    return sorted(a_folder_of_shards(folder, values, another).glob("rank-*"))[0]
-
-
-def a_shard_without_rows(folder, values, another):
-    return sorted(a_folder_of_shards(folder, values, another).glob("rank-*"))[4]
-
-
-def a_merged_file(folder, values, another):
-    return as_set(folder / "merged.safetensors", values, layout="file")[0]
+def a_file_of_ours(folder, values, another):
+    return written(folder / "merged.safetensors", values)[0]
 
 
 def a_cache_of_links(folder, values, another):
@@ -193,14 +170,6 @@ def a_cache_of_links(folder, values, another):
     return folder / "snapshot"
 
 
-def a_cache_of_links_to_shards(folder, values, another):
-    (folder / "links").mkdir()
-    for number, file in enumerate(sorted(a_folder_of_shards(folder, values, another).iterdir())):
-        file.rename(folder / f"blob{number}")
-        (folder / "links" / file.name).symlink_to(f"../blob{number}")
-    return folder / "links"
-
-
 FORMS = [
     a_file,
     a_file_of_any_name,
@@ -211,13 +180,8 @@ FORMS = [
     a_folder_with_the_usual_index_among_others,
     a_folder_with_one_file,
     a_folder_with_model_among_others,
-    a_folder_of_shards,
-    a_manifest,
-    the_first_shard,
-    a_shard_without_rows,
-    a_merged_file,
+    a_file_of_ours,
     a_cache_of_links,
-    a_cache_of_links_to_shards,
 ]
 
 
@@ -243,23 +207,6 @@ def test_in_no_form_another_size_or_tensor_is_taken(tmp_path, values, another, f
     for name in ("wte", "wte.weight ", "WTE.weight", ""):
         with pytest.raises(ValueError, match=f"no tensor '{name}' in it; there (is|are): .*wte.weight"):
             open_table(path, name)
-
-
-def test_a_set_tells_its_partition_and_all_its_files(tmp_path, values):
-    files = as_set(tmp_path / "set", values)
-    table = open_table(tmp_path / "set")
-    assert table.partition == VocabPartition(24, 5, 40)
-    assert table.files == files
-    assert len(files) == 5
-    assert open_table(tmp_path / "set-source").partition is None
-
-
-@pytest.mark.parametrize("name", ["", "manifest.json", "rank-00000*"])
-def test_a_set_of_one_rank_is_a_set_however_it_is_opened(tmp_path, values, name):
-    as_set(tmp_path / "set", values, VocabPartition(24, 1, 40))
-    (path,) = (tmp_path / "set").glob(name) if name else [tmp_path / "set"]
-    assert_same(open_table(path).rows(0, 24), values)
-    assert open_table(path).partition == VocabPartition(24, 1, 40)
 
 
 def test_a_name_that_is_not_utf8(tmp_path, values):
@@ -295,13 +242,6 @@ def test_a_folder_in_which_the_file_is_not_clear_lists_them(tmp_path, values):
         save(tmp_path / name, {"wte.weight": values})
     with pytest.raises(ValueError, match=r": name the file to use; there are a.safetensors, b.safetensors$"):
         open_table(tmp_path)
-
-
-def test_shards_without_their_manifest_are_not_taken_for_a_table(tmp_path, values):
-    as_set(tmp_path / "set", values, VocabPartition(24, 1))  # whose one file has all the rows
-    (tmp_path / "set" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="set: shards without their manifest.json"):
-        open_table(tmp_path / "set")
 
 
 @pytest.mark.parametrize("path", [None, 3, 3.0, b"table", {"path": 1}, {"a"}, True])
@@ -530,15 +470,9 @@ def test_a_table_may_begin_at_any_byte(tmp_path, rng, before):
         assert_same(out, cast(values, np.dtype(np.float64)))
 
 
-@pytest.fixture(params=["a foreign file", "a file", "a set", "parts"])
-def table(request, tmp_path, values, small_blocks):
-    """24 rows of 5 numbers; eight rows a shard or part."""
-    target = tmp_path / "target"
-    if request.param == "a foreign file":
-        return open_table(save(target, {"wte.weight": values}))
-    layout = {"a file": "file", "a set": "shards", "parts": "megatron"}[request.param]
-    as_set(target, values, layout=layout)
-    return open_table(target, vocab_size=24)
+@pytest.fixture(params=[None, VocabPartition(24, 5, 40)], ids=["file", "parts"])
+def table(request, tmp_path, values):
+    return open_table(written(tmp_path / "t.safetensors", values, request.param), vocab_size=24)
 
 
 def test_any_range_of_rows(table, values):
@@ -624,31 +558,6 @@ def test_opening_reads_no_row_and_rows_read_nothing_else(tmp_path, values, reads
     assert reads == [("t", begin + 3 * 20, begin + 5 * 20)]
 
 
-def test_with_checksums_no_more_is_read_than_the_blocks_the_rows_lie_in(tmp_path, values, small_blocks, reads):
-    (path,) = as_set(tmp_path / "merged", values, VocabPartition(24, 1), layout="file")
-    reads.clear()
-    table = open_table(path)
-    assert reads == []
-    begin = path.stat().st_size - values.nbytes
-    for start, stop, blocks in ((0, 1, [0]), (4, 5, [1]), (5, 7, [1, 2]), (3, 9, [1, 2]), (23, 24, [7])):
-        table.rows(start, stop)
-        assert reads == [("merged", begin + block * 60, begin + block * 60 + 60) for block in blocks]
-        reads.clear()
-
-
-def test_of_a_set_only_the_files_with_the_rows_are_read(tmp_path, values, reads):
-    files = as_set(tmp_path / "set", values)
-    reads.clear()
-    table = open_table(tmp_path / "set")
-    assert reads == []
-    for file in (files[0], files[2]):
-        file.unlink()
-    assert_same(table.rows(8, 16), values[8:16])
-    assert {name for name, _, _ in reads} == {files[1].name}
-    with pytest.raises(ValueError, match=f"{files[0].name}: cannot be read"):
-        table.rows(7, 9)
-
-
 def test_a_table_far_larger_than_memory_opens_at_once(tmp_path):
     rows, row_bytes = 2**24, 2**14  # 256 GiB, of which none takes room on the disk
     header = {"wte.weight": {"dtype": "F32", "shape": [rows, 4096], "data_offsets": [0, rows * row_bytes]}}
@@ -667,10 +576,9 @@ def test_a_table_far_larger_than_memory_opens_at_once(tmp_path):
 # Under other partitions
 
 
-@pytest.mark.parametrize("written", [VocabPartition(24, 1), VocabPartition(24, 5, 40), VocabPartition(24, 64, "even")])
-def test_a_set_is_loaded_under_any_other_partition(tmp_path, values, small_blocks, written):
-    as_set(tmp_path / "set", values, written)
-    table = open_table(tmp_path / "set")
+@pytest.mark.parametrize("parts", [None, VocabPartition(24, 5, 40), VocabPartition(24, 64, "even")])
+def test_a_table_is_loaded_under_any_partition(tmp_path, values, parts):
+    table = open_table(written(tmp_path / "t.safetensors", values, parts), vocab_size=24)
     loaded = [(1, None), (2, None), (3, 48), (5, "even"), (7, 70), (8, None), (24, 24), (25, "even"), (64, 128)]
     for world_size, padded in loaded:
         partition = VocabPartition(24, world_size, padded)
@@ -796,23 +704,3 @@ def test_no_parts_and_parts_that_are_no_paths_are_refused():
     for wrong in ([3], [None], [b"x"], [["x"]]):
         with pytest.raises(TypeError):
             open_table(wrong, vocab_size=3)
-
-
-def test_files_that_tell_their_place_are_not_taken_for_parts_in_another_order(tmp_path, values):
-    """A list is for files that tell nothing; a shard given in the wrong place must not pass for the rows of another."""
-    files = as_set(tmp_path / "set", values, VocabPartition(24, 3))
-    try:
-        assert_same(open_table(files, vocab_size=24).rows(0, 24), values)
-    except ValueError as error:
-        assert "manifest.json" in str(error)  # noqa: PT017
-    for wrong in (files[::-1], [files[0], files[0], files[2]], files[:2]):
-        with pytest.raises(ValueError, match="rank-0000"):
-            open_table(wrong, vocab_size=16)
-
-
-def test_a_damaged_file_that_has_checksums_is_noticed_in_a_list_too(tmp_path, values):
-    (path,) = as_set(tmp_path / "merged", values, layout="file")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="merged"):
-        open_table([path], vocab_size=24).rows(0, 24)
