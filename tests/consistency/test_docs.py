@@ -1,4 +1,4 @@
-"""What the README shows is what happens. `python tests/consistency/test_readme.py` writes its outputs anew."""
+"""README, docs and examples show what happens. `python tests/consistency/test_docs.py` writes the outputs anew."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from shared.proof.classify import KINDS
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Printed piece by piece, by several processes at once.
 GLOO = re.compile(
     r"^(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+\n", re.M
@@ -55,11 +55,10 @@ main(["record", "--backend", "torch", "-o", "broken.record", *small])
 """
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.S | re.M)
-
-
-FILES = {block.split("\n")[0][2:]: block for block in blocks("python") if re.match(r"# \w+\.py\n", block)}
+def blocks(language, pages=PAGES):
+    return [
+        block for page in pages for block in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.S | re.M)
+    ]
 
 
 def split_console(block):
@@ -69,15 +68,11 @@ def split_console(block):
 
 
 def run_console(commands):
-    """What the commands print, run where the README is; records are made first where they need some."""
+    """What the commands print, run in the repository; records are made first where they need some."""
     script = re.sub(r"^\$ ", "", commands, flags=re.M)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as folder:
         where = ROOT
-        if any(name in script for name in FILES):
-            where = Path(folder)
-            for name, text in FILES.items():
-                (where / name).write_text(text)
         if "pve convert" in script:
             where = Path(folder)
         if ".record" in script:
@@ -101,9 +96,13 @@ def normal(output):
 
 
 def console_blocks():
-    """The first in the default run, the others among the slow ones."""
+    """The README's and those of a second in the default run, the others among the slow ones."""
+    quick = ("pve plan", "pve convert")
     first, *others = blocks("console")
-    return [first, *(pytest.param(block, marks=pytest.mark.slow) for block in others)]
+    return [
+        first,
+        *(pytest.param(each, marks=[] if any(name in each for name in quick) else pytest.mark.slow) for each in others),
+    ]
 
 
 @pytest.mark.parametrize("block", console_blocks(), ids=lambda block: block.split("\n")[0][2:50])
@@ -112,37 +111,51 @@ def test_commands_print_what_is_shown(block):
     assert normal(shown) == normal(run_console(commands))
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if block not in FILES.values()])
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0])
 def test_python_examples_run(block):
     subprocess.run([sys.executable, "-c", block], check=True, cwd="/")
 
 
+@pytest.mark.parametrize("name", ["move_table", "load_huggingface", "padding"])
+def test_examples_run(name):
+    subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_the_commands_to_set_up_are_those_that_ci_runs():
-    prove, test = blocks("bash")[:2]
+    prove, test = blocks("bash", PAGES[:1])
     assert prove.strip() == "python -m pip install -c constraints.txt -e '.[all]' && pve compare"
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
 def test_what_was_measured_is_what_is_shown():
+    from benchmarks.readme import PAGES as MEASURED
     from benchmarks.readme import with_tables
 
-    assert with_tables(README.read_text()) == README.read_text()
+    for page in MEASURED:
+        assert with_tables(page.read_text()) == page.read_text()
 
 
 def test_every_kind_of_difference_is_listed():
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", README.read_text().partition("it looks like")[2], re.M)
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \|$", (ROOT / "docs" / "proof.md").read_text().partition("it looks like")[2], re.M
+    )
     listed = dict(rows[: len(KINDS) + 1])
     listed.pop("", None)
     assert {kind: meaning for kind, meaning in listed.items() if kind in KINDS} == KINDS
 
 
+def test_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) <= 200
+
+
 def write():
-    """Run every command of the README and put what it prints where it is shown."""
-    for block in blocks("console"):
-        commands, _ = split_console(block)
-        printed = GLOO.sub("", run_console(commands)).splitlines()
-        output = "\n".join(line.rstrip() for line in printed) + "\n"
-        README.write_text(README.read_text().replace(f"```console\n{block}```", f"```console\n{commands}{output}```"))
+    """Run every command of the pages and put what it prints where it is shown."""
+    for page in PAGES:
+        for block in blocks("console", [page]):
+            commands, _ = split_console(block)
+            printed = GLOO.sub("", run_console(commands)).splitlines()
+            output = "\n".join(line.rstrip() for line in printed) + "\n"
+            page.write_text(page.read_text().replace(f"```console\n{block}```", f"```console\n{commands}{output}```"))
 
 
 if __name__ == "__main__":
