@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: put what was measured, as it is in ``benchmarks/results``, into README and docs."""
+"""``python -m benchmarks.readme``: put what is in ``benchmarks/results`` into README, docs and figures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.local import Result
+from benchmarks.machine import describe
+from benchmarks.plots import draw_exchange, draw_local
 
 __all__ = ["PAGES", "main", "tables", "with_tables"]
 
@@ -125,10 +128,21 @@ def with_tables(text: str) -> str:
 
 
 def main() -> int:
-    """Write the pages anew."""
+    """Write the pages and the figures anew."""
     for page in PAGES:
         page.write_text(with_tables(page.read_text()))
+    draw(_ROOT / "benchmarks" / "results")
     return 0
+
+
+def draw(folder: Path) -> None:
+    """Draw the figures of the results in a folder."""
+    stored = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("local", "exchange")}
+    title = {name: describe({k: v for k, v in each.items() if k != "results"}) for name, each in stored.items()}
+    local = [Result(r["framework"], Case(**r["case"]), r["found"]) for r in stored["local"]["results"]]
+    exchange = [(f"{r['framework']}, {Case(**r['case'])}", r["found"]) for r in stored["exchange"]["results"]]
+    draw_local(local, folder / "local.png", title["local"].partition(". ")[0])
+    draw_exchange(exchange, folder / "exchange.png", title["exchange"].partition(". ")[0])
 
 
 if __name__ == "__main__":
