@@ -46,8 +46,7 @@ class RandomStates:
 @contextlib.contextmanager
 def megatron_on_cpu():
     with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of what is not installed, and of the names it calls in torch
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # of what is not installed, of names in torch
         from megatron.core import tensor_parallel
 
         stack.enter_context(CpuForCuda())

@@ -77,7 +77,6 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
             reduction="reduce_scatter" if reduce_scatter_embeddings else "all_reduce",
             seq_dim=0,
         )
-        self.num_embeddings, self.embedding_dim = self.vocab_size, self.emb_size
         self.num_embeddings_per_partition = self.partition.rows_per_rank
         self.vocab_start_index, self.vocab_end_index = self.partition.owned_range(self.rank)
         self.reduce_scatter_embeddings = reduce_scatter_embeddings
