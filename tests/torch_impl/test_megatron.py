@@ -160,17 +160,18 @@ def check_gpt(sequence_parallel, tied, position, on_host):
         name = "model.embedding.word_embeddings.weight"
         assert entries[0][name].without_data() == entries[1][name].without_data()
         assert entries[1][name].data is weights[1]
+        assert list(ours.module.embedding.word_embeddings.sharded_state_dict()) == ["weight"]
         return [norm for _, norm in trained[0][0]], trained[0][1]["module.embedding.word_embeddings.weight"].tolist()
 
 
-@needs_megatron
+@needs_megatron  # to import it takes seconds: one of its tests is not slow
 @pytest.mark.parametrize(
     ("sequence_parallel", "tied", "position", "on_host"),
     [
         (True, True, "rope", False),
-        (True, False, "learned_absolute", True),
-        (False, True, "rope", True),
-        (False, False, "learned_absolute", False),
+        pytest.param(True, False, "learned_absolute", True, marks=pytest.mark.slow),
+        pytest.param(False, True, "rope", True, marks=pytest.mark.slow),
+        pytest.param(False, False, "learned_absolute", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_model_trains_as_with_megatrons_own_class(world, sequence_parallel, tied, position, on_host):
@@ -216,6 +217,7 @@ def check_layers(tp, reduce_scatter, on_host, dtype):
 
 
 @needs_megatron
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("reduce_scatter", [False, True])
 @pytest.mark.parametrize(("on_host", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -235,6 +237,7 @@ def check_initialization():
 
 
 @needs_megatron
+@pytest.mark.slow
 def test_initialization_left_out_or_put_off(world):
     world(2)(check_initialization)
 
@@ -265,6 +268,7 @@ def check_checkpoints(folder):
 
 
 @needs_megatron
+@pytest.mark.slow
 def test_checkpoints_go_both_ways_across_sizes_and_paddings(world, tmp_path):
     world(2)(check_checkpoints, str(tmp_path))
 

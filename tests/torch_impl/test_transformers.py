@@ -117,6 +117,21 @@ def test_a_model_split_trained_saved_and_loaded(world, tmp_path, kind, tied):
     world(2)(check_model, kind, tied, str(tmp_path / "model"))
 
 
+@pytest.mark.slow
+def test_one_rank_needs_no_recipe(tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        whole, model = new_model("Llama", True), new_model("Llama", True)
+        emb = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings())
+        model.set_input_embeddings(emb)
+        assert model.lm_head.weight is not emb.weight  # the library leaves the head with the old table
+        model.tie_weights()
+        assert model.lm_head.weight is emb.weight
+        model.save_pretrained(tmp_path)
+        state = type(model).from_pretrained(tmp_path).state_dict()
+    assert state.keys() == whole.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
+
+
 @pytest.fixture
 def alone():
     """A model whose input embedding is replaced by rank 0's rows of two, and nothing else is done."""

@@ -234,5 +234,7 @@ def test_the_names_of_nn_embedding():
     emb = ParallelVocabEmbedding(10, 4, 0, 2)
     emb.num_embeddings = 10  # as libraries do that found nothing to resize
     assert (emb.num_embeddings, emb.embedding_dim) == (10, 4)
-    with pytest.raises(ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the whole"):
+    with pytest.raises(
+        ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the whole"
+    ):
         emb.num_embeddings = 5
