@@ -211,7 +211,9 @@ class TableInFiles(ModuleWithTable):
             )
         _write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
 
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = None, metadata: Any = None
+    ) -> dict[str, Tensor]:
         """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
 
         Loading writes to the parameter in place; where ``fully_shard`` has split it further, to this process's part. Any
@@ -220,8 +222,10 @@ class TableInFiles(ModuleWithTable):
 
         Args:
             prefix: what the name begins with.
+            sharded_offsets, metadata: what Megatron-core passes to a method of this name; refused.
 
         Raises:
+            TypeError: Megatron-core calls, which takes ``torch_impl.adapters.megatron.VocabParallelEmbedding``.
             ValueError: the table is on the meta device.
 
         Example:
@@ -235,6 +239,11 @@ class TableInFiles(ModuleWithTable):
             >>> bool((other.weight == emb.weight).all())
             True
         """
+        if sharded_offsets is not None or metadata is not None:
+            raise TypeError(
+                "sharded_offsets and metadata must be left out: they are Megatron-core's, whose checkpoints "
+                "torch_impl.adapters.megatron.VocabParallelEmbedding writes and reads; build the model with it"
+            )
         self._require_storage()
         from torch_impl.checkpoint import TableRows  # half a second, for those who need it
 

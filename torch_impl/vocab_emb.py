@@ -201,6 +201,28 @@ class ParallelVocabEmbedding(TableInFiles):
         assert self._group_name is not None
         return reduced_lookup(weight, ids, config, self._group_name, zero_padded, sparse)
 
+    @property
+    def embedding_dim(self) -> int:
+        """``emb_size``, by its name in ``nn.Embedding``."""
+        return self.emb_size
+
+    @property
+    def num_embeddings(self) -> int:
+        """``vocab_size``, by its name in ``nn.Embedding``. Libraries that resize an embedding assign to it.
+
+        Raises:
+            ValueError: another number is assigned.
+        """
+        return self.vocab_size
+
+    @num_embeddings.setter
+    def num_embeddings(self, number: int) -> None:
+        if number != self.vocab_size:
+            raise ValueError(
+                f"num_embeddings must stay {self.vocab_size}, got {number} (weight has {self.partition.rows_per_rank} "
+                f"rows, those of one rank): resize the whole nn.Embedding, then build this layer by from_embedding"
+            )
+
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
         return ", ".join([text, *(f"{name}={value!r}" for name, value in self.config.changes().items())])

@@ -56,6 +56,11 @@ def test_a_plain_tensor_saved_by_someone_else_loads(tmp_path):
         assert torch.equal(layer.weight[: stop - start], table(torch.float32)[start:stop])
 
 
+def test_megatrons_call_is_told_where_to_go():
+    with pytest.raises(TypeError, match=r"torch_impl\.adapters\.megatron\.VocabParallelEmbedding writes and reads"):
+        ParallelVocabEmbedding(10, 3).sharded_state_dict(prefix="", sharded_offsets=(), metadata={})
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     layer = ParallelVocabEmbedding(10, 3)
     dcp.save(layer.sharded_state_dict(), checkpoint_id=tmp_path, no_dist=True)

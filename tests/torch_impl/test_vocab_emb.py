@@ -228,3 +228,13 @@ def test_a_table_in_memory_that_will_not_do_is_refused():
         build(nn.Embedding(4, 2, max_norm=1.0))
     with pytest.raises(ValueError, match="divisible"):
         build(torch.ones(5, 2), 0, 2)
+
+
+def test_the_names_of_nn_embedding():
+    emb = ParallelVocabEmbedding(10, 4, 0, 2)
+    emb.num_embeddings = 10  # as libraries do that found nothing to resize
+    assert (emb.num_embeddings, emb.embedding_dim) == (10, 4)
+    with pytest.raises(
+        ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the whole"
+    ):
+        emb.num_embeddings = 5
