@@ -1,5 +1,6 @@
 """The vocabulary-parallel embedding in PyTorch. Never imports jax."""
 
+from torch_impl.checkpoint import local_state_dict, sharded_state_dict
 from torch_impl.clipping import clip_grad_norm_
 from torch_impl.dlpack import from_dlpack, shards_from_dlpack
 from torch_impl.functional import partial_lookup, reduced_lookup
@@ -9,7 +10,9 @@ __all__ = [
     "ParallelVocabEmbedding",
     "clip_grad_norm_",
     "from_dlpack",
+    "local_state_dict",
     "partial_lookup",
     "reduced_lookup",
+    "sharded_state_dict",
     "shards_from_dlpack",
 ]

@@ -245,7 +245,7 @@ class TableInFiles(ModuleWithTable):
                 "torch_impl.adapters.megatron.VocabParallelEmbedding writes and reads; build the model with it"
             )
         self._require_storage()
-        from torch_impl.checkpoint import TableRows  # half a second, for those who need it
+        from torch_impl.checkpoint import TableRows  # which builds on this module
 
         return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
 
@@ -261,7 +261,11 @@ def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata
 def _refuse_other_rows(
     layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any], *others: Any
 ) -> None:
-    saved, own = local_metadata.get("rows"), _rows_of(layer)
+    from torch_impl.checkpoint import TableRows
+
+    saved, own, given = local_metadata.get("rows"), _rows_of(layer), state.get(f"{prefix}weight")
+    if isinstance(given, TableRows):  # what torch.distributed.checkpoint loaded
+        saved, state[f"{prefix}weight"] = given.owned, given.rank_rows
     if saved is None or saved == own:  # files of other formats do not say
         return
     names = [f"rows [{start}, {stop}) of {vocab_size}" for start, stop, vocab_size in (saved, own)]

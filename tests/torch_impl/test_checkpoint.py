@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 
-from torch_impl import ParallelVocabEmbedding
+from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
 
 
 def table(dtype=torch.bfloat16):
@@ -78,3 +81,99 @@ def test_what_stands_for_the_rows_is_for_checkpoints_alone():
         torch.add(rows, 1)
     with pytest.raises(ValueError, match="call to_empty"):
         ParallelVocabEmbedding(10, 3, device="meta").sharded_state_dict()
+
+
+class Tied(nn.Module):
+    """A layer, a head that is the same parameter, and something that is not split."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.emb = ParallelVocabEmbedding(10, 3, padding_idx=4, **options)
+        self.head = nn.Linear(3, 1, bias=False)
+        self.head.weight = self.emb.weight
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, ids):
+        return self.norm(self.emb(ids)) * self.emb(ids)
+
+
+class Training:
+    """What PyTorch's own guide calls an application's state, with ``sharded_state_dict`` and ``local_state_dict`` added."""
+
+    def __init__(self, model, optimizer=torch.optim.Adam):
+        self.model, self.optimizer = model, optimizer(model.parameters(), lr=0.1)
+
+    def state_dict(self):
+        return {
+            name: sharded_state_dict(self.model, state)
+            for name, state in zip("mo", get_state_dict(self.model, self.optimizer), strict=True)
+        }
+
+    def load_state_dict(self, state):
+        state = local_state_dict(state)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
+
+    def step(self, times=1):
+        for _ in range(times):
+            self.optimizer.zero_grad()
+            self.model(torch.arange(12)).pow(3).sum().backward()
+            self.optimizer.step()
+
+    def rows(self):
+        """The weight and its moments, this rank's rows without padding; and the number of steps."""
+        emb = self.model.emb
+        state = self.optimizer.state[emb.weight]
+        start, stop = emb.partition.owned_range(emb.rank)
+        held = [emb.weight.detach(), state["exp_avg"], state["exp_avg_sq"]]
+        return [each[: stop - start] for each in held], (start, stop), int(state["step"])
+
+
+def save_training(folder, how):
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    group = mesh.get_group("tp") if how == "fully_shard" else dist.group.WORLD
+    model = Tied(process_group=group, padded_vocab_size="even", init="global", reduction="all_reduce")
+    training = Training(fully_shard(model, mesh=mesh["dp"]) if how == "fully_shard" else model)
+    training.step(2)
+    if how != "save":
+        dcp.async_save({"app": training}, checkpoint_id=folder).result()
+    else:
+        dcp.save({"app": training}, checkpoint_id=folder)
+
+
+@pytest.mark.parametrize("how", ["save", "async_save", "fully_shard"])
+def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
+    """Saved and loaded as a ``Stateful``; training goes on from there. (``fully_shard`` is saved in the background too.)"""
+    world(4)(save_training, str(tmp_path), how)
+    whole = Training(Tied(init="global"))
+    whole.step(2)
+    loaded = []
+    for rank, size in [(0, 1), (0, 3), (1, 3), (2, 3)]:
+        loaded.append(Training(Tied(rank=rank, world_size=size, padded_vocab_size="even", init_base_seed=0)))
+        dcp.load({"app": loaded[-1]}, checkpoint_id=tmp_path, no_dist=True)
+    for steps in (2, 3):
+        for training in loaded:
+            rows, (start, stop), found = training.rows()
+            assert found == steps
+            for mine, expected in zip(rows, whole.rows()[0], strict=True):
+                torch.testing.assert_close(mine, expected[start:stop])
+        if steps == 2:
+            whole.step()
+            loaded = loaded[:1]
+            loaded[0].step()
+
+
+def test_state_dicts_that_cannot_be_split_are_refused():
+    model = Tied(rank=1, world_size=2)
+    training = Training(model)
+    training.step()
+    with pytest.raises(ValueError, match="name parameters as the model does, got numbers"):
+        sharded_state_dict(model, training.optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"hold emb.weight or head.weight, got \['model'\]"):
+        sharded_state_dict(model, {"model": model.state_dict()})
+    with pytest.raises(ValueError, match=r"col_var must be one number or have one entry .* 5 rows, got \[1, 3\]"):
+        training = Training(model, torch.optim.Adafactor)
+        training.step()
+        training.state_dict()
+    other = ParallelVocabEmbedding(10, 3, 0, 2)
+    with pytest.raises(RuntimeError, match=r"own rows \[0, 5\) of 10, got rows \[5, 10\)"):
+        other.load_state_dict(model.emb.sharded_state_dict())
