@@ -13,7 +13,8 @@ A test uses each of them, so that a release that moves one fails loudly.
 - ``torch._C._are_functorch_transforms_active``: under torch.compile, dynamo inlines the forward of an autograd.Function that
   lies inside torch.func's grad or vmap and drops its backward. Not needed once it keeps both.
 - ``Tensor._backward_hooks``, ``Tensor._post_accumulate_grad_hooks``, ``DistributedDataParallel._get_active_ddp_module``:
-  whether somebody waits for a gradient that is not handed on. There is no public question; none is proposed.
+  whether somebody waits for a gradient that is not handed on, and whose ranks DistributedDataParallel keeps equal. There is
+  no public question; none is proposed.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ from torch import Tensor, nn
 
 __all__ = [
     "ModuleThatMoves",
+    "active_data_parallel",
     "being_traced",
     "function_is_inlined",
     "group_of_name",
     "tensor_without_storage",
     "who_waits_for_the_gradient",
 ]
+
+
+def active_data_parallel() -> nn.Module | None:
+    """The DistributedDataParallel whose forward is running."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:
@@ -67,11 +76,9 @@ def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) ->
 
 def who_waits_for_the_gradient(weight: Tensor) -> str | None:
     """Who expects autograd to hand the parameter's gradient on; None: nobody."""
-    from torch.nn.parallel import DistributedDataParallel
-
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return "the table has gradient hooks, which would not be called"
-    if DistributedDataParallel._get_active_ddp_module() is not None:
+    if active_data_parallel() is not None:
         return "DistributedDataParallel waits for the gradient: use fully_shard, or all-reduce the buffer yourself"
     return None
 

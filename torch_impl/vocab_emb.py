@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from shared.checks import table_dtype_error
 from shared.config import OPTIONS, EmbeddingConfig
 from torch_impl.accumulation import accumulate_in_place
 from torch_impl.agreement import agreed_ids
+from torch_impl.data_parallel import active_data_parallel_problem, check_further_split
 from torch_impl.exchange import reduced_lookup
 from torch_impl.files import TableInFiles
 from torch_impl.ids import checked_ids
@@ -60,8 +62,9 @@ class ParallelVocabEmbedding(TableInFiles):
         init: ``"per_rank"``, as described above; ``"global"``, row i is a function of ``init_base_seed`` and i alone: the
             same bits in both frameworks, for any number of ranks and any padding; computed on the host.
         check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
-            they disagree. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a few hundred
-            bytes, and on an accelerator the host waits for the device.
+            they disagree, or if two ranks hold the same rows, as after a broadcast. The environment variable
+            ``PVE_CHECK=1`` does the same. It costs an exchange of a few hundred bytes, and on an accelerator the host
+            waits for the device.
         gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad``, or to
             ``weight.grad`` where there is no such tensor. A micro-batch then costs as much as its tokens, not as the table.
             The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype,
@@ -178,13 +181,15 @@ class ParallelVocabEmbedding(TableInFiles):
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
             ValueError: with ``"reduce_scatter"``, the sequence is not divisible by ``world_size``; with ``check``, the
-                ranks disagree.
+                ranks disagree; DistributedDataParallel took other ranks' rows for copies of this rank's.
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
         config = self.config
         weight: Tensor = self.weight
+        if config.world_size > 1 and (problem := active_data_parallel_problem()) is not None:
+            raise ValueError(problem)
         if config.check and self._group_name is not None:
-            ids = agreed_ids(ids, config, weight.dtype, self._group_name)
+            ids = agreed_ids(ids, weight, config, self._group_name)
         ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
         rank: int | Tensor = self.rank
         zero_padded = None
@@ -222,6 +227,11 @@ class ParallelVocabEmbedding(TableInFiles):
                 f"num_embeddings must stay {self.vocab_size}, got {number} (weight has {self.partition.rows_per_rank} "
                 f"rows, those of one rank): resize the whole nn.Embedding, then build this layer by from_embedding"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and hasattr(value, "device_mesh") and self.world_size > 1:
+            check_further_split(value, self)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
