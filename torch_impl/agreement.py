@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.agreement import describe_ids, disagreement, ids_disagreement
 from shared.config import EmbeddingConfig
+from torch_impl.ids import is_dtensor
 from torch_impl.process_group import find_group
 
 __all__ = ["agreed_ids", "check_agreement", "gather_objects", "naming_the_operation"]
@@ -51,7 +52,7 @@ def check_agreement(ids: Any, weight: Tensor, config: EmbeddingConfig, group: di
             rows.
     """
     mine = {"dtype": str(weight.dtype), **config.agreement()}
-    if isinstance(ids, Tensor):
+    if isinstance(ids, Tensor) and not is_dtensor(ids):
         mine |= describe_ids(ids.detach().float().cpu().numpy() if ids.is_floating_point() else ids.cpu().numpy())
         mine["dtype of the ids"] = str(ids.dtype)
     else:
@@ -102,7 +103,7 @@ def agreed_ids(ids: Any, weight: Tensor, config: EmbeddingConfig, group_name: st
     Raises:
         ValueError: on every rank, naming the first difference and which ranks have what.
     """
-    if isinstance(ids, Tensor):
+    if isinstance(ids, Tensor) and not is_dtensor(ids):
         return torch.ops.pve.check_agreement(ids, weight.detach(), config.text, group_name)
     check_agreement(ids, weight, config, find_group(group_name, None, config.world_size))
     return ids

@@ -12,7 +12,7 @@ from shared.checks import REDUCTIONS, check_choice, table_dtype_error
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from torch_impl.exchange import reduced_lookup as lookup_over_group
-from torch_impl.ids import checked_ids
+from torch_impl.ids import check_plain, checked_ids
 from torch_impl.lookup import lookup
 from torch_impl.process_group import resolve_group, resolve_rank
 
@@ -50,7 +50,7 @@ def partial_lookup(
     once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order; forward mode is not.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
         ValueError: ``weight`` does not have ``partition.rows_per_rank`` rows; another argument is out of range.
         IndexError: with ``invalid_ids="error"``, naming the first such id, its position and the legal range.
 
@@ -115,7 +115,7 @@ def reduced_lookup(
     and rounded once.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
         ValueError: an argument is out of range, or the sequence is not divisible by ``partition.world_size``.
         IndexError: with ``invalid_ids="error"``.
         RuntimeError: a collective failed; the message names it.
@@ -147,6 +147,7 @@ def reduced_lookup(
 
 
 def _config(weight: Tensor, partition: VocabPartition, **options: Any) -> EmbeddingConfig:
+    check_plain("weight", weight, "to_local() of it, where it is split as the partition says, or else full_tensor()")
     if weight.dim() != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {tuple(weight.shape)}"

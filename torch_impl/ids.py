@@ -10,11 +10,26 @@ from torch import Tensor
 from shared.checks import ids_type_error
 from shared.ids import check_ids_valid, widen
 
-__all__ = ["checked_ids"]
+__all__ = ["check_plain", "checked_ids", "is_dtensor"]
 
 _INTEGER_DTYPES = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 )
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor, without the import of those."""
+    return type(value) is not Tensor and hasattr(value, "placements")
+
+
+def check_plain(name: str, value: Any, remedy: str) -> None:
+    """Refuse a DTensor where a rank's own tensor is meant.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if is_dtensor(value):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor {value.placements}: pass {remedy}")
 
 
 def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
@@ -27,11 +42,12 @@ def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
         vocab_size: the first id that is not valid.
 
     Raises:
-        TypeError: ids are not a tensor of integers.
+        TypeError: ids are not a plain tensor of integers.
         IndexError: naming the first id outside the vocabulary in row-major order, its position and the legal range.
     """
     if not isinstance(ids, Tensor):
         raise ids_type_error(type(ids).__name__, "a torch.Tensor")
+    check_plain("ids", ids, "full_tensor() of them, or to_local() where it is what this rank looks up")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
     return torch.ops.pve.check_ids(ids, vocab_size) if invalid_ids == "error" else ids.long()
