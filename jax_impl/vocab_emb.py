@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,7 +18,7 @@ from jax_impl.agreement import check_agreement
 from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
 from jax_impl.files import array_from_table, write_table
 from jax_impl.ids import as_ids, check_ids, check_size_for_int32
-from jax_impl.init import draw_normal
+from jax_impl.init import draw_table, zero_rows
 from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
     axes_of,
@@ -69,7 +71,9 @@ class ParallelVocabEmbedding:
             stay as they are split.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``.
+        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``. Two layers with the same seed
+            begin alike, and seed 42 on rank 1 is seed 43 on rank 0: give each layer a seed of its own, further apart than
+            there are ranks.
         dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
         reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
             ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
@@ -81,12 +85,17 @@ class ParallelVocabEmbedding:
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
-        padding_idx: a global id whose row starts as zero and gets no gradient.
+        padding_idx: a global id whose row starts as zero and gets no gradient from lookups.
         padded_vocab_size: rows with those of padding, which the size of the axis divides, or ``"even"`` for the least such
             size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``, and one less on one rank. Padding comes
-            last: zero, no id's, without a gradient, never written to a file. Left out, there is none.
+            last. It is zero, belongs to no id, gets no gradient from lookups and is never written to a file. A tied head of
+            the caller's own gives it a gradient: ``zero_padding_grad`` removes that. Left out, there is no padding.
         init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
-            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host.
+            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host. A callable is
+            traced, and given the numbers ``[n]`` of the rows that a device holds, int32; it returns those rows,
+            ``[n, emb_size]``: there is never a whole table, and each device makes its own part. For rows of padding it is
+            asked for the last row once more. None makes zeros, to be replaced by what is loaded. In both cases padding and
+            the row of ``padding_idx`` are zero, and ``init_mean``, ``init_std`` and ``init_base_seed`` are not used.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         check: where there are several processes, have them compare what they are about to compute, and raise in all of
             them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
@@ -141,7 +150,7 @@ class ParallelVocabEmbedding:
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         padded_vocab_size: int | str | None = None,
-        init: str = "per_rank",
+        init: Callable[[jax.Array], Any] | str | None = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
     ) -> None:
@@ -164,7 +173,7 @@ class ParallelVocabEmbedding:
             check=checks_wanted(check),
         )
         check_size_for_int32(self.config.partition)
-        rows = draw_normal(self.config, self.mesh, axis_name, _table_dtype(dtype))
+        rows = draw_table(self.config, self.mesh, axis_name, _table_dtype(dtype))
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
 
@@ -316,6 +325,29 @@ class ParallelVocabEmbedding:
         if given != own:
             raise ValueError(f"weight must have shape {own[0]} and dtype {own[1]}, got {given[0]} and {given[1]}")
         return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
+
+    def zero_padding_grad(self, grads: ParallelVocabEmbedding) -> ParallelVocabEmbedding:
+        """Return gradients of the layer with zeros for padding rows.
+
+        Lookups give padding rows no gradient. Whatever else uses the whole ``weight`` does, such as a tied head that
+        computes ``hidden @ emb.weight.T``. Where there is one, pass gradients through this before they are clipped and the
+        optimizer sees them: padding then stays zero. The row of ``padding_idx`` keeps what a head gives it.
+
+        Args:
+            grads: a pytree like the layer, as ``jax.grad`` returns it; it is not modified.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> emb = ParallelVocabEmbedding(3, 2, jax.make_mesh((1,), ("tp",)), padded_vocab_size=4)
+            >>> grads = jax.grad(lambda emb: (jnp.ones((1, 2)) @ emb.weight.T).sum())(emb)
+            >>> emb.zero_padding_grad(grads).weight[:, 0]
+            Array([1., 1., 1., 0.], dtype=float32)
+        """
+        if not self.config.partition.padding_rows:
+            return grads
+        rows = zero_rows(grads.weight, replace(self.config, padding_idx=None), self.mesh, self.axis_name)
+        return jax.tree.unflatten(jax.tree.structure(grads), [rows])
 
     def __call__(self, ids: Any) -> jax.Array:
         """Look ids up.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch_impl.agreement import agreed_ids
 from torch_impl.data_parallel import active_data_parallel_problem, check_further_split
 from torch_impl.exchange import reduced_lookup
 from torch_impl.files import TableInFiles
+from torch_impl.further_split import rows_here
 from torch_impl.ids import checked_ids
-from torch_impl.init import fill_normal
+from torch_impl.init import fill_table
 from torch_impl.lookup import lookup
 from torch_impl.private_api import being_traced
 from torch_impl.process_group import resolve_group, resolve_rank
@@ -40,7 +42,9 @@ class ParallelVocabEmbedding(TableInFiles):
         process_group: where ``rank`` and ``world_size`` come from; numbers given beside it must agree with it.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r draws from a generator of its own, seeded ``init_base_seed + r``.
+        init_base_seed: rank r draws from a generator of its own, seeded ``init_base_seed + r``. Two layers with the same
+            seed begin alike, and seed 42 on rank 1 is seed 43 on rank 0: give each layer a seed of its own, further apart
+            than there are ranks.
         dtype: float16, bfloat16, float32 or float64. Left out: PyTorch's default dtype.
         device: where the table lives. Left out: PyTorch's default device. ``"meta"`` builds it without storage (then
             ``to_empty`` and ``reset_parameters``).
@@ -54,13 +58,19 @@ class ParallelVocabEmbedding(TableInFiles):
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError on every rank.
-        padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient.
+        padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient from lookups.
         padded_vocab_size: rows including padding, a multiple of ``world_size``, or ``"even"`` for the least such size
-            (``shared.pad_vocab_size`` finds others). Padding comes last. It is zero, belongs to no id, gets no gradient and
-            is never written to a file. Left out, there is none.
+            (``shared.pad_vocab_size`` finds others). Padding comes last. It is zero, belongs to no id, gets no gradient from
+            lookups and is never written to a file. A tied head of the caller's own gives it a gradient:
+            ``zero_padding_grad`` removes that. Left out, there is no padding.
         sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for; eager mode only.
         init: ``"per_rank"``, as described above; ``"global"``, row i is a function of ``init_base_seed`` and i alone: the
-            same bits in both frameworks, for any number of ranks and any padding; computed on the host.
+            same bits in both frameworks, for any number of ranks and any padding; computed on the host. A callable is given
+            the numbers ``[k]`` of the rows that this process holds, int64 on the table's device, without padding, and
+            returns those rows, ``[k, emb_size]``: there is never a whole table. It is called with none where a rank has
+            padding only. None leaves the rows uninitialised, to be loaded. In both cases padding and the row of
+            ``padding_idx`` are zero, and ``init_mean``, ``init_std`` and ``init_base_seed`` are not used. Pickling a layer
+            pickles the callable, by its name: a lambda cannot be.
         check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
             they disagree, or if two ranks hold the same rows, as after a broadcast. The environment variable
             ``PVE_CHECK=1`` does the same. It costs an exchange of a few hundred bytes, and on an accelerator the host
@@ -116,7 +126,7 @@ class ParallelVocabEmbedding(TableInFiles):
         padding_idx: int | None = None,
         padded_vocab_size: int | str | None = None,
         sparse: bool = False,
-        init: str = "per_rank",
+        init: Callable[[Tensor], Tensor] | str | None = "per_rank",
         check: bool = False,
         gradient_accumulation_fusion: bool = False,
     ) -> None:
@@ -155,11 +165,34 @@ class ParallelVocabEmbedding(TableInFiles):
         """Draw the rank's rows again; padding rows and the row of ``padding_idx``, if owned, become zero.
 
         With ``init="per_rank"`` the numbers are those of ``torch.manual_seed(init_base_seed + rank)`` followed by
-        ``nn.init.normal_``, in the table's dtype on its device. The caller's random state is left as it was. A table on
-        the meta device stays so.
+        ``nn.init.normal_``, in the table's dtype on its device. The caller's random state is left as it was. With
+        ``init=None`` the other rows stay as they are. A table on the meta device stays so.
         """
         if not self.weight.is_meta:
-            fill_normal(self.weight, self.config, self.rank)
+            fill_table(self.weight, self.config, self.rank)
+
+    def zero_padding_grad(self) -> None:
+        """Set the gradient of padding rows to zero, in place.
+
+        Lookups give padding rows no gradient. Whatever else uses the whole ``weight`` does, such as a tied head that
+        computes ``hidden @ emb.weight.T``. Where there is one, call this after backward, before gradients are clipped and
+        the optimizer steps: padding then stays zero. ``weight.grad`` and ``weight.main_grad`` are set; ``fully_shard`` may
+        have split them. The row of ``padding_idx`` keeps what a head gives it, as that of ``nn.Embedding`` does.
+
+        Example:
+            >>> import torch
+            >>> from torch_impl import ParallelVocabEmbedding
+            >>> emb = ParallelVocabEmbedding(3, 2, padded_vocab_size=4)
+            >>> (torch.ones(1, 2) @ emb.weight.T).sum().backward()
+            >>> emb.zero_padding_grad()
+            >>> emb.weight.grad[:, 0]
+            tensor([1., 1., 1., 0.])
+        """
+        start, stop = self.partition.owned_range(self.rank)
+        for grad in (self.weight.grad, getattr(self.weight, "main_grad", None)):
+            if grad is not None and not grad.is_sparse:  # a sparse one has rows that were looked up, and no others
+                rows, first = rows_here(grad)
+                rows[max(stop - start - first, 0) :].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look ids up.

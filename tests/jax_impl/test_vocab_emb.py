@@ -178,7 +178,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', got 'ones'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
     ],
 )
 def test_bad_arguments_are_refused(mesh_of, arguments, error, match):
@@ -203,3 +203,39 @@ def test_from_a_table_in_memory(mesh_of, make):
         ParallelVocabEmbedding.from_embedding(np.ones(4, np.float32), mesh)
     with pytest.raises(ValueError, match="divisible"):
         ParallelVocabEmbedding.from_embedding(table, mesh)
+
+
+@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((2, 4), ("dp", "tp"))])
+def test_a_callable_is_asked_for_each_devices_rows(mesh_of, shape, names):
+    asked = []
+
+    def init(rows):
+        asked.append(rows.shape)
+        return jnp.stack([rows, 10 * rows], 1)
+
+    mesh = mesh_of(shape, names)
+    emb = ParallelVocabEmbedding(10, 2, mesh, init=init, padding_idx=7, padded_vocab_size="even")
+    assert set(asked) == {(emb.partition.rows_per_rank,)}
+    expected = np.zeros((emb.padded_vocab_size, 2), np.float32)
+    expected[:10] = np.stack([np.arange(10), 10 * np.arange(10)], 1)
+    expected[7] = 0
+    np.testing.assert_array_equal(emb.weight, expected)
+    assert emb.weight.sharding == NamedSharding(mesh, P("tp", None))
+    plain = ParallelVocabEmbedding(10, 2, mesh, padding_idx=7, padded_vocab_size="even")
+    assert jax.tree.structure(emb) == jax.tree.structure(plain)
+    other = jax.jit(lambda: type(emb)(10, 2, mesh, init=lambda rows: -init(rows), padded_vocab_size="even"))()
+    np.testing.assert_array_equal(np.asarray(other.weight)[:7], -expected[:7])  # equal configurations, another callable
+
+
+def test_without_first_numbers_it_is_zero(mesh_of):
+    emb = ParallelVocabEmbedding(10, 2, mesh_of((4,)), init=None, init_mean=3.0, padded_vocab_size="even")
+    assert emb.weight.shape == (12, 2)
+    assert not np.asarray(emb.weight).any()
+
+
+def test_a_callable_of_one_value_and_one_that_returns_no_rows(mesh_of):
+    mesh = mesh_of((4,))
+    emb = ParallelVocabEmbedding(8, 2, mesh, dtype=jnp.bfloat16, init=lambda rows: np.full((2, 2), 0.5))
+    np.testing.assert_array_equal(emb.weight, np.full((8, 2), 0.5))
+    with pytest.raises(ValueError, match=r"a row for each of the row numbers that it is given, \[2, 2\], got \[2\]"):
+        ParallelVocabEmbedding(8, 2, mesh, init=lambda rows: rows)
