@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shared.partition import VocabPartition
 from torch_impl.files import TableInFiles
@@ -58,7 +59,8 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
         >>> set_optimizer_state_dict(model, optimizer, local_state_dict(state))
     """
     tables = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, TableInFiles)}
-    parameters = model.named_parameters(remove_duplicate=False)  # a tied head is another name of the table
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = inner.named_parameters(remove_duplicate=False)  # a tied head is another name of the table
     layers = {_without_wrappers(name): tables[id(each)] for name, each in parameters if id(each) in tables}
     of_optimizer = any(str(key).partition(".")[0] in ("state", "param_groups") for key in state_dict)
     found = False
@@ -73,8 +75,9 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
                 return _rows_of_tables(value, layer, path)
         return value
 
-    result: dict[str, Any] = walk({_without_wrappers(key): value for key, value in state_dict.items()}, "")
-    result = dict(zip(state_dict, result.values(), strict=True))
+    prefix = "module." if inner is not model else ""  # which DistributedDataParallel's own state_dict() has
+    keys = [_without_wrappers(key.removeprefix(prefix)) for key in state_dict]
+    result = walk(dict(zip(keys, state_dict.values(), strict=True)), "")
     if of_optimizer and any(isinstance(key, int) for key in state_dict.get("state", ())):
         raise ValueError(
             "state_dict must name parameters as the model does, got numbers: take it from get_optimizer_state_dict of "
@@ -85,7 +88,7 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
             f"state_dict must be of the model or of its optimizer, and hold {' or '.join(layers) or 'a table'}, "
             f"got {sorted(map(str, state_dict))[:8]}"
         )
-    return result
+    return dict(zip(state_dict, result.values(), strict=True))
 
 
 def local_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,9 +127,9 @@ def _rows_of_tables(value: Tensor, layer: TableInFiles, path: str) -> Tensor:
     )
 
 
-def _without_wrappers(name: Any) -> Any:
+def _without_wrappers(name: str) -> str:
     """A parameter's name as torch.distributed.checkpoint.state_dict gives it."""
-    return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name) if isinstance(name, str) else name
+    return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
 
 
 class TableRows(Tensor):

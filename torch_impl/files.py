@@ -219,6 +219,7 @@ class TableInFiles(ModuleWithTable):
         Loading writes to the parameter in place; where ``fully_shard`` has split it further, to this process's part. Any
         number of ranks with any padding load what others saved.
         (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
+        ``torch_impl.sharded_state_dict`` does this for a whole model and for its optimizer.
 
         Args:
             prefix: what the name begins with.

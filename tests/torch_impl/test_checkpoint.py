@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint: what some ranks saved, others load, however they pad."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
+from torch_impl.checkpoint import TableRows
 
 
 def table(dtype=torch.bfloat16):
@@ -130,17 +133,22 @@ class Training:
 
 def save_training(folder, how):
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    group = mesh.get_group("tp") if how == "fully_shard" else dist.group.WORLD
+    group = dist.group.WORLD if how == "async_save" else mesh.get_group("tp")
     model = Tied(process_group=group, padded_vocab_size="even", init="global", reduction="all_reduce")
+    if how == "ddp":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the reducer's own making
+            model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+        assert isinstance(sharded_state_dict(model, model.state_dict())["module.emb.weight"], TableRows)
     training = Training(fully_shard(model, mesh=mesh["dp"]) if how == "fully_shard" else model)
     training.step(2)
-    if how != "save":
+    if how != "ddp":
         dcp.async_save({"app": training}, checkpoint_id=folder).result()
     else:
         dcp.save({"app": training}, checkpoint_id=folder)
 
 
-@pytest.mark.parametrize("how", ["save", "async_save", "fully_shard"])
+@pytest.mark.parametrize("how", ["ddp", "async_save", "fully_shard"])
 def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
     """Saved and loaded as a ``Stateful``; training goes on from there. (``fully_shard`` is saved in the background too.)"""
     world(4)(save_training, str(tmp_path), how)
@@ -160,6 +168,15 @@ def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
             whole.step()
             loaded = loaded[:1]
             loaded[0].step()
+
+
+def test_what_wraps_a_model_changes_no_name():
+    model = Tied()
+    wrapped = torch.compile(model)
+    for state in (model.state_dict(), wrapped.state_dict()):
+        found = sharded_state_dict(wrapped, state)
+        assert list(found) == list(state)
+        assert sum(isinstance(each, TableRows) for each in found.values()) == 2
 
 
 def test_state_dicts_that_cannot_be_split_are_refused():
