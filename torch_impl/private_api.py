@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "ModuleThatMoves",
@@ -40,8 +41,6 @@ __all__ = [
 
 def active_data_parallel() -> nn.Module | None:
     """The DistributedDataParallel whose forward is running."""
-    from torch.nn.parallel import DistributedDataParallel
-
     return DistributedDataParallel._get_active_ddp_module()
 
 
