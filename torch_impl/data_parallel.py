@@ -18,7 +18,7 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_further_split(weight: Any, layer: TableInFiles) -> None:
-    """Refuse a DTensor whose ranks are those of the layer, as ``fully_shard`` makes it.
+    """Refuse a DTensor that is split over the layer's own ranks, as by ``fully_shard``.
 
     Args:
         weight: what is to be the layer's table.
@@ -37,9 +37,9 @@ def check_further_split(weight: Any, layer: TableInFiles) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo runs it once, while it traces
 def active_data_parallel_problem() -> str | None:
-    """What is wrong with the DistributedDataParallel whose forward is running: it takes other rows for copies.
+    """Say what is wrong with the DistributedDataParallel that is running; None if nothing is.
 
-    Each one is looked at once. It overwrote the rows with rank 0's when it was built, which nothing public announces.
+    It must not take other ranks' rows for copies. Each one is looked at once. It overwrote the rows with rank 0's when it was built, which nothing public announces.
     """
     wrapper: Any = active_data_parallel()
     if wrapper is None or wrapper in _checked:
