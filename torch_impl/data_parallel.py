@@ -39,7 +39,8 @@ def check_further_split(weight: Any, layer: TableInFiles) -> None:
 def active_data_parallel_problem() -> str | None:
     """Say what is wrong with the DistributedDataParallel that is running; None if nothing is.
 
-    It must not take other ranks' rows for copies. Each one is looked at once. It overwrote the rows with rank 0's when it was built, which nothing public announces.
+    It must not take other ranks' rows for copies. Each one is looked at once. It overwrote the rows with rank 0's when it
+    was built, which nothing public announces.
     """
     wrapper: Any = active_data_parallel()
     if wrapper is None or wrapper in _checked:
