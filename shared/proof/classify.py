@@ -27,6 +27,7 @@ KINDS = {
     "padding only": "only what no one should look at: ids outside the vocabulary, or the gradient of padding_idx",
     "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
+    "row missing": "a row that only one of two tables has",
     "NaN": "NaN on one side only, or another NaN",
     "other values": "none of these",
 }

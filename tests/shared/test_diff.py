@@ -226,6 +226,7 @@ def test_every_kind_is_explained_and_tested():
         "padding only",
         "rounding only",
         "sign of zero",
+        "row missing",
         "NaN",
         "other values",
     }
