@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,11 @@ import numpy as np
 
 from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
-from shared.proof.classify import Side, held_rows
+from shared.proof.classify import Side, held_rows, rows_at_once
 
-__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow"]
+__all__ = ["Comparison", "Differences", "DifferingRow"]
 
-EXAMPLES = 20
-"""Differing rows that are kept of each array."""
-_CHUNK = 1024
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Comparison:
         ulps: how many elements differ by how many representable values. The keys ``"1"``, ``"2"``, ``"4"``, ``"8"`` and
             so on count the distances from that power of two to below the next. ``"0"`` counts those that differ by the
             sign of zero, ``"NaN"`` those where a side is NaN.
-        examples: the first few differing rows.
+        examples: the first few differing rows of each kind.
     """
 
     left: str
@@ -85,41 +83,40 @@ class Differences:
         self._examples: list[DifferingRow] = []
 
     def add(
-        self, ids: np.ndarray, indices: Sequence[tuple[Any, ...]], sides: tuple[Side, Side], kinds: np.ndarray
+        self, ids: np.ndarray, index_of: Callable[[int], tuple[Any, ...]], sides: tuple[Side, Side], kinds: np.ndarray
     ) -> None:
         """Add rows, ``[k, e]`` on each side.
 
         Args:
             ids: the id that each row belongs to, ``[k]``.
-            indices: where each row is; at least of the first few.
+            index_of: where one of these rows is, counted from 0.
             sides: the rows as both sides have them.
             kinds: what ``shared.proof.classify.classify`` calls them.
         """
         ulp, absolute, ulps = _distances(sides[0].values, sides[1].values)
         self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
         self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))
+        shown = np.sort(np.concatenate([np.flatnonzero(kinds == kind)[:_EXAMPLES] for kind in set(kinds)] or [ids[:0]]))
+        held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
+        for i, *rows in zip(map(int, shown), *held, strict=True):
+            notes = [
+                f"{name} has row {row}" for name, row in zip(self._names, rows, strict=True) if row not in (-1, ids[i])
+            ]
+            example = DifferingRow(
+                index=tuple(map(int, index_of(i))),
+                id=int(ids[i]),
+                owner=int(self._partition.owner(ids[i])),
+                kind=str(kinds[i]),
+                max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
+                note="; ".join(notes),
+            )
+            self._keep(example)
         self._kinds.update(map(str, kinds))
         self._ulps.update(ulps)
-        shown = slice(min(len(ids), EXAMPLES - len(self._examples)))
-        if not len(ids[shown]):
-            return
-        held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
-        for i, index in enumerate(indices[shown]):
-            notes = [
-                f"{name} has row {rows[i]}"
-                for name, rows in zip(self._names, held, strict=True)
-                if rows[i] not in (-1, ids[i])
-            ]
-            self._examples.append(
-                DifferingRow(
-                    index=tuple(map(int, index)),
-                    id=int(ids[i]),
-                    owner=int(self._partition.owner(ids[i])),
-                    kind=str(kinds[i]),
-                    max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
-                    note="; ".join(notes),
-                )
-            )
+
+    def _keep(self, example: DifferingRow) -> None:
+        if sum(kept.kind == example.kind for kept in self._examples) < _EXAMPLES:
+            self._examples.append(example)
 
     def merge(self, other: Differences) -> None:
         """Add what another part of the array gathered."""
@@ -127,7 +124,8 @@ class Differences:
         self._max_abs = max(self._max_abs, other._max_abs)
         self._kinds.update(other._kinds)
         self._ulps.update(other._ulps)
-        self._examples = (self._examples + other._examples)[:EXAMPLES]
+        for example in other._examples:
+            self._keep(example)
 
     def comparison(self, what: str, rank: int | None, rows: int, nonzero: int) -> Comparison:
         """All of it as the comparison of ``rows`` rows."""
@@ -152,8 +150,9 @@ def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Co
     A row of which no element can be compared has NaN. The third is ``Comparison.ulps``.
     """
     ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
-    for start in range(0, len(a), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    step = rows_at_once(a)
+    for start in range(0, len(a), step):
+        part = slice(start, start + step)
         distance = ulp_distance(a[part], b[part])
         with np.errstate(invalid="ignore"):  # infinity minus itself
             difference = np.abs(a[part].astype(np.float64) - b[part].astype(np.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from shared.bits import canonical_nan, row_hashes, unsigned_view
 from shared.proof.case import sha256
 from shared.proof.classify import Side, classify
-from shared.proof.comparison import EXAMPLES, Comparison, Differences
+from shared.proof.comparison import Comparison, Differences
 from shared.proof.record import Record
 from shared.proof.rows import Rows
 
@@ -74,8 +74,9 @@ class _Pair:
         kinds = classify(ids, sides, self.partition, None, expected)
         if self._another_ranks("forward", rank, a, b):
             kinds[:] = "ranks swapped"
-        indices = [np.unravel_index(p, self.facts.ids_shape) for p in positions[:EXAMPLES]]
-        return self._differences("forward", rank, a, ids, indices, sides, kinds)
+        return self._differences(
+            "forward", rank, a, ids, lambda i: np.unravel_index(positions[i], self.facts.ids_shape), sides, kinds
+        )
 
     def _another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
         """Whether one side has, for this rank, just what the other side has for another rank."""
@@ -105,7 +106,7 @@ class _Pair:
         kinds = classify(ids, sides, self.partition, self.padding_idx, np.isin(ids, self.ids))
         if self._another_ranks("gradient", rank, a, b):
             kinds[:] = "ranks swapped"
-        return self._differences("gradient", rank, a, ids, [(i,) for i in ids[:EXAMPLES]], sides, kinds)
+        return self._differences("gradient", rank, a, ids, lambda i: (ids[i],), sides, kinds)
 
     def _gradient_hashes(self, record: Record) -> np.ndarray:
         """The hash of every row of the whole gradient that a record has; 0 for zero rows."""
@@ -125,13 +126,13 @@ class _Pair:
         rank: int | None,
         a: Rows,
         ids: np.ndarray,
-        indices: Sequence[tuple[Any, ...]],
+        index_of: Callable[[int], tuple[Any, ...]],
         sides: tuple[Side, Side],
         kinds: np.ndarray,
     ) -> Comparison:
         left, right = self.records
         found = Differences((left.backend, right.backend), self.partition)
-        found.add(ids, indices, sides, kinds)
+        found.add(ids, index_of, sides, kinds)
         return found.comparison(what, rank, a.total, len(a.index))
 
 

@@ -10,7 +10,7 @@ from html import escape
 from shared.checks import printable
 from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison
-from shared.proof.report import Pair, Report, describe_number, describe_row
+from shared.proof.report import Pair, Report, describe_row
 
 __all__ = ["as_html"]
 
@@ -24,7 +24,9 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } h3 { f
 .equal { color: var(--good); } .different { color: var(--bad); } .note { color: var(--faint); overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: right; }
-th { font-weight: 600; } td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
+td { white-space: nowrap; }
+th { font-weight: 600; }
+.facts th, .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 td.hot { background: color-mix(in srgb, var(--bad) calc(var(--share) * 45% + 8%), var(--paper)); }
 .bars td { border: 0; padding: .1rem .6rem; } .bars td:last-child { width: 30rem; }
 .bar { background: var(--bar); height: 1rem; min-width: 2px; border-radius: 2px; }
@@ -101,11 +103,8 @@ def _cell(text: str, name: str = "") -> str:
 
 def _sides(report: Report) -> list[str]:
     facts = list(dict.fromkeys(fact for found in report.sides.values() for fact in found))
-    rows = (
-        [_cell(name, "text"), *(_cell(found.get(fact, ""), "text") for fact in facts)]
-        for name, found in report.sides.items()
-    )
-    return _table(["", *facts], rows, "sides")
+    rows = ([_cell(name), *(_cell(found.get(fact, "")) for fact in facts)] for name, found in report.sides.items())
+    return _table(["", *facts], rows, "facts")
 
 
 def _map(report: Report, pair: Pair) -> list[str]:
@@ -115,7 +114,8 @@ def _map(report: Report, pair: Pair) -> list[str]:
     }
     header = ["rank", "owns ids"]
     for what in report.arrays:
-        header += [f"{what}: rows", *(f"{what}: {kind}" for kind in kinds[what] or ["equal"])]
+        of = f"{what}: " if len(report.arrays) > 1 else ""
+        header += [f"{of}rows", *(f"{of}{kind}" for kind in kinds[what] or ["equal"])]
     rows = []
     for rank, comparisons in pair.ranks.items():
         cells = [_cell(text) for text in report.rank_cells(rank)]
@@ -137,11 +137,11 @@ def _rows(report: Report, part: Comparison) -> list[str]:
         return []
     rank = report.rank_cells(part.rank)[0]
     title = f"{part.left} against {part.right}, {part.what}, {rank if part.rank is None else f'rank {rank}'}"
-    rows = ([_cell(text, "text") for text in describe_row(part.what, row)] for row in part.examples)
+    rows = ([_cell(text) for text in describe_row(part.what, row)] for row in part.examples)
     more = part.differing - len(part.examples)
     return [
         f"<details{' open' if part.rank is None else ''}><summary>{_text(f'{title}: {part.differing} rows')}</summary>",
-        *_table(["where", "id", "owner", "looks like", "distance", "note"], rows, "rows"),
+        *_table(["where", "id", "owner", "looks like", "distance", "note"], rows, "facts"),
         *([f'<p class="note">and {more} more</p>'] if more else []),
         "</details>",
     ]
@@ -151,16 +151,19 @@ def _ulps(pair: Pair) -> list[str]:
     """A bar for each range of distances, over all ranks of an array."""
     lines = []
     for what in dict.fromkeys(part.what for found in pair.ranks.values() for part in found):
-        # The ranks' results, and their sum apart from these, which may differ where no rank does.
-        for rank, parts in (("ranks", pair.of_array(what)[:-1]), ("all together", pair.of_array(what)[-1:])):
-            counts = sum((Counter(part.ulps) for part in parts), Counter[str]())
+        *ranks, whole = pair.of_array(what)
+        by_rank, together = sum((Counter(part.ulps) for part in ranks), Counter[str]()), Counter(whole.ulps)
+        # A table is its ranks' rows, but a sum may differ where no rank's result does.
+        shown = {"": together} if by_rank == together else {", ranks": by_rank, ", sum": together}
+        for name, counts in shown.items():
             if counts:
-                lines.append(f"<h3>{_text(f'{pair.left} against {pair.right}, {what}, {rank}')}</h3>")
-                lines += _bars(counts, describe_number(max(part.max_ulp for part in parts)))
+                lines += [f"<h3>{_text(f'{pair.left} against {pair.right}, {what}{name}')}</h3>", *_bars(counts)]
+    if lines:
+        lines.append('<p class="note">The bars grow with the logarithm of the count.</p>')
     return lines
 
 
-def _bars(counts: Counter[str], largest: str) -> list[str]:
+def _bars(counts: Counter[str]) -> list[str]:
     most = math.log1p(max(counts.values()))
     rows = [
         [
@@ -170,8 +173,7 @@ def _bars(counts: Counter[str], largest: str) -> list[str]:
         ]
         for least in sorted(counts, key=lambda name: math.inf if name == "NaN" else float(name))
     ]
-    caption = f'<p class="note">Largest: {largest} ULP. The bars grow with the logarithm of the count.</p>'
-    return [*_table(["ULP", "elements", ""], rows, "bars"), caption]
+    return _table(["ULP", "elements", ""], rows, "bars")
 
 
 def _distance(least: str) -> str:

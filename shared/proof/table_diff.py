@@ -11,7 +11,7 @@ import numpy as np
 from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
 from shared.partition import VocabPartition
 from shared.proof.classify import Side, classify
-from shared.proof.comparison import EXAMPLES, Comparison, Differences
+from shared.proof.comparison import Comparison, Differences
 from shared.proof.report import Report
 from shared.tables.table_file import TableFile
 
@@ -131,7 +131,7 @@ class _Pair:
                 sides = (Side(values[0], references[0]), Side(values[1], references[1]))
                 kinds = classify(ids, sides, self.partition, None, np.ones(len(ids), bool))
                 kinds[ids >= self.shorter] = "row missing"
-                found.add(ids, [(i,) for i in ids[:EXAMPLES]], sides, kinds)
+                found.add(ids, ids[:, None].__getitem__, sides, kinds)
             total.merge(found)
             nonzero = int(facts["nonzero"][first:last].sum())
             results.append(found.comparison("table", rank, last - first, nonzero))
@@ -190,13 +190,13 @@ def _precision(dtype: np.dtype[Any]) -> tuple[int, int]:
 
 
 def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
-    """Names for two tables: the shortest that differ."""
-    choices = (
-        (left.path.name, right.path.name),
-        (str(left.path), str(right.path)),
-        (left.tensor, right.tensor),
-        ("A", "B"),
-    )
+    """Names for two tables: their paths without what these begin and end with alike, else the tensors' names."""
+    parts = [list(table.path.parts) for table in (left, right)]
+    for end in (-1, 0):
+        while min(map(len, parts)) > 1 and parts[0][end] == parts[1][end]:
+            for each in parts:
+                each.pop(end)
+    choices = ("/".join(parts[0]), "/".join(parts[1])), (left.tensor, right.tensor), ("A", "B")
     return next(names for names in choices if names[0] != names[1])
 
 
