@@ -14,19 +14,21 @@ _ALIASES = {"tensor_name": "tensor"}
 def in_words_of(options: argparse.Namespace, message: str) -> str:
     """The message with the arguments that are options of the command written as these.
 
-    Only names with an underscore are taken for arguments: ``seed`` may be a plain word.
+    A name without an underscore may be a plain word: it is replaced in ``name=value`` only.
 
     Example:
         >>> from argparse import Namespace
         >>> from shared.cli.wording import in_words_of
-        >>> options = Namespace(padded_vocab_size=None, world_size=3)
-        >>> in_words_of(options, 'vocab_size=7: pass padded_vocab_size="even" or another world_size')
-        'vocab_size=7: pass --padded-vocab-size even or another --world-size'
+        >>> options = Namespace(padded_vocab_size=None, world_size=3, force=False)
+        >>> in_words_of(options, 'vocab_size=7: pass padded_vocab_size="even", another world_size, or force=True')
+        'vocab_size=7: pass --padded-vocab-size even, another --world-size, or --force'
     """
-    names = {name: name for name in vars(options) if "_" in name}
+    names = {name: name for name in vars(options)}
     names |= {name: option for name, option in _ALIASES.items() if option in vars(options)}
     for name, option in names.items():
         flag, start = f"--{option.replace('_', '-')}", r"(?<![\w./\\'\"-])"
+        message = re.sub(rf"({flag} \()?{start}{name}=True\b(?(1)\))", flag, message)  # or both: --force (force=True)
         message = re.sub(rf"{start}{name}=(\"?)([\w.]+)\1", rf"{flag} \2", message)
-        message = re.sub(rf"{start}{name}(?![\w/\\'\"=-]|\.\w)", flag, message)
+        if "_" in name:
+            message = re.sub(rf"{start}{name}(?![\w/\\'\"=-]|\.\w)", flag, message)
     return message

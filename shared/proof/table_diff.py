@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
+from shared.checks import check_size
 from shared.partition import VocabPartition
 from shared.proof.classify import Side, classify
 from shared.proof.comparison import Comparison, Differences
@@ -72,6 +73,8 @@ class _Pair:
             sizes = (f"{name} has {width} columns" for name, width in zip(self.names, widths, strict=True))
             raise ValueError(f"tables must have the same number of columns to be compared: {', '.join(sizes)}")
         heights = [table.vocab_size for table in self.tables]
+        if vocab_size is not None:
+            vocab_size = check_size("vocab_size", vocab_size)
         for name, height in zip(self.names, heights, strict=True):
             if vocab_size is not None and vocab_size > height:
                 raise ValueError(f"vocab_size must be at most the {height} rows that {name} has, got {vocab_size}")
