@@ -648,7 +648,9 @@ def test_a_part_that_is_not_like_the_first_is_named(parts, values, rank):
     ):
         save(files[rank], tensors)
         for path in parts:
-            with pytest.raises(ValueError, match=rf"mp_rank_0{rank}/model.safetensors: (the parts must be equal|pass tensor_name)"):
+            with pytest.raises(
+                ValueError, match=rf"mp_rank_0{rank}/model.safetensors: (the parts must|pass tensor_name)"
+            ):
                 open_table(path, vocab_size=24)
 
 
