@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
         "bytes": size,
     }
     if options.json:
-        print_json(facts)
+        print_json(options.command, facts)
         return 0
     parts = ""
     if partition is not None:

@@ -73,6 +73,7 @@ class CaseFacts:
         dtype: the table's.
         ids_shape: the ids' shape.
         source: where table and ids came from, in words.
+        seed: of all that was made up.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
     """
 
@@ -80,6 +81,7 @@ class CaseFacts:
     dtype: str
     ids_shape: tuple[int, ...]
     source: str
+    seed: int
     checksums: dict[str, str]
 
     if TYPE_CHECKING:  # properties, made below
@@ -197,6 +199,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         dtype=table.dtype,
         ids_shape=ids.shape,
         source=f"{table_source}; {ids_source}",
+        seed=options.seed,
         checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
     )
     stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}

@@ -30,7 +30,9 @@ Paths = str | Path | Sequence[str | Path]
 """Where a table is: a file, a folder, or the files of Megatron-style parts in rank order."""
 
 
-def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | None = None) -> TableFile:
+def open_table(
+    path: Paths, tensor_name: str | None = None, vocab_size: int | None = None, *, with_padding: bool = False
+) -> TableFile:
     """Open the vocabulary table at ``path`` without reading its rows.
 
     Args:
@@ -40,6 +42,7 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
         tensor_name: the tensor; None chooses the one that looks like an input embedding (``embed_tokens.weight``,
             ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table there is.
         vocab_size: the number of rows without padding. Megatron-style parts need it; otherwise it must match the table.
+        with_padding: count the padding rows of Megatron-style parts as rows of the table; ``vocab_size`` may be None then.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -65,7 +68,7 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
     if vocab_size is not None:
         vocab_size = check_size("vocab_size", vocab_size)
     try:
-        return _open(path, tensor_name, vocab_size)
+        return _open(path, tensor_name, vocab_size, with_padding)
     except OSError as error:
         raise ValueError(printable(f"{error.filename or path}: cannot be read ({error.strerror})")) from error
     except ValueError as error:  # whose texts hold names out of files
@@ -75,15 +78,15 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
         raise ValueError(line) from error
 
 
-def _open(path: Paths, tensor_name: str | None, vocab_size: int | None) -> TableFile:
+def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_padding: bool) -> TableFile:
     if isinstance(path, (list, tuple)):
         parts = [Path(part) for part in path]
-        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size)
+        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size, with_padding)
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path must be a path or a list of paths, got {type(path).__name__}")
     found = _what_is_at(Path(path))
     if isinstance(found, list):
-        return _megatron_parts(found, Path(path), tensor_name, vocab_size)
+        return _megatron_parts(found, Path(path), tensor_name, vocab_size, with_padding)
     table = _one_file(*_in_index(found, tensor_name)) if found.name.endswith(".json") else _one_file(found, tensor_name)
     if vocab_size not in (None, table.vocab_size):
         raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {table.vocab_size}")
@@ -178,9 +181,9 @@ def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> st
     if len(looks_like) == 1:
         return looks_like[0]
     if looks_like:
-        raise ValueError(f"{path}: name the tensor to use; several look like an input embedding: {_listed(looks_like)}")
+        raise ValueError(f"{path}: pass tensor_name; several look like an input embedding: {_listed(looks_like)}")
     raise ValueError(
-        f"{path}: name the tensor to use; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
+        f"{path}: pass tensor_name; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
     )
 
 
@@ -189,7 +192,9 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
-def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None) -> TableFile:
+def _megatron_parts(
+    paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None, with_padding: bool
+) -> TableFile:
     """The table of which each file has an equal part, the last of it being padding."""
     if not paths:
         raise ValueError("path must name at least one file, got an empty list")
@@ -207,6 +212,8 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
         segments.append(Segment(path, place.offset, start, start + place.shape[0]))
         start += place.shape[0]
     assert first is not None
+    if vocab_size is None and with_padding:
+        vocab_size = start
     if vocab_size is None:
         raise ValueError(
             f"vocab_size must be given for parts that may be padded: these {len(paths)} have {start} rows in all and do "

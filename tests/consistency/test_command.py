@@ -1,6 +1,7 @@
 """The command `pve`, as its user meets it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from cli.schema import SCHEMA, faults
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -75,7 +77,9 @@ def test_a_users_own_table_and_ids(capsys, tmp_path, rng):
     arguments = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy"), "--world-size", "4"]
     assert main(["compare", *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
+    assert faults(result, SCHEMA) == []
     assert result["case"]["ids_shape"] == [3, 5, 2]
+    assert result["ids_outside"] > 0
     assert result["case"]["source"] == "emb of t.safetensors; ids of ids.npy"
 
 
@@ -115,8 +119,8 @@ def test_records_by_different_exchanges_are_of_one_case(capsys, tmp_path):
 def test_reductions_that_cannot_be_are_refused(capsys, tmp_path):
     np.save(tmp_path / "ids.npy", np.zeros((2, 4), np.int64))
     ids = ["--ids", str(tmp_path / "ids.npy"), "--reduction", "reduce_scatter"]
-    refused(capsys, "4 positions along dimension 1, which leaves 1 over with world_size=3", "compare", *SMALL, *ids)
-    refused(capsys, "seq_dim must name a dimension of the ids", "compare", *SMALL, *ids, "--seq-dim", "2")
+    refused(capsys, "4 positions along dimension 1, which leaves 1 over with --world-size 3", "compare", *SMALL, *ids)
+    refused(capsys, "--seq-dim must name a dimension of the ids", "compare", *SMALL, *ids, "--seq-dim", "2")
     refused(capsys, "--exchange says how a reduction's rows travel", "compare", *SMALL, "--exchange", "dense")
     refused(capsys, "invalid choice: 'sum'", "compare", *SMALL, "--reduction", "sum")
 
@@ -191,7 +195,7 @@ serve("torch", {}, runner.run)
 
 def test_a_layer_that_is_off_by_one_row_is_found_out(capsys, monkeypatch, tmp_path):
     (tmp_path / "broken_runner.py").write_text(BROKEN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setitem(BACKENDS, "torch", "broken_runner")
     assert main(["compare", *SMALL, "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
@@ -224,7 +228,7 @@ def test_nothing_in_the_current_folder_is_run(tmp_path, reduction):
 
 def test_a_backend_that_crashes_is_named(capsys, monkeypatch, tmp_path):
     (tmp_path / "crashing_runner.py").write_text("raise RuntimeError('out of paper')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setitem(BACKENDS, "torch", "crashing_runner")
     refused(capsys, "pve: error: the torch backend failed: RuntimeError: out of paper", "compare", *SMALL)
 
@@ -243,7 +247,7 @@ def test_record_and_diff_are_its_halves(capsys, tmp_path):
     other = str(tmp_path / "other.record")
     assert main(["record", "--backend", "torch", "-o", other, *SMALL, "--seed", "1"]) == 0
     assert "other.record: torch, 96 x 16 bfloat16 over 3 ranks" in capsys.readouterr().out
-    refused(capsys, "records of different cases: weights, ids or gradient differ", "diff", paths["torch"], other)
+    refused(capsys, "records of different cases: seed 0 against seed 1", "diff", paths["torch"], other)
 
     with safe_open(other, "np") as file:
         metadata = file.metadata()
@@ -252,6 +256,7 @@ def test_record_and_diff_are_its_halves(capsys, tmp_path):
     refused(capsys, "not a whole safetensors file", "diff", paths["jax"], str(tmp_path / "cut.record"))
     save_file(load_file(other), other, {**metadata, "format": "something else"})
     refused(capsys, "not a record of `pve record`", "diff", paths["jax"], other)
+    refused(capsys, "--tensor is for tables", "diff", paths["jax"], paths["torch"], "--tensor", "sum")
 
 
 def test_plan(capsys):
@@ -267,8 +272,9 @@ def test_plan(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["ranks"][1] == {"rank": 1, "start": 4, "stop": 8}
     assert (plan["rows_per_rank"], plan["bytes_per_rank"], plan["table_bytes"]) == (4, 80, 240)
-    refused(capsys, "next size that divides is 50264", "plan", "--vocab-size", "50257", "--world-size", "8")
-    refused(capsys, "emb_size must be at least 1", "plan", "--vocab-size", "8", "--world-size", "8", "--emb-size", "0")
+    refused(
+        capsys, "--emb-size must be at least 1", "plan", "--vocab-size", "8", "--world-size", "8", "--emb-size", "0"
+    )
 
 
 def test_plan_with_padding(capsys):
@@ -289,6 +295,14 @@ def test_plan_with_padding(capsys):
     assert plan["padded_vocab_size"] == 5
     assert plan["ranks"][3:] == [{"rank": 3, "start": 3, "stop": 3}, {"rank": 4, "start": 3, "stop": 3}]
     assert plan["padding_rules"] == {"even": 5, "multiple-of:64": 320, "128*w": 640}
+    assert main(["plan", *sizes]) == 0  # without a rule, what each would make of it
+    output = capsys.readouterr().out
+    assert "50257 rows over 8 ranks leave 1 over: pad with --padded-vocab-size." in output
+    assert re.search(r"even +│ +50264 │ +6283 │ +7 ", output)
+    assert main(["plan", *sizes, "--emb-size", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["padded_vocab_size"], plan["ranks"], plan["bytes_per_rank"]) == (None, [], None)
+    assert plan["padding_rules"] == {"even": 50264, "multiple-of:64": 50304, "128*w": 51200}
     refused(capsys, "the least such size is 50264", "plan", *sizes, "--padded-vocab-size", "50257")
     refused(capsys, "even, multiple-of:M or M*w, got 'odd'", "plan", *sizes, "--padded-vocab-size", "odd")
 
@@ -316,15 +330,15 @@ def test_compare_over_padded_ranks_from_a_set_of_shards(capsys, tmp_path):
     [
         ("no such file", ["--weights", "nowhere.safetensors"]),
         ("/: no safetensors file in it", ["--weights", "/"]),
-        ("vocab_size must be divisible by world_size", ["--vocab-size", "97"]),
-        ("world_size must be at least 1", ["--world-size", "0"]),
+        ("pass --padded-vocab-size 99 or --padded-vocab-size even, or", ["--vocab-size", "97"]),
+        ("--world-size must be at least 1", ["--world-size", "0"]),
         ("invalid choice: 'int8'", ["--dtype", "int8"]),
         ("not a readable .npy file", ["--ids", "nowhere.npy"]),
         ("go together", ["--text", "README.md"]),
         ("--seed must not be negative", ["--seed", "-1"]),
         ("--backends takes torch and jax, separated by a comma; got 'mlx'", ["--backends", "mlx"]),
         ("--backends names one twice", ["--backends", "torch,torch"]),
-        ("padding_idx must be an id", ["--padding-idx", "96"]),
+        ("--padding-idx must be an id", ["--padding-idx", "96"]),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, match, arguments):
@@ -335,7 +349,7 @@ def test_a_record_that_cannot_be_written_is_refused_before_any_work(capsys):
     refused(capsys, "its folder does not exist", "record", "--backend", "torch", "-o", "/no/where/record", *SMALL)
 
 
-@pytest.mark.parametrize("command", [[], ["compare"], ["record"], ["diff"], ["plan"]])
+@pytest.mark.parametrize("command", [[], ["compare"], ["record"], ["diff"], ["plan"], ["env"], ["completion"]])
 def test_help_teaches(command):
     done = pve(*command, "--help")
     assert done.returncode == 0

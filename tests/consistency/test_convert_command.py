@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from cli.schema import SCHEMA, faults
 from safetensors.numpy import load_file, save_file
 
 from shared.bits import cast
@@ -73,7 +74,10 @@ def test_json(capsys, place, values):
     options = ["--world-size", "4", "--padded-vocab-size", "multiple-of:64", "--dtype", "float16", "--json"]
     found = json.loads(printed(capsys, "model.safetensors", "new", *options))
     files = [f"new/mp_rank_{rank:02d}/model.safetensors" for rank in range(4)]
+    assert faults(found, SCHEMA) == []
     assert found == {
+        "schema_version": 1,
+        "command": "convert",
         "output": "new",
         "files": files,
         "tensor": "wte.weight",
@@ -87,6 +91,7 @@ def test_json(capsys, place, values):
     rows = open_table("new", vocab_size=30).rows(0, 30)
     np.testing.assert_array_equal(rows, cast(values, np.dtype(np.float16)))
     one = json.loads(printed(capsys, "new", "one.safetensors", "--vocab-size", "30", "--dtype", "float64", "--json"))
+    assert faults(one, SCHEMA) == []
     assert (one["files"], one["world_size"], one["dtype"]) == (["one.safetensors"], None, "float64")
 
 
@@ -159,12 +164,12 @@ WORLD = ["--world-size", "3"]
         ("no/where.safetensors: its folder does not exist", ["model.safetensors", "no/where.safetensors"]),
         ("the next size that divides is 32", ["model.safetensors", "new", "--world-size", "4"]),
         ("the least such size is 32", ["model.safetensors", "new", "--world-size", "4", "--padded-vocab-size", "30"]),
-        ("world_size must be at least 1, got 0", ["model.safetensors", "new", "--world-size", "0"]),
+        ("--world-size must be at least 1, got 0", ["model.safetensors", "new", "--world-size", "0"]),
         ("--padded-vocab-size must be", ["model.safetensors", "new", *WORLD, "--padded-vocab-size", "odd"]),
         ("--padded-vocab-size pads parts", ["model.safetensors", "new.safetensors", "--padded-vocab-size", "even"]),
         ("invalid choice: 'int8'", ["model.safetensors", "new.safetensors", "--dtype", "int8"]),
         ("no tensor 'lm_head' in it; there are: ", ["model.safetensors", "new.safetensors", "--tensor", "lm_head"]),
-        ("vocab_size must be given for parts that may be padded", ["parts", "new.safetensors"]),
+        ("--vocab-size must be given for parts that may be padded", ["parts", "new.safetensors"]),
         ("the 32 rows that the parts have, got 33", ["parts", "new.safetensors", "--vocab-size", "33"]),
         ("that of the table: asked for 29", ["model.safetensors", "new.safetensors", "--vocab-size", "29"]),
         ("the following arguments are required: OUTPUT", ["model.safetensors"]),

@@ -78,7 +78,7 @@ def run_console(commands):
         if ".record" in script:
             where = Path(folder)
             (where / "broken_runner.py").write_text(BROKEN_LAYER)
-            environment["PYTHONPATH"] = folder
+            environment["PYTHONPATH"] = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
             subprocess.run(
                 [sys.executable, "-c", RECORDS], check=True, cwd=where, env=environment, stdout=subprocess.DEVNULL
             )

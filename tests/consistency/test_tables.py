@@ -138,7 +138,9 @@ def test_parts_written_for_other_ranks_load(tmp_path, rng):
 
 
 def test_a_size_that_does_not_divide_needs_padding(tables):
-    with pytest.raises(ValueError, match='next size that divides is 50264: pass it as padded_vocab_size \\(or "even"'):
+    with pytest.raises(
+        ValueError, match='next size that divides is 50264: pass padded_vocab_size=50264 or padded_vocab_size="even"'
+    ):
         TorchEmbedding.from_table(tables["gpt2"], rank=0, world_size=8)
     with pytest.raises(ValueError, match="next size that divides is 50264"):
         JaxEmbedding.from_table(tables["gpt2"], mesh=mesh_of(8))
