@@ -34,7 +34,7 @@ __all__ = [
 SEED_LIMIT = 2**63
 """Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
 
-REDUCTIONS = ("none", "all_reduce", "reduce_scatter")
+REDUCTIONS = ("none", "all_reduce", "reduce_scatter", "all_to_all")
 """What a layer returns: each rank's incomplete embedding, the embedding, or each rank's chunk of it."""
 
 EXCHANGES = ("auto", "dense", "routed")

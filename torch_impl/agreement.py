@@ -51,8 +51,10 @@ def check_agreement(ids: Any, weight: Tensor, config: EmbeddingConfig, group: di
         ValueError: on every rank, naming the first difference and which ranks have what, or the ranks that hold the same
             rows.
     """
-    mine = {"dtype": str(weight.dtype), **config.agreement()}
-    if isinstance(ids, Tensor) and not is_dtensor(ids):
+    mine, own_ids = {"dtype": str(weight.dtype), **config.agreement()}, config.reduction == "all_to_all"
+    if own_ids and isinstance(ids, Tensor):  # only their dtype is the same
+        mine["dtype of the ids"] = str(ids.dtype)
+    elif isinstance(ids, Tensor) and not is_dtensor(ids):
         mine |= describe_ids(ids.detach().float().cpu().numpy() if ids.is_floating_point() else ids.cpu().numpy())
         mine["dtype of the ids"] = str(ids.dtype)
     else:
@@ -60,7 +62,8 @@ def check_agreement(ids: Any, weight: Tensor, config: EmbeddingConfig, group: di
     facts, rows = zip(*gather_objects((mine, _some_rows(weight, config, group.rank())), group, _COMPARING), strict=True)
     found = disagreement(facts)
     if found is not None:
-        if disagreement([{name: known[name] for name in known if name != "ids"} for known in facts]) is None:
+        of_ids = disagreement([{name: known[name] for name in known if name != "ids"} for known in facts]) is None
+        if of_ids and not own_ids:
             found = ids_disagreement(gather_objects(ids.cpu().numpy(), group, _COMPARING)) or found
         raise ValueError(found)
     if alike := _ranks_alike(rows):

@@ -1,20 +1,25 @@
-"""The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
+"""The embedding from all ranks' rows: whole on every rank, split along the sequence, or of each rank's own ids.
 
-Each reduction is one operator with its transpose. Every rank knows all the ids, so each works out what it sends and what it
-gets: no counts are exchanged. Rows travel as they are, bit for bit.
-Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows.
+Each reduction is one operator with its transpose. Every rank knows all ids, or gathers them, so it can compute what it sends
+and receives. Rows travel bit for bit.
+Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows. With all_to_all a chunk is one
+rank's ids, filled up with -1 to the longest.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.config import EmbeddingConfig
+from shared.ids import check_ids_valid
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
@@ -47,7 +52,7 @@ def reduced_lookup(
 
     Args:
         weight: the rank's rows, ``[N, E]``.
-        ids: int64, any shape; the same on all ranks.
+        ids: int64, any shape; the same on all ranks, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         group_name: the ranks.
         zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
@@ -110,10 +115,10 @@ class _ReducedScatterAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        padding_idx = EmbeddingConfig.from_text(ctx.config).padding_idx
-        if padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
-            ids = ids.masked_fill(ids == padding_idx, -1)
-        return _ReducedLookup.apply(grad_outputs[0], ids, None, ctx.config, ctx.group_name, False), None, None, None
+        config = replace(EmbeddingConfig.from_text(ctx.config), invalid_ids="zero")  # forward has checked them
+        if config.padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
+            ids = ids.masked_fill(ids == config.padding_idx, -1)
+        return _ReducedLookup.apply(grad_outputs[0], ids, None, config.text, ctx.group_name, False), None, None, None
 
 
 @torch.library.custom_op("pve::reduced_lookup", mutates_args=())
@@ -121,14 +126,15 @@ def _reduced_lookup(table: Tensor, ids: Tensor, config: str, group_name: str) ->
     known = EmbeddingConfig.from_text(config)
     group = find_group(group_name, None, known.world_size)
     routed = choose_exchange(known.exchange, table.device.type) == "routed"
-    shape = _output_shape(ids, known)
-    if ids.numel() == 0:
-        return table.new_empty(*shape, table.shape[1])
-    if known.reduction == "all_reduce":
+    if known.reduction == "all_reduce" and ids.numel():
         forward = _routed_all_reduce if routed else _dense_all_reduce
         return forward(table, ids, known, group)
+    shape = _output_shape(ids, known)
+    ids_WC = _by_chunk(ids, known, group)
+    if ids_WC.numel() == 0:
+        return table.new_empty(*shape, table.shape[1])
     reduce = _routed_reduce_scatter if routed else _dense_reduce_scatter
-    return reduce(table, _by_chunk(ids, known), shape, known, group)
+    return reduce(table, ids_WC, shape, known, group)
 
 
 @_reduced_lookup.register_fake
@@ -144,8 +150,9 @@ def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, config: str, group_na
         # All tokens in one sum, and the host need not wait for the number of rows.
         group = find_group(group_name, None, known.world_size)
         ids_T, grad_TE = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
-        if known.reduction == "reduce_scatter":
-            ids_T, grad_TE = _by_chunk(ids, known).reshape(-1), _all_gather(grad_TE, group)
+        if known.reduction != "all_reduce":
+            ids_WC = _by_chunk(ids, known, group)
+            ids_T, grad_TE = ids_WC.reshape(-1), _all_gather(grad_TE, ids_WC.shape[1], group)
         return torch.ops.pve.scatter_add(grad_TE, _grad_keys(ids_T, known, group.rank()), n)
     distinct, sums = _sums_of_own_rows(grad_output, ids, known, group_name)
     return cpu.spread(distinct, sums, n)
@@ -157,15 +164,42 @@ def _(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
 
 
 def _output_shape(ids: Tensor, config: EmbeddingConfig) -> tuple[int, ...]:
-    if config.reduction == "all_reduce":
+    if config.reduction != "reduce_scatter":
         return tuple(ids.shape)
     return chunk_shape(ids.shape, config.seq_dim, config.world_size)
 
 
-def _by_chunk(ids: Tensor, config: EmbeddingConfig) -> Tensor:
+def _by_chunk(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
     """The ids chunk by chunk, ``[W, C]``."""
+    if config.reduction == "all_to_all":
+        return _gather_ids(ids.reshape(-1), config, group)
+    if config.reduction == "all_reduce":
+        return ids.reshape(1, -1)
     dim, w = resolve_seq_dim(ids.dim(), config.seq_dim), config.world_size
     return ids.unflatten(dim, (w, ids.shape[dim] // w)).movedim(dim, 0).reshape(w, ids.numel() // w)
+
+
+def _gather_ids(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
+    """Each rank's own ids, filled up with -1. Their numbers travel first, eight bytes a rank; the host waits for them.
+
+    Raises:
+        IndexError: on every rank, with ``invalid_ids="error"``, naming the first rank that has such an id.
+    """
+    counts_W = ids.new_empty(config.world_size)
+    with naming_the_operation("all_gather of the numbers of ids (all_to_all)", group):
+        all_gather(counts_W, ids.new_tensor([ids.numel()]), group=group)
+    counts = counts_W.tolist()
+    ids_WC = ids.new_empty(len(counts), max(counts))
+    if ids_WC.numel():
+        with naming_the_operation("all_gather of the ids (all_to_all)", group):
+            all_gather(ids_WC.view(-1), F.pad(ids, (0, max(counts) - ids.numel()), value=-1), group=group)
+    if config.invalid_ids == "error":
+        for rank, count in enumerate(counts):
+            try:
+                check_ids_valid(ids_WC[rank, :count].cpu().numpy(), config.vocab_size)
+            except IndexError as error:
+                raise IndexError(f"of the ids that rank {rank} passed, flattened: {error}") from error
+    return ids_WC
 
 
 def _dense_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
@@ -201,10 +235,10 @@ def _dense_reduce_scatter(
 ) -> Tensor:
     keys_T = config.partition.keys(ids_WC.reshape(-1), group.rank())
     partial_TE = gather(table, keys_T, config.partition.rows_per_rank, cpu.gather)
-    output = table.new_empty(*shape, table.shape[1])
+    output = table.new_empty(ids_WC.shape[1], table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
         reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
-    return output
+    return output[: math.prod(shape)].view(*shape, table.shape[1])
 
 
 def _routed_reduce_scatter(
@@ -220,7 +254,7 @@ def _routed_reduce_scatter(
     send, recv = cpu.gather(table, rows_to_send), rows_KE[: bounds[-1]]
     with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", group):
         dist.all_to_all_single(recv, send, _counts(bounds), send_counts, group=group)
-    return cpu.gather(rows_KE, slots_C.view(shape))
+    return cpu.gather(rows_KE, slots_C[: math.prod(shape)].view(shape))
 
 
 def _sums_of_own_rows(
@@ -235,14 +269,14 @@ def _sums_of_own_rows(
     grad = grad_output.reshape(-1, grad_output.shape[-1])
     if config.reduction == "all_reduce":
         return cpu.sum_rows(grad, _grad_keys(ids.reshape(-1), config, rank), n)
-    ids_WC, wide = _by_chunk(ids, config), cpu.accumulation_dtype(grad.dtype)
-    if ids.numel() == 0:
+    ids_WC, wide = _by_chunk(ids, config, group), cpu.accumulation_dtype(grad.dtype)
+    if ids_WC.numel() == 0:
         rows, sums = ids.reshape(-1), grad.to(wide)
     elif choose_exchange(config.exchange, grad.device.type) == "routed":
         wanted_K, slots_C = _distinct(ids_WC[rank], config)
         bounds = _owner_bounds(wanted_K, config)
         rows, send_counts = _rows_to_send(ids_WC, config, rank)
-        _, sums_KE = cpu.sum_rows(grad, slots_C, bounds[-1], wide)
+        _, sums_KE = cpu.sum_rows(grad, slots_C[: len(grad)], bounds[-1], wide)
         sums = cpu.empty((len(rows), sums_KE.shape[1]), sums_KE.dtype, sums_KE.device)
         with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", group):
             dist.all_to_all_single(sums, sums_KE, send_counts, _counts(bounds), group=group)
@@ -250,7 +284,7 @@ def _sums_of_own_rows(
         owned_rows, owned = config.partition.locate(ids_WC, rank)
         chunks = torch.arange(len(ids_WC), device=ids.device).unsqueeze(1)
         keys = torch.where(owned, chunks * n + owned_rows, len(ids_WC) * n)
-        places, sums = cpu.sum_rows(_all_gather(grad, group), keys.reshape(-1), len(ids_WC) * n, wide)
+        places, sums = cpu.sum_rows(_all_gather(grad, ids_WC.shape[1], group), keys.reshape(-1), len(ids_WC) * n, wide)
         rows = places % n
     if config.padding_idx is not None and config.partition.owns(config.padding_idx, rank):
         rows = rows.masked_fill(rows == config.padding_idx - config.partition.start(rank), n)
@@ -261,8 +295,9 @@ def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
     return gradient_keys(config.partition.keys(ids, rank), ids, config)
 
 
-def _all_gather(grad_CE: Tensor, group: dist.ProcessGroup) -> Tensor:
-    grad_TE = grad_CE.new_empty(grad_CE.shape[0] * group.size(), grad_CE.shape[1])
+def _all_gather(grad_CE: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    grad_CE = F.pad(grad_CE, (0, 0, 0, count - len(grad_CE)))
+    grad_TE = grad_CE.new_empty(count * group.size(), grad_CE.shape[1])
     if grad_TE.numel():
         with naming_the_operation("all_gather of the embedding's backward (dense)", group):
             all_gather(_as_integers(grad_TE), _as_integers(grad_CE.contiguous()), group=group)

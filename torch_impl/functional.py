@@ -73,7 +73,7 @@ def partial_lookup(
                 [4., 5.]])
     """
     config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, sparse=sparse)
-    return lookup(weight, checked_ids(ids, invalid_ids, partition.vocab_size), config, rank, sparse=sparse)
+    return lookup(weight, checked_ids(ids, config), config, rank, sparse=sparse)
 
 
 def reduced_lookup(
@@ -91,15 +91,17 @@ def reduced_lookup(
 ) -> Tensor:
     """Look ids up in a table that is split over the ranks of a process group: the sum of their ``partial_lookup``.
 
-    Every rank of the group calls this with the same ids and options.
+    Every rank of the group calls this with the same options.
 
     Args:
         weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or
             float64.
-        ids: global ids, any shape, any integer dtype; the same on all ranks; not modified.
+        ids: global ids, any shape, any integer dtype; not modified. The same on all ranks, but for ``"all_to_all"``, where
+            each rank passes its own, of any shape.
         partition: who owns what; its ``world_size`` is the group's.
         process_group: the ranks; None where ``partition.world_size`` is 1.
-        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
+        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it;
+            ``"all_to_all"``, the embedding of this rank's own ids.
         exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
             from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators. The results are equal.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
@@ -140,7 +142,7 @@ def reduced_lookup(
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise table_dtype_error(weight.dtype)
     group_name = resolve_group(process_group, reduction, partition.world_size)
-    ids = checked_ids(ids, invalid_ids, partition.vocab_size)
+    ids = checked_ids(ids, config)
     if group_name is None or partition.world_size == 1:
         return lookup(weight, ids, config, rank, sparse=sparse)
     return lookup_over_group(weight, ids, config, group_name, sparse=sparse)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.checks import ids_type_error
+from shared.config import EmbeddingConfig
 from shared.ids import check_ids_valid, widen
 
 __all__ = ["check_plain", "checked_ids", "is_dtensor"]
@@ -32,14 +33,13 @@ def check_plain(name: str, value: Any, remedy: str) -> None:
         raise TypeError(f"{name} must be a plain tensor, got a DTensor {value.placements}: pass {remedy}")
 
 
-def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
+def checked_ids(ids: Any, config: EmbeddingConfig) -> Tensor:
     """Return the ids as int64; unsigned ones beyond it come out negative, outside every vocabulary.
 
     Args:
         ids: a tensor of integers.
-        invalid_ids: ``"zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the host
-            waits for their device.
-        vocab_size: the first id that is not valid.
+        config: its ``invalid_ids="zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the
+            host waits for their device. Ids that each rank has of its own are checked where all ranks have gathered them.
 
     Raises:
         TypeError: ids are not a plain tensor of integers.
@@ -50,7 +50,9 @@ def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
     check_plain("ids", ids, "full_tensor() of them, or to_local() where it is what this rank looks up")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
-    return torch.ops.pve.check_ids(ids, vocab_size) if invalid_ids == "error" else ids.long()
+    if config.invalid_ids == "zero" or (config.reduction == "all_to_all" and config.world_size > 1):
+        return ids.long()
+    return torch.ops.pve.check_ids(ids, config.vocab_size)
 
 
 @torch.library.custom_op("pve::check_ids", mutates_args=())

@@ -223,7 +223,7 @@ class ParallelVocabEmbedding(TableInFiles):
             raise ValueError(problem)
         if config.check and self._group_name is not None:
             ids = agreed_ids(ids, weight, config, self._group_name)
-        ids = checked_ids(ids, config.invalid_ids, config.vocab_size)
+        ids = checked_ids(ids, config)
         rank: int | Tensor = self.rank
         zero_padded = None
         if being_traced():
