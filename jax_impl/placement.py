@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from shared.sequence import chunk_shape, resolve_seq_dim
 
 __all__ = [
     "axes_of",
+    "check_own_ids",
     "check_sequence",
     "explicit_axes",
     "first_row",
@@ -99,7 +101,7 @@ def likely_split(
     The batch is the first dimension that is not the sequence, ``seq_dim``. A wrong guess costs a collective, not
     correctness. Without a guess, XLA gathers the tokens of all devices before a scatter or a reduce-scatter.
     """
-    has_sequence = ids.ndim > 1 or config.reduction == "reduce_scatter"
+    has_sequence = (ids.ndim > 1 or config.reduction == "reduce_scatter") and config.reduction != "all_to_all"
     sequence = config.seq_dim % ids.ndim if ids.ndim and has_sequence else None
     batch = next((dim for dim in range(ids.ndim) if dim != sequence), None)
     if batch is None or not isinstance(ids, jax.core.Tracer):
@@ -143,6 +145,21 @@ def check_sequence(
     for name in set(before) - {axis_name}:
         ranks *= mesh.shape[name]
     chunk_shape(shape, seq_dim, ranks)
+
+
+def check_own_ids(shape: tuple[int, ...], axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse ids whose first dimension cannot be split over ``axis_name``, after the axes that it is split over already.
+
+    Raises:
+        ValueError: naming the sizes.
+    """
+    names = {axis_name, *(_names(split[0]) if len(split) else ())}
+    ranks = math.prod(mesh.shape[name] for name in names)
+    if not shape or shape[0] % ranks:
+        raise ValueError(
+            f"with reduction='all_to_all' the first dimension of the ids must be divisible by the {ranks} ranks along "
+            f"{', '.join(sorted(names))}, got ids of shape {shape}: fill the batch up, with -1 for instance"
+        )
 
 
 def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:

@@ -22,6 +22,7 @@ from jax_impl.init import draw_table, zero_rows
 from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
     axes_of,
+    check_own_ids,
     check_sequence,
     explicit_axes,
     free_axes,
@@ -76,7 +77,9 @@ class ParallelVocabEmbedding:
             there are ranks.
         dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
         reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
-            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
+            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence;
+            ``"all_to_all"``, the rows of each rank's own ids: the first dimension of the ids is split over ``axis_name``,
+            and the result likewise.
         exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, for
             ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, or dense where a rank needs
             more distinct rows of one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal
@@ -360,7 +363,8 @@ class ParallelVocabEmbedding:
             In the table's dtype, split over further axes as the ids are: with ``reduction="none"``
             ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)``, of which element r is rank r's
             incomplete embedding ``Er``; with ``"all_reduce"`` the embedding, ``[*ids.shape, emb_size]``, on every rank;
-            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``. Rows are copied bit
+            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``; with ``"all_to_all"`` the
+            same, its first dimension split. Rows are copied bit
             for bit; only where an accelerator adds for a reduction, a subnormal number may become zero and a NaN another.
 
         Raises:
@@ -380,6 +384,8 @@ class ParallelVocabEmbedding:
         split = known_split(ids, self.mesh)
         if config.reduction == "reduce_scatter":
             check_sequence(ids.shape, config.seq_dim, self.axis_name, split, self.mesh)
+        elif config.reduction == "all_to_all":
+            check_own_ids(ids.shape, self.axis_name, split, self.mesh)
         if ids.size == 0 and not any(isinstance(each, jax.core.Tracer) for each in (ids, self.weight)):
             return self._empty(ids.shape)
         return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
@@ -391,6 +397,8 @@ class ParallelVocabEmbedding:
             shape, spec = (self.config.world_size, *shape), PartitionSpec(self.axis_name)
         elif self.config.reduction == "reduce_scatter":
             spec = PartitionSpec(*[None] * resolve_seq_dim(len(shape), self.config.seq_dim), self.axis_name)
+        elif self.config.reduction == "all_to_all":
+            spec = PartitionSpec(self.axis_name)
         return jax.device_put(
             np.zeros((*shape, self.config.emb_size), self.weight.dtype), NamedSharding(self.mesh, spec)
         )
@@ -416,7 +424,7 @@ def _lookup(
     ids: jax.Array,
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
-    if static.config.reduction == "reduce_scatter":
+    if static.config.reduction in ("reduce_scatter", "all_to_all"):
         split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
     return _hidden_from_checkify(static, split, False, weight, ids)
 
@@ -447,6 +455,8 @@ def _on_each_rank(
     free = free_axes(mesh, axis_name)
     manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
     rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
+    if config.reduction == "all_to_all":  # each rank's own lie one after the other along the first dimension
+        tokens = PartitionSpec(*split_further(tokens, ids.ndim, 0, axis_name)[: ids.ndim])
 
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
         if config.reduction == "none":
@@ -455,7 +465,7 @@ def _on_each_rank(
 
     if config.reduction == "none":
         output = PartitionSpec(axis_name, *tokens, None)
-    elif config.reduction == "all_reduce":
+    elif config.reduction in ("all_reduce", "all_to_all"):
         output = PartitionSpec(*tokens, None)
     else:
         output = split_further(tokens, ids.ndim, config.seq_dim, axis_name)
