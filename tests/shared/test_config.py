@@ -81,7 +81,11 @@ def test_ranks_agree_on_what_a_lookup_depends_on():
     [
         ({"vocab_size": 13}, ValueError, "vocab_size=13 over world_size=3 .* next size that divides is 15"),
         ({"emb_size": 0}, ValueError, "emb_size must be at least 1"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
+        (
+            {"reduction": "sum"},
+            ValueError,
+            "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'",
+        ),
         ({"exchange": "p2p"}, ValueError, "exchange must be"),
         ({"seq_dim": 1.0}, TypeError, "seq_dim must be an integer"),
         ({"invalid_ids": "wrap"}, ValueError, "invalid_ids must be"),
