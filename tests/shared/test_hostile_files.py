@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from table_files import safetensors
 
 from shared import VocabPartition
 from shared.tables.find_table import open_table
@@ -29,12 +30,6 @@ PARTITION = VocabPartition(24, 3, 36)
 FORMS = {"merged.safetensors": None, "parts": PARTITION}
 
 
-def safetensors(header, data=b"", length=None):
-    """The bytes of a safetensors file, whatever its header is."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
 def entry(values, first=0):
     return {"dtype": "F32", "shape": list(values.shape), "data_offsets": [first, first + values.nbytes]}
 
@@ -44,11 +39,6 @@ FOREIGN = safetensors(
     VALUES[:7].tobytes() + VALUES.tobytes(),
 )
 """A file of someone else's, with another table before the one to find."""
-
-
-def contents(folder):
-    """Everything below a folder, byte for byte."""
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +153,7 @@ def rows_or_none(table, partition, rank):
         return None
 
 
-def test_the_originals_are_whole(put, tmp_path):
+def test_originals_are_whole(put, tmp_path):
     """Or all would be refused for a reason of its own."""
     for name, options in (("source", {}), ("merged.safetensors", {}), ("parts", {"vocab_size": 24})):
         assert outcome(put(name), **options) == "same"
@@ -177,7 +167,7 @@ def test_the_originals_are_whole(put, tmp_path):
 def test_every_truncation_is_refused(put, name):
     path = put(name)
     whole = path.read_bytes()
-    for size in [*range(40), *range(40, len(whole), 3), len(whole) - 1]:
+    for size in [*range(40), *range(40, len(whole), 11), len(whole) - 1]:
         path.write_bytes(whole[:size])
         assert outcome(path) == "refused", size
 
@@ -230,6 +220,17 @@ NO_TABLES = {
     "no length": json.dumps(ONE).encode() + VALUES.tobytes(),
 }
 
+# fmt: off
+SHAPES = (
+    [24, 6], [25, 5], [24], [], [24, 5, 2], [-24, -5], [-24, 5], [24.0, 5], ["24", "5"], [True, 120], [None, 5],
+    [[24], [5]], 24, "24x5", {"0": 24, "1": 5}, [2**62, 2**62], [2**63, 2], [2**64, 5], [2**64 + 24, 5], [10**400, 5],
+    [0, 5],
+)
+OFFSETS = (
+    [480, 0], [0, 479], [0, 481], [1, 481], [4, 480], [-480, 0], [-1, 479], [2**64 - 480, 2**64], [2**63, 2**63 + 480],
+    [2**62, 2**62 + 480], [0.0, 480.0], ["0", "480"], [0], [0, 480, 480], [], 480, None, {"0": 480}, [False, 480],
+)
+# fmt: on
 BAD_HEADERS = {
     "not UTF-8": json.dumps(ONE).encode().replace(b"wte", b"w\xffe"),
     "UTF-16": json.dumps(ONE).encode("utf-16"),
@@ -268,56 +269,8 @@ BAD_HEADERS = {
         f"dtype {dtype!r}": with_entry(dtype=dtype)
         for dtype in ("F31", "f32", "", 32, ["F32"], "F64", "F16", "U8", "C64")
     },
-    **{
-        f"shape {shape}": with_entry(shape=shape)
-        for shape in (
-            [24, 6],
-            [25, 5],
-            [24],
-            [],
-            [24, 5, 2],
-            [-24, -5],
-            [-24, 5],
-            [24.0, 5],
-            ["24", "5"],
-            [True, 120],
-            [None, 5],
-            [[24], [5]],
-            24,
-            "24x5",
-            {"0": 24, "1": 5},
-            [2**62, 2**62],
-            [2**63, 2],
-            [2**64, 5],
-            [2**64 + 24, 5],
-            [10**400, 5],
-            [0, 5],
-        )
-    },
-    **{
-        f"offsets {offsets}": with_entry(data_offsets=offsets)
-        for offsets in (
-            [480, 0],
-            [0, 479],
-            [0, 481],
-            [1, 481],
-            [4, 480],
-            [-480, 0],
-            [-1, 479],
-            [2**64 - 480, 2**64],
-            [2**63, 2**63 + 480],
-            [2**62, 2**62 + 480],
-            [0.0, 480.0],
-            ["0", "480"],
-            [0],
-            [0, 480, 480],
-            [],
-            480,
-            None,
-            {"0": 480},
-            [False, 480],
-        )
-    },
+    **{f"shape {shape}": with_entry(shape=shape) for shape in SHAPES},
+    **{f"offsets {offsets}": with_entry(data_offsets=offsets) for offsets in OFFSETS},
     "tables that overlap": two([0, 240], [120, 360]),
     "tables at one place": two([0, 240], [0, 240]),
     "a gap between tables": two([0, 240], [241, 481]),
@@ -328,7 +281,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("name", NO_TABLES)
-def test_what_is_no_safetensors_file_is_refused(tmp_path, refused, name):
+def test_other_formats_are_refused(tmp_path, refused, name):
     path = tmp_path / "table.safetensors"
     path.write_bytes(NO_TABLES[name])
     with little_memory():
@@ -337,25 +290,21 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, refused, name):
 
 
 @pytest.mark.parametrize("name", BAD_HEADERS)
-def test_a_header_that_does_not_hold_together_is_refused(tmp_path, refused, name):
+def test_inconsistent_header_is_refused(tmp_path, refused, name):
     path = tmp_path / "table.safetensors"
     path.write_bytes(safetensors(BAD_HEADERS[name], VALUES.tobytes()))
     for options in ({}, {"tensor_name": "wte.weight"}):
         refused(path, r"table.safetensors: ", **options)
 
 
-def test_the_header_they_were_made_of_is_good(tmp_path):
+def test_header_they_were_made_of_is_good(tmp_path):
     (tmp_path / "t").write_bytes(safetensors(ONE, VALUES.tobytes()))
     assert outcome(tmp_path / "t") == "same"
     (tmp_path / "t").write_bytes(safetensors(two([240, 480], [0, 240]), VALUES.tobytes()))
     assert open_table(tmp_path / "t").rows(0, 12).tobytes() == VALUES[12:].tobytes()
-
-
-def test_another_file_in_place_of_the_tables_is_another_table_only_as_safetensors_itself_has_it(tmp_path):
-    """A shape exchanged in a file without checksums is nothing that could be noticed."""
-    path = tmp_path / "t"
-    path.write_bytes(safetensors(with_entry(shape=[5, 24]), VALUES.tobytes()))
-    assert open_table(path).rows(0, 5).tobytes() == load_file(path)["wte.weight"].tobytes()
+    # Another shape of the same size cannot be noticed in a file without checksums.
+    (tmp_path / "t").write_bytes(safetensors(with_entry(shape=[5, 24]), VALUES.tobytes()))
+    assert open_table(tmp_path / "t").rows(0, 5).tobytes() == load_file(tmp_path / "t")["wte.weight"].tobytes()
 
 
 # Indexes
@@ -387,7 +336,7 @@ def test_index_that_is_no_json_object_is_refused(tmp_path, refused, name):
         refused(each, f"{path.name}: ")
 
 
-def test_index_that_can_be_read_in_several_ways_is_refused(tmp_path, refused):
+def test_ambiguous_index_is_refused(tmp_path, refused):
     path = tmp_path / "an.index.json"
     (tmp_path / "table.safetensors").write_bytes(FOREIGN)
     path.write_text('{"weight_map": {"wte.weight": "table.safetensors"}}')
@@ -415,7 +364,7 @@ def test_index_that_can_be_read_in_several_ways_is_refused(tmp_path, refused):
         assert outcome(path) in ("refused", "same")
 
 
-def test_a_file_larger_than_any_index_is_not_read(tmp_path, refused):
+def test_oversized_index_is_not_read(tmp_path, refused):
     path = tmp_path / "an.index.json"
     path.touch()
     os.truncate(path, 2**40)  # a hole, which takes no room on the disk
@@ -423,7 +372,7 @@ def test_a_file_larger_than_any_index_is_not_read(tmp_path, refused):
         refused(path, f"an.index.json: {2**40} bytes, too large for an index")
 
 
-def test_an_index_of_very_many_tensors_is_read(tmp_path):
+def test_index_of_30000_tensors_is_read(tmp_path):
     (tmp_path / "t").write_bytes(FOREIGN)
     names = {f"model.layers.{n}.mlp.weight": f"{n}.safetensors" for n in range(30_000)}
     (tmp_path / "i.json").write_text(json.dumps({"weight_map": {**names, "wte.weight": "t"}}))
@@ -446,7 +395,7 @@ def test_an_index_of_very_many_tensors_is_read(tmp_path):
     ],
     ids=str,
 )
-def test_an_index_without_a_map_of_file_names_is_refused(tmp_path, refused, document):
+def test_index_without_a_weight_map_is_refused(tmp_path, refused, document):
     (tmp_path / "t").write_bytes(FOREIGN)
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps(document))
@@ -454,32 +403,21 @@ def test_an_index_without_a_map_of_file_names_is_refused(tmp_path, refused, docu
     refused(tmp_path, "index.json: not an index of a checkpoint, it has no weight_map", tensor_name="wte.weight")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../t",
-        "../inside/t",
-        "sub/../t",
-        "sub/../../t",
-        "./../t",
-        "..",
-        "/",
-        "{}/t",
-        "//{}/t",
-        "..\\t",
-        "sub\\..\\..\\t",
-        "\\t",
-        "\\\\server\\share\\t",
-        "//server/share/t",
-        "C:\\t",
-        "C:/t",
-        "C:t",
-        "c:",
-        "t\\",
-        "",
-    ],
+# fmt: off
+LEAVES_THE_FOLDER = (
+    "../t", "../inside/t", "sub/../t", "sub/../../t", "./../t", "..", "/", "{}/t", "//{}/t", "..\\t", "sub\\..\\..\\t",
+    "\\t", "\\\\server\\share\\t", "//server/share/t", "C:\\t", "C:/t", "C:t", "c:", "t\\", "",
 )
-def test_an_index_leads_nowhere_but_to_its_own_folder(tmp_path, refused, file):
+NO_FILES = (
+    "missing", "~/t", "$HOME/t", "%2e%2e/t", "file:///t", "https://example.com/t", "t\0", "t\0.safetensors", "\0",
+    "\ud800", " t", "t ", "T", "*", "t/", "t/.", "t/t", "sub", ".", "i.json", "x" * 256, "x" * 5000, "x/" * 3000,
+    "x" * 10**6,
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("file", LEAVES_THE_FOLDER)
+def test_index_cannot_leave_its_folder(tmp_path, refused, file):
     """On no operating system: there is a table wherever it might lead."""
     folder = tmp_path / "inside"
     (folder / "sub").mkdir(parents=True)
@@ -495,35 +433,10 @@ def test_an_index_leads_nowhere_but_to_its_own_folder(tmp_path, refused, file):
 
 @pytest.mark.parametrize(
     "file",
-    [
-        "missing",
-        "~/t",
-        "$HOME/t",
-        "%2e%2e/t",
-        "file:///t",
-        "https://example.com/t",
-        "t\0",
-        "t\0.safetensors",
-        "\0",
-        "\ud800",
-        " t",
-        "t ",
-        "T",
-        "*",
-        "t/",
-        "t/.",
-        "t/t",
-        "sub",
-        ".",
-        "i.json",
-        "x" * 256,
-        "x" * 5000,
-        "x/" * 3000,
-        "x" * 10**6,
-    ],
+    NO_FILES,
     ids=lambda file: ascii(file[:20]) + (f" of {len(file)}" if len(file) > 20 else ""),
 )
-def test_an_index_that_names_what_is_no_file_there_is_refused(tmp_path, refused, file):
+def test_index_that_names_no_file_is_refused(tmp_path, refused, file):
     (tmp_path / "sub").mkdir()
     (tmp_path / "t").write_bytes(FOREIGN)
     (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": file}}))
@@ -533,7 +446,7 @@ def test_an_index_that_names_what_is_no_file_there_is_refused(tmp_path, refused,
         refused(tmp_path / "i.json", str(tmp_path))
 
 
-def test_names_that_would_write_on_the_terminal_are_spelt_out(tmp_path):
+def test_control_characters_in_names_are_escaped(tmp_path):
     """A tensor's name may hold ends of lines and what moves the cursor; an error stays one line, of what can be seen."""
     names = ["wte.weight\n\x1b[2Jno error", "\r\x1b]0;x\x07wte.weight", "\u2028.embedding", "x.embedding"]
     texts = []
@@ -553,7 +466,7 @@ def test_names_that_would_write_on_the_terminal_are_spelt_out(tmp_path):
     assert [text for text in texts if not text.isprintable()] == []
 
 
-def test_an_error_is_no_longer_than_can_be_read(tmp_path):
+def test_error_messages_are_bounded(tmp_path):
     """However long what is wrong is: one line may be short, and of a megabyte."""
     long = "x" * 10**6
     (tmp_path / "t").write_bytes(
@@ -615,7 +528,7 @@ THINGS += [make_link_to_the_terminal]
 
 @pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_file_is_refused_at_once_wherever_a_file_should_be(tmp_path, put, refused, thing, place):
+def test_pipe_folder_or_loop_is_refused_at_once(tmp_path, put, refused, thing, place):
     for name in FORMS:
         put(name)
     (tmp_path / "folder").mkdir()
@@ -629,7 +542,7 @@ def test_what_is_no_file_is_refused_at_once_wherever_a_file_should_be(tmp_path, 
         refused([tmp_path / path], f"{path}: (not a|no such) file", vocab_size=24)
 
 
-def test_a_folder_that_leads_to_itself(tmp_path, refused):
+def test_folder_that_contains_itself(tmp_path, refused):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "again").symlink_to("../inside")
@@ -655,7 +568,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_file_that_changes_once_the_table_is_open_is_noticed(put, change):
+def test_file_changed_after_opening_is_noticed(put, change):
     path = put("source")
     table = open_table(path)
     CHANGES[change](path)
@@ -668,7 +581,7 @@ def test_file_that_changes_once_the_table_is_open_is_noticed(put, change):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENXIO])
 @pytest.mark.parametrize("name", ["source", "parts"])
-def test_a_disk_that_fails_is_an_error_that_names_the_file(put, monkeypatch, name, number):
+def test_read_error_names_the_file(put, monkeypatch, name, number):
     table = open_table(put(name), vocab_size=24)
 
     def fail(*_):
@@ -681,7 +594,7 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(put, monkeypatch, nam
 
 
 @pytest.mark.parametrize("name", ["merged.safetensors", "parts", "index.json"])
-def test_what_may_not_be_read_is_an_error_that_names_the_file(tmp_path, put, monkeypatch, name):
+def test_permission_error_names_the_file(tmp_path, put, monkeypatch, name):
     for original in FORMS:
         put(original)
     (tmp_path / "index.json").write_text('{"weight_map": {"wte.weight": "merged.safetensors"}}')
@@ -723,7 +636,7 @@ def test_the_bomb_works(tmp_path):
 @pytest.mark.parametrize(
     "suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".safetensors", ".json", ""]
 )
-def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, bomb, refused, suffix):
+def test_pickle_of_any_name_is_never_loaded(tmp_path, bomb, refused, suffix):
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / f"table{suffix}"
@@ -736,7 +649,7 @@ def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, bomb, refused,
         refused(folder / "i.json", f"table{suffix}: ")
 
 
-def test_a_pickle_in_place_of_a_file_is_never_loaded(put, bomb, refused):
+def test_pickle_in_place_of_a_part_is_never_loaded(put, bomb, refused):
     parts = put("parts")
     (parts / "mp_rank_01" / "model.safetensors").rename(parts / "mp_rank_01" / "model_optim_rng.pt")
     (parts / "mp_rank_01" / "model_optim_rng.pt").write_bytes(bomb)
@@ -744,7 +657,7 @@ def test_a_pickle_in_place_of_a_file_is_never_loaded(put, bomb, refused):
     refused([parts / "mp_rank_01" / "model_optim_rng.pt"], "model_optim_rng.pt: a pickle file, which", vocab_size=24)
 
 
-def test_a_pickle_inside_a_header_is_a_text(tmp_path, bomb):
+def test_pickle_inside_a_header_is_text(tmp_path, bomb):
     (tmp_path / "t").write_bytes(safetensors({"__metadata__": {"x": bomb.decode("latin-1")}, **ONE}, VALUES.tobytes()))
     assert outcome(tmp_path / "t") == "same"
 
@@ -867,7 +780,7 @@ class Fuzz:
             path.write_bytes(whole)
 
 
-CASES = pytest.mark.parametrize("cases", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+CASES = pytest.mark.parametrize("cases", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 
 
 def run(fuzz, cases, case):
@@ -879,7 +792,7 @@ def run(fuzz, cases, case):
 
 @CASES
 @pytest.mark.parametrize("name", ["source", "merged.safetensors"])
-def test_mutations_of_a_files_header(put, cases, name):
+def test_mutations_of_a_header(put, cases, name):
     """Rows have no checksum: other bytes there are other rows. So are they in another shape, which is unlikely."""
     path, fuzz = put(name), Fuzz(5)
     run(fuzz, cases, lambda: fuzz(path, path, header_end(path.read_bytes())))

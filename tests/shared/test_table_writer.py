@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
+from table_files import any_bits, bits, contents
 
 from shared import VocabPartition
 from shared.bits import DTYPES, STORED_DTYPES, cast
@@ -26,15 +27,6 @@ PARTITION = VocabPartition(30, 4, 40)
 FORMS = {"file.safetensors": None, "parts": PARTITION}
 
 
-def bits(values):
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-
-
-def any_bits(rng, rows, columns, dtype):
-    """NaNs of every kind, infinities, subnormals and -0.0 among them."""
-    return rng.integers(0, 256, (rows, columns * np.dtype(dtype).itemsize), np.uint8).view(dtype)
-
-
 def table_of(path, values, tensor="wte.weight"):
     dtype = next(name for name, stored in STORED_DTYPES.items() if stored == values.dtype)
     path.write_bytes(header_bytes(tensor, dtype, values.shape, {}) + values.tobytes())
@@ -44,10 +36,6 @@ def table_of(path, values, tensor="wte.weight"):
 def rows_at(path):
     table = open_table(path, vocab_size=30)
     return table.rows(0, 30)
-
-
-def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture
