@@ -42,7 +42,7 @@ def test_bash_completes(script, tmp_path):
     assert {"compare", "diff", "plan", "record", "env", "completion"} <= completed("")
     assert completed("di") == {"diff"}
     assert {"--tensor", "--markdown", "--report", "--vocab-size"} <= completed("diff", "--")
-    assert completed("compare", "--reduction", "a") == {"all_reduce"}
+    assert completed("compare", "--reduction", "a") == {"all_reduce", "all_to_all"}
     assert completed("diff", "le") == {"left.safetensors"}
     assert completed("compare", "--weights", "ri") == {"right.record"}
     assert completed("completion", "") == {"bash", "zsh", "fish"}

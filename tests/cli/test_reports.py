@@ -84,7 +84,7 @@ addEventListener("load", () => {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_the_page_in_a_browser(tables, tmp_path, browser, scheme):
+def test_page_in_a_browser(tables, tmp_path, browser, scheme):
     page = tmp_path / "page.html"
     assert main([*tables, "--report", str(page), "--json"]) == 1
     # The page itself runs nothing; a copy without its policy is measured by a script.
@@ -114,7 +114,7 @@ def test_the_page_in_a_browser(tables, tmp_path, browser, scheme):
 
 
 @pytest.mark.slow
-def test_the_page_as_it_is_runs_nothing(tables, tmp_path, browser):
+def test_page_runs_no_script(tables, tmp_path, browser):
     page = tmp_path / "page.html"
     assert main([*tables, "--report", str(page), "--json"]) == 1
     text = page.read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def test_the_page_as_it_is_runs_nothing(tables, tmp_path, browser):
     assert "<title>pve: different</title>" in browser(page)
 
 
-def test_markdown_takes_names_literally(tables, capsys):
+def test_markdown_escapes_names(tables, capsys):
     assert main([*tables, "--markdown"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "**DIFFERENT: 5 of 5 comparisons**"
@@ -136,8 +136,8 @@ def test_markdown_takes_names_literally(tables, capsys):
     assert "\x1b" not in "\n".join(lines)
 
 
-def test_compare_writes_them_too(capsys, tmp_path):
-    command = ["compare", "--vocab-size", "96", "--emb-size", "16", "--world-size", "3", "--backends", "torch"]
+def test_compare_writes_markdown_and_a_page(capsys, tmp_path):
+    command = ["compare", "--vocab-size", "96", "--emb-size", "16", "--world-size", "3", "--backends", "jax"]
     assert main([*command, "--markdown", "--report", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("**EQUAL: 8 comparisons")
@@ -148,7 +148,7 @@ def test_compare_writes_them_too(capsys, tmp_path):
     assert "Rows that differ" not in page
 
 
-def test_what_cannot_be_a_page_is_refused_before_any_work(tables, capsys, tmp_path):
+def test_bad_page_is_refused_before_any_work(tables, capsys, tmp_path):
     for path, match in (("page.txt", "--report must name a file that ends in .html"), ("no/page.html", "folder")):
         assert main([*tables, "--report", str(tmp_path / path)]) == 2
         assert match in capsys.readouterr().err

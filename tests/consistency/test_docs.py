@@ -17,40 +17,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GLOO = re.compile(
     r"^(\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : )+\n", re.M
 )
-BROKEN_LAYER = """
-import torch
-
-from shared.proof.harness import serve
-from torch_impl import runner
-from torch_impl.functional import partial_lookup
-
-
-class Replaced(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, right, wrong):
-        return wrong.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class OffByOne(runner.ParallelVocabEmbedding):
-    def forward(self, ids):
-        wrong = partial_lookup(self.weight.detach().roll(-1, 0), ids, self.partition, self.rank)
-        return Replaced.apply(super().forward(ids), wrong)
-
-
-runner.ParallelVocabEmbedding = OffByOne
-serve("torch", {}, runner.run)
-"""
+RUNNERS = ROOT / "tests" / "runners"
 RECORDS = """
 from shared.cli import main
 from shared.proof.launch import BACKENDS
 
 small = ["--vocab-size", "120", "--emb-size", "16", "--world-size", "2", "--dtype", "float32"]
 main(["record", "--backend", "jax", "-o", "jax.record", *small])
-BACKENDS["torch"] = "broken_runner"
+BACKENDS["torch"] = "off_by_one_runner"
 main(["record", "--backend", "torch", "-o", "broken.record", *small])
 """
 
@@ -77,8 +51,7 @@ def run_console(commands):
             where = Path(folder)
         if ".record" in script:
             where = Path(folder)
-            (where / "broken_runner.py").write_text(BROKEN_LAYER)
-            environment["PYTHONPATH"] = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+            environment["PYTHONPATH"] = f"{RUNNERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
             subprocess.run(
                 [sys.executable, "-c", RECORDS], check=True, cwd=where, env=environment, stdout=subprocess.DEVNULL
             )
@@ -96,38 +69,47 @@ def normal(output):
 
 
 def console_blocks():
-    """The README's and those of a second in the default run, the others among the slow ones."""
+    """Those of a second by default; those that start frameworks are slow."""
     quick = ("pve plan", "pve convert")
-    first, *others = blocks("console")
-    return [
-        first,
-        *(pytest.param(each, marks=[] if any(name in each for name in quick) else pytest.mark.slow) for each in others),
-    ]
+    for block in blocks("console"):
+        yield pytest.param(block, marks=[] if any(name in block for name in quick) else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("block", console_blocks(), ids=lambda block: block.split("\n")[0][2:50])
+@pytest.mark.parametrize("block", [*console_blocks()], ids=lambda block: block.split("\n")[0][2:50])
 def test_commands_print_what_is_shown(block):
     commands, shown = split_console(block)
     assert normal(shown) == normal(run_console(commands))
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0])
-def test_python_examples_run(block):
-    subprocess.run([sys.executable, "-c", block], check=True, cwd="/")
+# Each in a process of its own, forked from one that has imported the frameworks, which takes seconds.
+FORKED = """
+import os, runpy, sys
+import jax_impl, torch_impl
+for path in sys.argv[1:]:
+    if not (child := os.fork()):
+        sys.argv = [path]
+        runpy.run_path(path, run_name="__main__")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, path
+"""
 
 
-@pytest.mark.parametrize("name", ["move_table", "load_huggingface", "padding"])
-def test_examples_run(name):
-    subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], check=True, stdout=subprocess.DEVNULL)
+def test_python_examples_run(tmp_path):
+    scripts = [ROOT / "examples" / f"{name}.py" for name in ("move_table", "load_huggingface", "padding")]
+    for number, block in enumerate(blocks("python")):
+        scripts.append(tmp_path / f"block_{number}.py")
+        scripts[-1].write_text(block)
+    assert len(scripts) > 6
+    subprocess.run([sys.executable, "-c", FORKED, *scripts], check=True, cwd="/", stdout=subprocess.DEVNULL)
 
 
-def test_the_commands_to_set_up_are_those_that_ci_runs():
+def test_set_up_commands_are_those_of_ci():
     prove, test = blocks("bash", PAGES[:1])
     assert prove.strip() == "python -m pip install -c constraints.txt -e '.[all]' && pve compare"
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
-def test_what_was_measured_is_what_is_shown():
+def test_tables_show_what_was_measured():
     from benchmarks.readme import PAGES as MEASURED
     from benchmarks.readme import with_tables
 
