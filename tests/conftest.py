@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from environment import WITHOUT, left_out, reason_to_leave_out
+from environment import WITHOUT, left_out, reason_to_skip
 
 collect_ignore = left_out()
 
@@ -26,7 +26,7 @@ def pytest_report_header() -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if reason := reason_to_leave_out(item.nodeid):
+        if reason := reason_to_skip(item.nodeid):
             item.add_marker(pytest.mark.skip(reason))
 
 
