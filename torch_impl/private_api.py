@@ -76,7 +76,7 @@ def integers_cannot_be_viewed() -> bool:
 
 
 # aten::view.dtype has a batching rule from torch 2.13 on (pytorch/pytorch#180728).
-_NO_RULE_FOR_VIEWS = torch.__version__ < (2, 13)
+_NO_RULE_FOR_VIEWS = torch.__version__ < "2.13"
 
 
 def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:

@@ -49,10 +49,21 @@ def test_no_import_statement_names_what_the_room_may_not_import(room):
             assert not {name.partition(".")[0] for name in named} & set(MAY_NOT[room]), path
 
 
-@pytest.mark.parametrize(("room", "framework"), [("torch_impl", "jax"), ("jax_impl", "torch")])
+UMBRELLA = "parallel_vocab_embedding"
+
+
+def test_the_umbrella_imports_a_backend_on_use():
+    assert not modules_after(f"import {UMBRELLA}") & {"torch", "jax", "torch_impl", "jax_impl"}
+
+
+@pytest.mark.parametrize(
+    ("room", "framework"),
+    [("torch_impl", "jax"), ("jax_impl", "torch"), (f"{UMBRELLA}.torch", "jax"), (f"{UMBRELLA}.jax", "torch")],
+)
 def test_a_room_works_where_the_other_framework_is_not_installed(room, framework):
     block = f"import sys\nsys.modules[{framework!r}] = None\n"
-    assert room in modules_after(block + f"import {room}, {room}.runner")
+    module = "ParallelVocabEmbedding" if room.startswith(UMBRELLA) else "runner"
+    assert room.partition(".")[0] in modules_after(block + f"import {room}\nfrom {room} import {module}")
 
 
 def test_the_backends_mirror_each_other_file_for_file():
