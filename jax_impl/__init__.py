@@ -1,5 +1,14 @@
 """The vocabulary-parallel embedding in JAX. Never imports torch."""
 
+import shared
+
+if not hasattr(shared, "EmbeddingConfig"):
+    raise ImportError(
+        f"jax_impl needs the package `shared` of parallel-vocab-embedding and found another in "
+        f"{shared.__file__ or [*shared.__path__]}: uninstall that one (`pip uninstall shared`), or put the folder of "
+        "parallel-vocab-embedding before it on sys.path"
+    )
+
 from jax_impl.checkpoint import restore_args
 from jax_impl.dlpack import array_from_dlpack, from_dlpack
 from jax_impl.functional import partial_lookup, reduced_lookup

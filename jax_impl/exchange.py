@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_impl.lookup import gather, linear_gather, linear_lookup
-from jax_impl.private_api import varying_axes
+from jax_impl.private_api import all_gather_invarying, varying_axes
 from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 
@@ -105,10 +105,8 @@ def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_na
 def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
     """What adds the ranks' incomplete embeddings up."""
     if config.reduction == "all_reduce":
-        if (
-            config.world_size == 1
-        ):  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
-            return functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
+        if config.world_size == 1:  # XLA compiles no psum over one device beside Auto axes (jax 0.8.2 to 0.12.0.1)
+            return functools.partial(all_gather_invarying, axis_name=axis_name)
         return functools.partial(jax.lax.psum, axis_name=axis_name)
     chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split
     dim = resolve_seq_dim(ids.ndim, config.seq_dim)

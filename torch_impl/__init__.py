@@ -1,5 +1,14 @@
 """The vocabulary-parallel embedding in PyTorch. Never imports jax."""
 
+import shared
+
+if not hasattr(shared, "EmbeddingConfig"):
+    raise ImportError(
+        f"torch_impl needs the package `shared` of parallel-vocab-embedding and found another in "
+        f"{shared.__file__ or [*shared.__path__]}: uninstall that one (`pip uninstall shared`), or put the folder of "
+        "parallel-vocab-embedding before it on sys.path"
+    )
+
 from torch_impl.checkpoint import local_state_dict, sharded_state_dict
 from torch_impl.clipping import clip_grad_norm_
 from torch_impl.dlpack import from_dlpack, shards_from_dlpack

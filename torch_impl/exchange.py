@@ -24,6 +24,7 @@ from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
 from torch_impl.lookup import check_rows, eager_mode_only, gather, gradient_keys, sparse_gradient
+from torch_impl.private_api import all_gather, reduce_scatter
 from torch_impl.process_group import find_group
 
 __all__ = ["choose_exchange", "reduced_lookup"]
@@ -336,8 +337,3 @@ def _as_integers(rows: Tensor) -> Tensor:
     if width == 2:  # gloo has no int16
         return flat.view(torch.int32 if rows.shape[-1] % 2 == 0 else torch.uint8)
     return flat.view(torch.int32 if width == 4 else torch.int64)
-
-
-# torch 2.13 renames these two; before that, and for a while after, the old names do the same.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

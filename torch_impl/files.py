@@ -234,9 +234,9 @@ class TableInFiles(ModuleWithTable):
             >>> from torch_impl import ParallelVocabEmbedding
             >>> emb = ParallelVocabEmbedding(10, 4)
             >>> folder = tempfile.mkdtemp()
-            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder)
             >>> other = ParallelVocabEmbedding(10, 4, init_base_seed=0)
-            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder)
             >>> bool((other.weight == emb.weight).all())
             True
         """

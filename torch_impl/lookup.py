@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.config import EmbeddingConfig
 from torch_impl.kernels import cpu
-from torch_impl.private_api import function_is_inlined
+from torch_impl.private_api import function_is_inlined, integers_cannot_be_viewed
 
 __all__ = ["check_rows", "eager_mode_only", "gather", "gradient_keys", "lookup", "scatter_add", "sparse_gradient"]
 
@@ -100,7 +100,8 @@ def gather(
     if table.shape[0] > num_rows:
         return take(table, keys)
     rows, owned = keys.clamp(max=num_rows - 1), (keys < num_rows).unsqueeze(-1)
-    if function_is_inlined():  # what is differentiable as it is; inductor may change a NaN's payload here
+    # What is differentiable, and mapped over, as it is; inductor may change a NaN's payload here.
+    if function_is_inlined() or integers_cannot_be_viewed():
         return torch.where(owned, take(table, rows), 0)
     output = take(table, rows)
     output.view(_INTEGERS[output.element_size()]).mul_(owned)

@@ -1,6 +1,10 @@
-"""Every private API of PyTorch that the package uses: why, and what would remove the need.
+"""What PyTorch has no stable public name for, and what differs between its versions: torch 2.6 and newer.
 
-A test uses each of them, so that a release that moves one fails loudly.
+``dist.reduce_scatter_single`` and ``dist.all_gather_single`` are torch 2.13's names; before that, and for a while after,
+``reduce_scatter_tensor`` and ``all_gather_into_tensor`` do the same.
+
+Every private API that the package uses follows: why, and what would remove the need. A test uses each of them, so that a
+release that moves one fails loudly.
 
 - ``_resolve_process_group``: compiled graphs, copies and pickles hold a group by its name. Not needed once operators take
   a ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
@@ -31,12 +35,18 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     "ModuleThatMoves",
     "active_data_parallel",
+    "all_gather",
     "being_traced",
     "function_is_inlined",
     "group_of_name",
+    "integers_cannot_be_viewed",
+    "reduce_scatter",
     "tensor_without_storage",
     "who_waits_for_the_gradient",
 ]
+
+reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def active_data_parallel() -> nn.Module | None:
@@ -66,6 +76,15 @@ def being_traced() -> bool:
 def function_is_inlined() -> bool:
     """Return True where dynamo takes the forward of an autograd.Function as it is, without its backward."""
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def integers_cannot_be_viewed() -> bool:
+    """Return True where torch.func maps over a ``view`` of another dtype and its version has no rule for that."""
+    return _NO_RULE_FOR_VIEWS and torch._C._are_functorch_transforms_active()
+
+
+# aten::view.dtype has a batching rule from torch 2.13 on (pytorch/pytorch#180728).
+_NO_RULE_FOR_VIEWS = torch.__version__ < "2.13"
 
 
 def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:

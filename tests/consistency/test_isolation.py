@@ -60,6 +60,26 @@ def test_import_statements_stay_in_the_room(room):
             assert not {name.partition(".")[0] for name in named} & set(MAY_NOT[room]), path
 
 
+UMBRELLA = "parallel_vocab_embedding"
+
+
+def modules_after(program):
+    """The top-level modules that a program has loaded at its end."""
+    program += "\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_umbrella_imports_a_backend_on_use():
+    assert not modules_after(f"import {UMBRELLA}") & {"torch", "jax", "torch_impl", "jax_impl"}
+
+
+@pytest.mark.parametrize(("backend", "framework"), [("torch", "jax"), ("jax", "torch")])
+def test_the_umbrella_needs_one_framework(backend, framework):
+    block = f"import sys\nsys.modules[{framework!r}] = None\n"
+    assert f"{backend}_impl" in modules_after(f"{block}from {UMBRELLA}.{backend} import ParallelVocabEmbedding")
+
+
 def test_backends_have_the_same_files():
     torch_only = {
         "accumulation",

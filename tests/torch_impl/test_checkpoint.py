@@ -49,15 +49,15 @@ def test_saved_by_four_loaded_by_three_and_by_one(world, tmp_path, saved):
     for world_size, padded in ((3, "even"), (3, 30), (4, 16), (1, None)):
         assert world(4)(load, str(tmp_path), world_size, padded) == [True] * 4
     layer = ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16)  # and in one process without any group
-    dcp.load({"model": layer.sharded_state_dict("emb.")}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"model": layer.sharded_state_dict("emb.")}, checkpoint_id=tmp_path)
     assert torch.equal(layer.weight, table())
 
 
 def test_a_plain_tensor_saved_by_someone_else_loads(tmp_path):
-    dcp.save({"emb.weight": table(torch.float32)}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"emb.weight": table(torch.float32)}, checkpoint_id=tmp_path)
     for rank in range(4):
         layer = ParallelVocabEmbedding(10, 3, rank, 4, padded_vocab_size="even")
-        dcp.load(layer.sharded_state_dict("emb."), checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(layer.sharded_state_dict("emb."), checkpoint_id=tmp_path)
         start, stop = layer.partition.owned_range(rank)
         assert torch.equal(layer.weight[: stop - start], table(torch.float32)[start:stop])
 
@@ -69,10 +69,10 @@ def test_megatrons_call_is_told_where_to_go():
 
 def test_another_vocabulary_is_refused(tmp_path):
     layer = ParallelVocabEmbedding(10, 3)
-    dcp.save(layer.sharded_state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(layer.sharded_state_dict(), checkpoint_id=tmp_path)
     before = layer.weight.detach().clone()
     with pytest.raises(CheckpointException, match="Size mismatch"):
-        dcp.load(ParallelVocabEmbedding(12, 3).sharded_state_dict(), checkpoint_id=tmp_path, no_dist=True)
+        dcp.load(ParallelVocabEmbedding(12, 3).sharded_state_dict(), checkpoint_id=tmp_path)
     assert torch.equal(layer.weight, before)
 
 
