@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from shared.checks import check_rank, check_size
+from shared.partition import VocabPartition
 from torch_impl.private_api import group_of_name
 
-__all__ = ["find_group", "resolve_group", "resolve_rank"]
+__all__ = ["find_group", "resolve_group", "resolve_partition", "resolve_rank"]
 
 
 def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -55,6 +56,22 @@ def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world
             f"group that holds the ranks, such as torch.distributed.group.WORLD after init_process_group"
         )
     return None
+
+
+def resolve_partition(partition: VocabPartition, process_group: dist.ProcessGroup | None) -> tuple[int, str]:
+    """This rank and the group's name, which is empty where the partition has one rank.
+
+    Raises:
+        TypeError: ``process_group`` is not a ``torch.distributed.ProcessGroup``.
+        ValueError: it has another number of ranks than the partition, or is None where there are several.
+    """
+    if process_group is None and partition.world_size > 1:
+        raise ValueError(
+            f"process_group must be given for a partition of world_size={partition.world_size}, got None; pass the group "
+            f"that holds the ranks, such as torch.distributed.group.WORLD after init_process_group"
+        )
+    rank, world_size = resolve_rank(None, partition.world_size, process_group)
+    return rank, str(process_group.group_name) if process_group is not None and world_size > 1 else ""
 
 
 def find_group(name: str, rank: int | None, world_size: int) -> dist.ProcessGroup:

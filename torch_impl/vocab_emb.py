@@ -266,6 +266,11 @@ class ParallelVocabEmbedding(TableInFiles):
             check_further_split(value, self)
         super().__setattr__(name, value)
 
+    @property
+    def group_name(self) -> str | None:
+        """Name of the process group; None without one."""
+        return self._group_name
+
     def extra_repr(self) -> str:
         text = f"{self.vocab_size}, {self.emb_size}, rank={self.rank}, world_size={self.world_size}"
         return ", ".join([text, *(f"{name}={value!r}" for name, value in self.config.changes().items())])

@@ -1,0 +1,270 @@
+"""The other end of the table: options of the loss, and blocks of columns that do not depend on the number of ranks.
+
+A *column* of the logits is a row of the table. The logits are computed block by block, and each block leaves a few numbers a
+token, which are merged in the order of a fixed tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared.checks import as_int, check_choice
+from shared.ids import first_invalid
+from shared.partition import VocabPartition
+
+__all__ = [
+    "BLOCK_COLUMNS",
+    "INVALID_TARGETS",
+    "LOSS_REDUCTIONS",
+    "LOSS_RETURNS",
+    "ColumnBlocks",
+    "LossOptions",
+    "check_hidden",
+    "check_logits_width",
+    "check_softcap",
+    "check_targets_shape",
+    "check_targets_valid",
+    "check_top_k",
+    "check_uniform",
+    "logits_dtype_error",
+    "merge_adjacent",
+    "targets_type_error",
+    "tree_size",
+]
+
+LOSS_REDUCTIONS = ("mean", "sum", "none")
+"""What becomes of the tokens' losses."""
+
+LOSS_RETURNS = ("lse", "logprobs", "count")
+"""What a loss can return besides itself."""
+
+INVALID_TARGETS = ("error", "ignore")
+"""What a target outside the vocabulary gives: an IndexError, or no loss."""
+
+BLOCK_COLUMNS = 1024
+"""The most columns of a block: with 2048 tokens in float32 it takes 8 MiB, which stays in a cache."""
+
+_ALIKE_WORLDS = 8
+"""The tree is the same for 1, 2, 4 and 8 ranks however small the vocabulary is."""
+
+
+@dataclass(frozen=True)
+class ColumnBlocks:
+    """How a rank's columns are cut into blocks: ``groups`` equal ranges of ``group_columns``, each in ``pieces``.
+
+    The padded vocabulary is halved until a half is odd or at most ``BLOCK_COLUMNS`` wide (an eighth of the vocabulary, if
+    that is less). Such a half is a *group*. One that is still wider is cut into pieces of ``columns`` columns, of which the
+    last may be narrower. A rank of a world of a power of two has a subtree of the halves: blocks and order of merging are
+    then the same for 1, 2, 4 and 8 ranks, and for more as long as a rank has a whole group. Worlds of other sizes, and
+    vocabularies padded to another size, cut elsewhere: their results agree within rounding.
+
+    Example:
+        >>> from shared import VocabPartition
+        >>> from shared.head import ColumnBlocks
+        >>> ColumnBlocks.of(VocabPartition(32000, 4))
+        ColumnBlocks(groups=8, pieces=1, group_columns=1000, columns=1000)
+        >>> ColumnBlocks.of(VocabPartition(50257, 1))
+        ColumnBlocks(groups=1, pieces=50, group_columns=50257, columns=1006)
+        >>> ColumnBlocks.of(VocabPartition(22, 2)).ranges(columns=9)
+        [[(0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 9)]]
+    """
+
+    groups: int
+    pieces: int
+    group_columns: int
+    columns: int
+
+    @classmethod
+    def of(cls, partition: VocabPartition) -> ColumnBlocks:
+        """The blocks of every rank of the partition."""
+        limit = max(1, min(BLOCK_COLUMNS, partition.padded_vocab_size // _ALIKE_WORLDS))
+        group = partition.rows_per_rank
+        while group > limit and group % 2 == 0:
+            group //= 2
+        pieces = -(-group // limit)
+        return cls(partition.rows_per_rank // group, pieces, group, -(-group // pieces))
+
+    def ranges(self, columns: int) -> list[list[tuple[int, int]]]:
+        """Half-open ranges of the rank's columns, group by group; cut off at ``columns``, so that some may be empty."""
+
+        def cut(start: int, stop: int) -> tuple[int, int]:
+            return min(start, columns), min(stop, columns)
+
+        return [
+            [
+                cut(first + piece * self.columns, first + min((piece + 1) * self.columns, self.group_columns))
+                for piece in range(self.pieces)
+            ]
+            for first in range(0, self.groups * self.group_columns, self.group_columns)
+        ]
+
+
+def tree_size(count: int) -> int:
+    """The least power of two from ``count`` on: places in the tree, of which the last stay empty.
+
+    Example:
+        >>> from shared.head import tree_size
+        >>> [tree_size(count) for count in (1, 2, 3, 8, 9)]
+        [1, 2, 4, 8, 16]
+    """
+    return 1 << (count - 1).bit_length()
+
+
+def merge_adjacent(parts: Sequence[Any], merge: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    """Merge along the first axis: neighbours in pairs, the results in pairs, until one is left.
+
+    Args:
+        parts: arrays whose first axis has a power of two of entries (``tree_size``); empty places hold what a merge leaves
+            alone.
+        merge: from the even entries and the odd ones, each as ``parts`` are, to one entry for two.
+
+    Returns:
+        The arrays without their first axis.
+
+    Example:
+        >>> import numpy as np
+        >>> from shared.head import merge_adjacent
+        >>> merge_adjacent([np.array(["a", "b", "c", "d"], object)], lambda x, y: ["(" + x[0] + y[0] + ")"])
+        ['((ab)(cd))']
+    """
+    merged = list(parts)
+    while merged[0].shape[0] > 1:
+        merged = list(merge([part[0::2] for part in merged], [part[1::2] for part in merged]))
+    return [part[0] for part in merged]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of a cross entropy, validated.
+
+    Args:
+        ignore_index: targets that give no loss and no gradient; any integer, in the vocabulary or not.
+        label_smoothing: share of the target that is spread over all ``vocab_size`` ids, in [0, 1).
+        z_loss: factor of the squared logsumexp that is added to each token's loss; not negative.
+        reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``.
+        invalid_targets: what a target outside ``[0, vocab_size)`` gives: ``"error"`` or ``"ignore"``.
+        softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
+        seq_dim: the dimension of the targets along which the hidden states are split over the ranks; None: they are not.
+        returns: what to return besides the loss, of ``"lse"``, ``"logprobs"``, ``"count"``.
+
+    Raises:
+        TypeError: an option is of the wrong kind.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> from shared.head import LossOptions
+        >>> LossOptions(label_smoothing=0.1, returns=["lse"]).returns
+        ('lse',)
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    reduction: str = "mean"
+    invalid_targets: str = "error"
+    softcap: float | None = None
+    seq_dim: int | None = None
+    returns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        smoothing = _number("label_smoothing", self.label_smoothing)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}")
+        z_loss = _number("z_loss", self.z_loss)
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+        if isinstance(self.returns, str):
+            raise TypeError(f"returns must be a sequence of names, got {self.returns!r}; pass ({self.returns!r},)")
+        valid = {
+            "ignore_index": as_int("ignore_index", self.ignore_index),
+            "label_smoothing": smoothing,
+            "z_loss": z_loss,
+            "reduction": check_choice("reduction", self.reduction, LOSS_REDUCTIONS),
+            "invalid_targets": check_choice("invalid_targets", self.invalid_targets, INVALID_TARGETS),
+            "softcap": check_softcap(self.softcap),
+            "seq_dim": None if self.seq_dim is None else as_int("seq_dim", self.seq_dim),
+            "returns": tuple(check_choice("returns", name, LOSS_RETURNS) for name in self.returns),
+        }
+        for name, value in valid.items():
+            object.__setattr__(self, name, value)
+
+
+def check_softcap(softcap: Any) -> float | None:
+    """The bound of the logits: a finite number above zero, or None."""
+    if softcap is None:
+        return None
+    number = _number("softcap", softcap)
+    if not 0 < number < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, or None for no bound, got {number}")
+    return number
+
+
+def check_top_k(k: Any, vocab_size: int) -> int:
+    """How many ids to find: an integer in ``[1, vocab_size]``."""
+    number = as_int("k", k)
+    if not 1 <= number <= vocab_size:
+        raise ValueError(f"k must be in [1, vocab_size] = [1, {vocab_size}], got {number}")
+    return number
+
+
+def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: int) -> None:
+    """Refuse shapes of hidden states and of a rank's rows that do not fit each other or the partition."""
+    if len(weight) != 2 or weight[0] != rows_per_rank:
+        raise ValueError(f"weight must hold the rank's own rows, [{rows_per_rank}, emb_size], got {tuple(weight)}")
+    if len(hidden) < 1 or hidden[-1] != weight[1]:
+        raise ValueError(f"hidden must be [*, emb_size] with emb_size={weight[1]} as weight has, got {tuple(hidden)}")
+
+
+def check_logits_width(width: int, partition: VocabPartition) -> None:
+    """Refuse logits that are not one rank's columns: gathered ones would be counted once a rank."""
+    if width != partition.rows_per_rank:
+        raise ValueError(
+            f"logits must have the rank's own {partition.rows_per_rank} columns, got {width}, with vocab_size="
+            f"{partition.vocab_size} (padded to {partition.padded_vocab_size}) over {partition.world_size} ranks; "
+            f"pass what parallel_logits returns, not logits gathered from other ranks"
+        )
+
+
+def check_uniform(valid: bool) -> None:
+    """Refuse random numbers that are not all ``valid``, in [0, 1)."""
+    if not valid:
+        raise ValueError("uniform must hold numbers in [0, 1), such as torch.rand or jax.random.uniform draw")
+
+
+def check_targets_shape(given: Sequence[int], tokens: Sequence[int], source: str, name: str = "targets") -> None:
+    """Refuse targets that are not one a token; ``source`` is the argument whose leading shape is ``tokens``."""
+    if tuple(given) != tuple(tokens):
+        raise ValueError(f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}")
+
+
+def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int) -> None:
+    """Raise IndexError naming the first target outside ``[0, vocab_size)`` that is not ``ignore_index``."""
+    found = first_invalid(np.where(targets == ignore_index, 0, targets), vocab_size)
+    if found is not None:
+        value, position = found
+        where = f"targets[{', '.join(map(str, position))}]" if position else "targets"
+        raise IndexError(
+            f"{where} = {value} is outside the vocabulary [0, {vocab_size}) and is not ignore_index={ignore_index}; "
+            f'correct the targets, or pass invalid_targets="ignore" to leave such tokens out'
+        )
+
+
+def targets_type_error(given: Any, expected: str) -> TypeError:
+    """The error for targets of a type or dtype that holds no integers; ``given`` is what to print of them."""
+    return TypeError(f"targets must be {expected} of an integer dtype, got {given}")
+
+
+def logits_dtype_error(name: str, dtype: Any, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
+    """The error for logits, hidden states or tables of another dtype."""
+    return TypeError(f"{name} must be {legal}, got {dtype}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)

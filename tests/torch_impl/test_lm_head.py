@@ -1,0 +1,168 @@
+"""The head as a module: tied or with its own table, moved, copied, compiled, under FSDP2."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from torch_impl import ParallelLMHead, ParallelVocabEmbedding, parallel_cross_entropy
+
+VOCAB, EMB = 21, 8
+IDS = torch.randint(0, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    """A lookup, a layer and a head: the least in which the table is used at both ends."""
+
+    def __init__(self, group=None, tied=True, seq_dim=None, **options):
+        super().__init__()
+        table = {"process_group": group, "padded_vocab_size": "even", "init": "global"}
+        reduction = "all_reduce" if seq_dim is None else "reduce_scatter"
+        self.embedding = ParallelVocabEmbedding(VOCAB, EMB, reduction=reduction, seq_dim=1, **table, **options)
+        other = self.embedding if tied else ParallelVocabEmbedding(VOCAB, EMB, **table, init_base_seed=1, **options)
+        self.middle = nn.Linear(EMB, EMB, dtype=other.weight.dtype)
+        with torch.no_grad():
+            self.middle.weight.copy_(torch.eye(EMB).roll(1, 0))
+            self.middle.bias.zero_()
+        self.head = ParallelLMHead(other, tied=tied, seq_dim=seq_dim, label_smoothing=0.1, z_loss=0.01)
+
+    def forward(self, ids, targets=None):
+        return self.head(self.middle(self.embedding(ids)), targets)
+
+
+def reference(tied, ids=IDS, targets=IDS):
+    """The loss and the gradients of both tables, by PyTorch's own operations on the whole tables."""
+    tables = [
+        ParallelVocabEmbedding(VOCAB, EMB, init="global", init_base_seed=seed).weight.detach().requires_grad_()
+        for seed in (42, 1)
+    ]
+    middle = Model(tied=tied).middle
+    logits = F.linear(middle(F.embedding(ids, tables[0])), tables[0 if tied else 1])
+    z_loss = 0.01 * logits.logsumexp(-1).square().mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1) + z_loss
+    loss.backward()
+    return loss.detach(), tables[0].grad, tables[0 if tied else 1].grad, middle.weight.grad
+
+
+def check_gradients(model, expected, seq_dim=None):
+    loss, lookup_grad, head_grad, middle_grad = expected
+    found = model(IDS, IDS)
+    found.backward()
+    torch.testing.assert_close(found.detach(), loss)
+    for table, grad in ((model.embedding, lookup_grad), (model.head.embedding, head_grad)):
+        start, stop = table.partition.owned_range(table.rank)
+        torch.testing.assert_close(table.weight.grad[: stop - start], grad[start:stop])
+        assert not table.weight.grad[stop - start :].any()
+    own = model.middle.weight.grad
+    if seq_dim is not None:
+        dist.all_reduce(own)
+    torch.testing.assert_close(own, middle_grad)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_rank(tied):
+    model = Model(tied=tied)
+    check_gradients(model, reference(tied))
+    tables = ["embedding.weight"] if tied else ["embedding.weight", "head.table.weight"]
+    assert sorted(name for name in model.state_dict() if "middle" not in name) == tables
+    assert len(list(model.parameters())) == len(tables) + 2
+    assert model.head(torch.zeros(2, EMB)).shape == (2, VOCAB)
+
+
+def check_ranks():
+    for tied in (True, False):
+        for seq_dim in (None, 1):
+            check_gradients(Model(dist.group.WORLD, tied, seq_dim), reference(tied), seq_dim)
+    model = Model(dist.group.WORLD)
+    by_logits = parallel_cross_entropy(
+        model(IDS), IDS, model.head.partition, dist.group.WORLD, label_smoothing=0.1, z_loss=0.01
+    )
+    by_logits.backward()  # hidden's gradient is that of all ranks here too
+    torch.testing.assert_close(model.middle.weight.grad, reference(True)[3])
+
+
+def test_ranks(world):
+    world(4)(check_ranks)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda model: copy.deepcopy(model),
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.double().float(),
+        lambda model: (
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True) and model
+        ),
+        lambda model: model.to_empty(device="cpu"),
+    ],
+    ids=["deepcopy", "pickle", "dtype", "assign", "to_empty"],
+)
+def test_a_tied_head_follows_its_table(move):
+    original = Model()
+    model = move(original)
+    with torch.no_grad():
+        model.embedding.weight.fill_(0.5)
+        model.middle.weight.copy_(torch.eye(EMB))
+        model.middle.bias.zero_()  # to_empty left nothing of it
+    assert model.head.embedding is model.embedding
+    assert torch.equal(model(IDS), torch.full((*IDS.shape, VOCAB), EMB / 4))
+    assert sum(p.numel() for p in model.parameters()) == VOCAB * EMB + EMB * EMB + EMB
+
+
+@pytest.mark.slow
+def test_compile():
+    model = Model()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(IDS, IDS), model(IDS, IDS))
+
+
+def check_fsdp():
+    """Lookup and head in one group, over the other dimension of a mesh; two data ranks with batches of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    batches = IDS.chunk(2)
+    expected = [reference(True, ids, ids) for ids in batches]
+    model = Model(mesh.get_group("tp"))
+    fully_shard([model.embedding, model.head], mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    own = batches[mesh.get_local_rank("dp")]
+    loss = model(own, own)
+    torch.testing.assert_close(loss.detach(), expected[mesh.get_local_rank("dp")][0])
+    loss.backward()
+    start, stop = model.embedding.partition.owned_range(mesh.get_local_rank("tp"))
+    mean = (expected[0][1] + expected[1][1]) / 2
+    torch.testing.assert_close(model.embedding.weight.grad.full_tensor()[: stop - start], mean[start:stop])
+
+
+def test_fsdp_in_one_group(world):
+    world(4)(check_fsdp)
+
+
+def test_what_is_refused():
+    embedding = ParallelVocabEmbedding(VOCAB, EMB)
+    several = ParallelVocabEmbedding(24, EMB, rank=1, world_size=2)
+    head = ParallelLMHead(embedding, tied=True, softcap=30.0)
+    fused = ParallelVocabEmbedding(VOCAB, EMB, gradient_accumulation_fusion=True)
+    for error, message, call in (
+        (
+            TypeError,
+            "embedding must be a ParallelVocabEmbedding, got Linear",
+            lambda: ParallelLMHead(nn.Linear(3, 4), tied=True),
+        ),
+        (TypeError, "tied must be True or False", lambda: ParallelLMHead(embedding, tied=1)),
+        (ValueError, "must have a process_group", lambda: ParallelLMHead(several, tied=True)),
+        (ValueError, "gradient_accumulation_fusion must be False", lambda: ParallelLMHead(fused, tied=True)),
+        (
+            ValueError,
+            "returns must be empty without targets",
+            lambda: ParallelLMHead(embedding, tied=True)(torch.zeros(1, EMB), returns=("lse",)),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert repr(head) == "ParallelLMHead(tied=True, softcap=30.0)"

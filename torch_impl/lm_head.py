@@ -1,0 +1,127 @@
+"""The output head as a module: logits or loss from the table of an embedding layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from shared.checks import check_flag
+from shared.head import LossOptions
+from torch_impl.cross_entropy import linear_loss
+from torch_impl.head import logits_over_group
+from torch_impl.vocab_emb import ParallelVocabEmbedding
+
+__all__ = ["ParallelLMHead"]
+
+
+class ParallelLMHead(nn.Module):
+    """Output head over the vocabulary-parallel table of a ``ParallelVocabEmbedding``.
+
+    Args:
+        embedding: the layer whose table and process group the head uses; its ``reduction`` plays no part. With
+            ``world_size`` above 1 it must have been built with a ``process_group``.
+        tied: True: the embedding is the model's own and stays a module of the model alone. The head then holds no parameter
+            and no entry of ``state_dict``, and the gradients of lookup and head add up in the one table. False: the head has
+            the embedding as its submodule ``table``, of whose initialisation, files and checkpoints it makes use.
+        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim: as in ``linear_cross_entropy``.
+
+    Attributes:
+        embedding: the layer that has the table, which is read at every call: it may be moved, replaced or sharded further.
+        options: the ``shared.head.LossOptions``.
+
+    With FSDP2 a tied head and its embedding go into one group, ``fully_shard([model.embedding, model.head])``: the table is
+    then whole while both are used.
+
+    Raises:
+        TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option is of the wrong kind.
+        ValueError: an option is out of range; the embedding has several ranks and no process group; it is tied and has
+            ``gradient_accumulation_fusion``, which adds up the lookup's gradient alone.
+
+    Source: tied embeddings: Press and Wolf (2017, arXiv:1608.05859).
+
+    Example:
+        >>> import torch
+        >>> from torch_impl import ParallelLMHead, ParallelVocabEmbedding
+        >>> embedding = ParallelVocabEmbedding(12, 4)
+        >>> head = ParallelLMHead(embedding, tied=True)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> head(embedding(ids)).shape, head(embedding(ids), targets=ids).shape, list(head.state_dict())
+        (torch.Size([1, 3, 12]), torch.Size([]), [])
+    """
+
+    embedding: ParallelVocabEmbedding
+
+    def __init__(
+        self,
+        embedding: ParallelVocabEmbedding,
+        *,
+        tied: bool,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: str = "mean",
+        invalid_targets: str = "error",
+        softcap: float | None = None,
+        seq_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(embedding, ParallelVocabEmbedding):
+            raise TypeError(f"embedding must be a ParallelVocabEmbedding, got {type(embedding).__name__}")
+        self.options = LossOptions(ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim)
+        if embedding.partition.world_size > 1 and embedding.group_name is None:
+            raise ValueError(
+                f"the embedding of a head over {embedding.partition.world_size} ranks must have a process_group, got one "
+                f"built without; pass process_group to ParallelVocabEmbedding"
+            )
+        self.tied = check_flag("tied", tied)
+        if tied and embedding.config.gradient_accumulation_fusion:
+            raise ValueError(
+                "gradient_accumulation_fusion must be False for a tied embedding: the head's gradient goes to weight.grad; "
+                "build the embedding without it"
+            )
+        if not tied:
+            self.table = embedding
+        object.__setattr__(self, "embedding", embedding)  # past nn.Module, which would register it a second time
+
+    @property
+    def partition(self) -> Any:
+        """The ``shared.VocabPartition`` of the table."""
+        return self.embedding.partition
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, returns: Sequence[str] = ()) -> Any:
+        """Compute the loss against ``targets``, or this rank's logits without them.
+
+        Args:
+            hidden: ``[*, emb_size]``, in the table's dtype, the same on all ranks; with ``seq_dim`` this rank's part.
+            targets: ids of all tokens, ``[*]``, the same on all ranks.
+            returns: what to return besides the loss.
+
+        Returns:
+            With targets what ``linear_cross_entropy`` returns; else what ``parallel_logits`` returns, of all tokens. The
+            gradient of ``hidden`` is that of all ranks, summed once.
+
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as ``linear_cross_entropy``; ``returns`` without targets is a
+                ValueError.
+        """
+        embedding, options = self.embedding, self.options
+        group_name = (embedding.group_name or "") if embedding.partition.world_size > 1 else ""
+        if targets is not None:
+            asked = replace(options, returns=tuple(returns)) if returns else options
+            return linear_loss(
+                hidden, embedding.weight, targets, embedding.partition, asked, embedding.rank, group_name
+            )
+        if returns:
+            raise ValueError(f"returns must be empty without targets, got {tuple(returns)}")
+        return logits_over_group(
+            hidden, embedding.weight, embedding.partition, embedding.rank, options.softcap, options.seq_dim, group_name
+        )
+
+    def extra_repr(self) -> str:
+        values = [(each.name, getattr(self.options, each.name), each.default) for each in fields(self.options)]
+        return ", ".join(
+            [f"tied={self.tied}", *(f"{name}={value!r}" for name, value, default in values if value != default)]
+        )
