@@ -15,7 +15,7 @@ from shared.checks import REDUCTIONS, check_choice, table_dtype_error
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 
-__all__ = ["partial_lookup", "reduced_lookup"]
+__all__ = ["check_axis", "check_rows", "check_same_on_ranks", "partial_lookup", "reduced_lookup"]
 
 
 def partial_lookup(
@@ -152,24 +152,32 @@ def reduced_lookup(
 
 def _shared_ids(ids: Any, partition: VocabPartition, axis_name: str) -> jax.Array:
     ids = jnp.asarray(as_ids(ids, partition.vocab_size))
-    if axis_name in varying_axes(ids):
-        raise ValueError(
-            f"ids must be the same on all ranks of the axis {axis_name!r}, but they vary over it: pass them with an "
-            f"in_specs that does not name the axis"
-        )
+    check_same_on_ranks("ids", ids, axis_name)
     return ids
 
 
 def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **options: Any) -> EmbeddingConfig:
-    if not isinstance(axis_name, str):
-        raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
-    check_size_for_int32(partition)
+    check_rows(weight, partition, axis_name)
+    sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
+    return EmbeddingConfig(*sizes, **options)
+
+
+def check_rows(weight: jax.Array, partition: VocabPartition, axis_name: str) -> None:
+    """Refuse a weight that is not the rank's own rows, and what ``check_axis`` refuses."""
+    check_axis(partition, axis_name)
     if weight.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise table_dtype_error(weight.dtype)
     if weight.ndim != 2 or weight.shape[0] != partition.rows_per_rank:
         raise ValueError(
             f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {weight.shape}"
         )
+
+
+def check_axis(partition: VocabPartition, axis_name: str) -> None:
+    """Refuse an axis of another size than the partition's world, and a shard_map without its checks."""
+    if not isinstance(axis_name, str):
+        raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
+    check_size_for_int32(partition)
     size = jax.lax.axis_size(axis_name)
     if size != partition.world_size:
         raise ValueError(
@@ -178,5 +186,12 @@ def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **opti
         )
     if axis_name not in varying_axes(jax.lax.axis_index(axis_name)):
         raise ValueError("check_vma must be True in the shard_map around: without it gradients are too large")
-    sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
-    return EmbeddingConfig(*sizes, **options)
+
+
+def check_same_on_ranks(name: str, array: jax.Array, axis_name: str) -> None:
+    """Refuse an argument that varies over the table's axis."""
+    if axis_name in varying_axes(array):
+        raise ValueError(
+            f"{name} must be the same on all ranks of the axis {axis_name!r}, but they vary over it: pass them with an "
+            f"in_specs that does not name the axis"
+        )

@@ -1,4 +1,4 @@
-"""Ids as the layer computes with them, and the check of ``invalid_ids="error"``."""
+"""Ids and targets as the layer computes with them, and the checks of those outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shared.checks import ids_type_error, invalid_id_error
+from shared.head import check_targets_valid, invalid_target_error, targets_type_error
 from shared.ids import check_ids_valid, widen
 from shared.partition import VocabPartition
 
-__all__ = ["as_ids", "check_ids", "check_size_for_int32", "checked_array"]
+__all__ = [
+    "IGNORED",
+    "INVALID",
+    "as_ids",
+    "as_targets",
+    "check_ids",
+    "check_size_for_int32",
+    "check_targets",
+    "checked_array",
+]
 
 
 def as_ids(ids: Any, vocab_size: int) -> Any:
@@ -71,26 +81,56 @@ def check_ids(ids: Any, vocab_size: int) -> None:
     """
     if not isinstance(ids, jax.core.Tracer):
         as_ids(ids, vocab_size)
-        if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
-            assert isinstance(ids.sharding, NamedSharding)
-            ids = jax.device_put(ids, NamedSharding(ids.sharding.mesh, PartitionSpec()))
-        check_ids_valid(np.asarray(ids), vocab_size)
+        check_ids_valid(_on_host(ids), vocab_size)
         return
     checked_array(ids)
-    if ids.size == 0:
+    ids = _whole(ids)
+    known = widen(as_ids(ids, vocab_size))
+    message = str(invalid_id_error(0, range(ids.ndim), vocab_size))
+    _check_traced(checkify.check, ids, (known < 0) | (known >= vocab_size), "ids", message)
+
+
+def check_targets(targets: Any, vocab_size: int, ignore_index: int) -> None:
+    """Refuse targets outside ``[0, vocab_size)`` that are not ignored, where they are known or ``checkify`` is applied.
+
+    Raises:
+        IndexError: naming the first such target in row-major order, its position and the legal range.
+        TypeError: targets are not an array of integers.
+    """
+    known = as_targets(targets, vocab_size, ignore_index)
+    if not isinstance(targets, jax.core.Tracer):
+        if (known == INVALID).any():
+            check_targets_valid(_on_host(targets), vocab_size, ignore_index)
         return
+    message = str(invalid_target_error(0, range(targets.ndim), vocab_size, ignore_index))
+    _check_traced(checkify.debug_check, _whole(targets), _whole(known) == INVALID, "targets", message)
+
+
+def _on_host(ids: Any) -> np.ndarray:
+    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        assert isinstance(ids.sharding, NamedSharding)
+        ids = jax.device_put(ids, NamedSharding(ids.sharding.mesh, PartitionSpec()))
+    return np.asarray(ids)
+
+
+def _whole(ids: Any) -> Any:
+    """Traced ids split over no Explicit axis."""
     split = jax.typeof(ids).sharding
     if any(entry is not None for entry in split.spec):
-        ids = jax.sharding.reshard(ids, NamedSharding(split.mesh, PartitionSpec(*[None] * ids.ndim)))
-    known = widen(as_ids(ids, vocab_size))
-    bad = ((known < 0) | (known >= vocab_size)).ravel()
-    first = jnp.argmax(bad)
+        return jax.sharding.reshard(ids, NamedSharding(split.mesh, PartitionSpec(*[None] * ids.ndim)))
+    return ids
+
+
+def _check_traced(check: Any, ids: Any, bad: Any, name: str, message: str) -> None:
+    """Have checkify report the first bad id; ``message`` is what to say of an id of 0."""
+    if ids.size == 0:
+        return
+    first = jnp.argmax(bad.ravel())
     position = jnp.unravel_index(first, ids.shape)
     names: dict[str, Any] = {f"i{n}": index for n, index in enumerate(position)}
-    message = str(invalid_id_error(0, range(ids.ndim), vocab_size))
     _, _, rule = message.partition(" = 0 ")
-    where = f"ids[{', '.join('{' + name + '}' for name in names)}]" if names else "ids"
-    checkify.check(~bad[first], f"{where} = {{value}} {rule}", value=ids.ravel()[first], **names)
+    where = f"{name}[{', '.join('{' + each + '}' for each in names)}]" if names else name
+    check(~bad.ravel()[first], f"{where} = {{value}} {rule}", value=ids.ravel()[first], **names)
 
 
 def checked_array(ids: Any) -> Any:
@@ -98,3 +138,41 @@ def checked_array(ids: Any) -> Any:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ids_type_error(f"dtype {ids.dtype}", "an array")
     return ids
+
+
+IGNORED, INVALID = -1, -2
+"""What ``as_targets`` makes of targets that are no ids."""
+
+
+def as_targets(targets: Any, vocab_size: int, ignore_index: int) -> Any:
+    """Targets as int32: ids of the vocabulary as they are, ``IGNORED`` for ``ignore_index``, ``INVALID`` for all others.
+
+    Args:
+        targets: a JAX array, a NumPy array or a number, of any integer dtype.
+        vocab_size: rows of the whole table.
+        ignore_index: any integer.
+
+    Returns:
+        int32 of the same shape, from JAX where the targets are.
+
+    Raises:
+        TypeError: targets are not an array of integers.
+    """
+    if isinstance(targets, jax.Array):
+        namespace: Any = jnp
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise targets_type_error(f"dtype {targets.dtype}", "an array")
+    else:
+        namespace = np
+        if not isinstance(targets, (np.ndarray, np.generic, int)) or isinstance(targets, bool):
+            raise targets_type_error(type(targets).__name__, "a JAX or NumPy array")
+        targets = np.asarray(targets)
+        if not np.issubdtype(targets.dtype, np.integer):
+            raise targets_type_error(f"dtype {targets.dtype}", "an array")
+    limits = np.iinfo(targets.dtype)
+    with jax.enable_x64(jax.config.jax_enable_x64 or targets.dtype.itemsize == 8):  # else JAX narrows 64-bit targets
+        wide = widen(targets)
+        known = namespace.where((wide >= 0) & (wide < vocab_size), wide, INVALID)
+        if limits.min <= ignore_index <= limits.max:
+            known = namespace.where(targets == targets.dtype.type(ignore_index), IGNORED, known)
+        return known.astype(np.int32)

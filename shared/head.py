@@ -31,6 +31,7 @@ __all__ = [
     "check_targets_valid",
     "check_top_k",
     "check_uniform",
+    "invalid_target_error",
     "logits_dtype_error",
     "merge_adjacent",
     "targets_type_error",
@@ -246,12 +247,16 @@ def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int)
     """Raise IndexError naming the first target outside ``[0, vocab_size)`` that is not ``ignore_index``."""
     found = first_invalid(np.where(targets == ignore_index, 0, targets), vocab_size)
     if found is not None:
-        value, position = found
-        where = f"targets[{', '.join(map(str, position))}]" if position else "targets"
-        raise IndexError(
-            f"{where} = {value} is outside the vocabulary [0, {vocab_size}) and is not ignore_index={ignore_index}; "
-            f'correct the targets, or pass invalid_targets="ignore" to leave such tokens out'
-        )
+        raise invalid_target_error(*found, vocab_size, ignore_index)
+
+
+def invalid_target_error(value: int, position: Sequence[int], vocab_size: int, ignore_index: int) -> IndexError:
+    """The error of ``invalid_targets="error"``: the first offending target in row-major order and its position."""
+    where = f"targets[{', '.join(map(str, position))}]" if position else "targets"
+    return IndexError(
+        f"{where} = {value} is outside the vocabulary [0, {vocab_size}) and is not ignore_index={ignore_index}; "
+        f'correct the targets, or pass invalid_targets="ignore" to leave such tokens out'
+    )
 
 
 def targets_type_error(given: Any, expected: str) -> TypeError:
