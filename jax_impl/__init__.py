@@ -10,8 +10,11 @@ if not hasattr(shared, "EmbeddingConfig"):
     )
 
 from jax_impl.checkpoint import restore_args
+from jax_impl.cross_entropy import linear_cross_entropy, parallel_cross_entropy
+from jax_impl.decode import parallel_argmax, parallel_top_k
 from jax_impl.dlpack import array_from_dlpack, from_dlpack
 from jax_impl.functional import partial_lookup, reduced_lookup
+from jax_impl.head import parallel_logits
 from jax_impl.ids import as_ids
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 
@@ -20,6 +23,11 @@ __all__ = [
     "array_from_dlpack",
     "as_ids",
     "from_dlpack",
+    "linear_cross_entropy",
+    "parallel_argmax",
+    "parallel_cross_entropy",
+    "parallel_logits",
+    "parallel_top_k",
     "partial_lookup",
     "reduced_lookup",
     "restore_args",

@@ -107,7 +107,7 @@ def parallel_cross_entropy(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_cross_entropy
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> partition = VocabPartition(vocab_size=3, world_size=1)
         >>> def loss(logits, targets):
         ...     return parallel_cross_entropy(logits, targets, partition, "tp")
@@ -186,7 +186,7 @@ def linear_cross_entropy(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import linear_cross_entropy
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> loss = functools.partial(linear_cross_entropy, partition=VocabPartition(2, 1), returns=("count",))
         >>> loss = jax.jit(jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("tp", None), P()), out_specs=P()))
         >>> loss(jnp.eye(2), jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([1, -100]))
