@@ -87,6 +87,7 @@ def test_backends_have_the_same_files():
         "data_parallel",
         "further_split",
         "host_rows",
+        "mesh",
         "process_group",
         "zero_row",
     }
