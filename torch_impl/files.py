@@ -22,7 +22,7 @@ from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
 from torch_impl.zero_row import ModuleWithTable
 
-__all__ = ["TableInFiles"]
+__all__ = ["TableInFiles", "options_of"]
 
 
 class TableInFiles(ModuleWithTable):
@@ -165,9 +165,7 @@ class TableInFiles(ModuleWithTable):
             True
         """
         if isinstance(table, nn.Embedding):
-            if table.max_norm is not None or table.scale_grad_by_freq:
-                raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
-            options = {"padding_idx": table.padding_idx, "sparse": table.sparse, **options}
+            options = {**options_of(table), **options}
             table = table.weight
         if not isinstance(table, Tensor):
             raise TypeError(f"table must be an nn.Embedding or a tensor, got {type(table).__name__}")
@@ -275,6 +273,17 @@ class TableInFiles(ModuleWithTable):
     def _require_storage(self) -> None:
         if self.weight.is_meta:
             raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+
+
+def options_of(embedding: nn.Embedding) -> dict[str, Any]:
+    """The options of a layer that does what the ``nn.Embedding`` does.
+
+    Raises:
+        ValueError: it has ``max_norm`` or ``scale_grad_by_freq``, which the layer has not.
+    """
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
+    return {"padding_idx": embedding.padding_idx, "sparse": embedding.sparse}
 
 
 def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:

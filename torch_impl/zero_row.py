@@ -22,9 +22,9 @@ class ModuleWithTable(ModuleThatMoves):
     """A module with one parameter, ``weight``, that lies in a longer piece of memory where possible.
 
     ``weight`` is ``[n, e]``, in a storage of that size, or a DTensor whose rows here are. The module holds the longer
-    tensor beside it for as long as the parameter's memory is that tensor's; a table that was moved, replaced, copied or unpickled
-    has none, and is looked up under a mask. Forward over 8192 tokens of 1024 columns, 2 cores: bfloat16 1.4 ms with it,
-    2.2 ms under the mask; 2048 tokens in float32 0.19 and 0.33 ms.
+    tensor beside it for as long as the parameter's memory is that tensor's; a table that was moved, replaced, copied or
+    unpickled has none, and is looked up under a mask. Forward over 8192 tokens of 1024 columns, 2 cores: bfloat16 1.4 ms
+    with it, 2.2 ms under the mask; 2048 tokens in float32 0.19 and 0.33 ms.
     """
 
     weight: nn.Parameter
