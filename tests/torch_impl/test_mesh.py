@@ -118,6 +118,43 @@ def test_lookup_and_gradient(world, vocab_size, reduction):
     world(4)(check_lookup, 2, reduction, "auto", torch.float32, {})  # two ranks without a row
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_rows_without_padding_give_what_those_with_padding_give(rank):
+    part = VocabPartition(5, 4, "even")  # 2, 2, 1 and 0 rows
+    start, stop = part.owned_range(rank)
+    padded = torch.zeros(2, EMB)
+    padded[: stop - start] = table_of(5)[start:stop]
+    factors = torch.arange(float(IDS.numel())).view(*IDS.shape, 1)
+
+    def loss(rows):
+        return (partial_lookup(rows, IDS, part, rank, padding_idx=2).pow(3) * factors).sum()
+
+    def derivatives(rows):
+        first, second = torch.func.grad(loss), torch.func.grad(lambda rows: torch.func.grad(loss)(rows).sum())
+        batch = torch.stack([rows, 2 * rows])
+        return [
+            partial_lookup(rows, IDS, part, rank),
+            *(of(rows) for of in (first, second)),
+            *torch.func.vmap(first)(batch),
+        ]
+
+    output, *found = derivatives(padded[: stop - start])
+    expected_output, *expected = derivatives(padded)
+    assert torch.equal(output, expected_output)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other[: stop - start])
+
+
+def test_rows_of_another_rank_or_height_are_refused():
+    part = VocabPartition(5, 4, "even")
+    for rank, rows, rule in (
+        (0, 1, r"\[2, 4\], got"),
+        (2, 0, r"\[2, 4\] or \[1, 4\] without its padding, got \[0, 4\]"),
+    ):
+        with pytest.raises(ValueError, match="weight must hold the rank's own rows, " + rule):
+            partial_lookup(torch.zeros(rows, EMB), IDS, part, rank)
+
+
 def check_one_row_path():
     emb = layer_of(mesh_of(2), 7)
     before = emb._longer
