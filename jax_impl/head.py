@@ -277,7 +277,9 @@ def backward_products(
 
     zeros = jnp.zeros(chunks_KCE.shape, wide), jnp.zeros(weight.shape, dtype)
     start = jax.tree.map(lambda each: vary(each, *everything), zeros)
-    (hidden_KCE, weight_grad), _ = jax.lax.scan(add_block, start, jnp.asarray(block_edges(plan.partition)), reverse=True)
+    (hidden_KCE, weight_grad), _ = jax.lax.scan(
+        add_block, start, jnp.asarray(block_edges(plan.partition)), reverse=True
+    )
     hidden_grad = _join_tokens(hidden_KCE, whole.shape[:-1])
     if plan.split_dim is not None:
         hidden_grad = jax.lax.psum_scatter(hidden_grad, plan.axis_name, scatter_dimension=plan.split_dim, tiled=True)

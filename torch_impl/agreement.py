@@ -78,10 +78,11 @@ def _some_rows(weight: Tensor, config: EmbeddingConfig, rank: int) -> list[bytes
     """Hashes of 8 rows at the same places on every rank; None for rows that are padding or zero."""
     n, (start, stop) = config.partition.rows_per_rank, config.partition.owned_range(rank)
     places = sorted({place * (n - 1) // 7 for place in range(8)})
-    rows = weight.detach()[places].cpu()
-    owned = [place < stop - start and bool(row.any()) for place, row in zip(places, rows, strict=True)]
-    raw = rows.contiguous().view(torch.uint8).numpy()
-    return [sha256(row.tobytes()).digest() if own else None for own, row in zip(owned, raw, strict=True)]
+    owned = [place for place in places if place < stop - start]
+    rows = weight.detach()[owned].cpu().contiguous()
+    raw = rows.view(torch.uint8).numpy()
+    hashes = [sha256(each.tobytes()).digest() if row.any() else None for row, each in zip(rows, raw, strict=True)]
+    return hashes + [None] * (len(places) - len(owned))
 
 
 def _ranks_alike(rows: Sequence[list[bytes | None]]) -> tuple[int, int] | None:

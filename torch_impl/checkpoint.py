@@ -117,6 +117,8 @@ def local_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _rows_of_tables(value: Tensor, layer: TableInFiles, path: str) -> Tensor:
     if value.is_meta:
         raise ValueError(f"{path} must have storage to be saved or loaded: call to_empty(device=...) first")
+    if layer.device_mesh is not None and layer.table_rows == layer.vocab_size:  # a DTensor, which needs no more
+        return value
     if value.dim() and value.shape[0] == layer.weight.shape[0]:
         return TableRows(value, layer.partition, layer.rank)
     if value.numel() == 1:  # a count of steps
@@ -162,6 +164,8 @@ class TableRows(Tensor):
     def __init__(self, rows: Tensor, partition: VocabPartition, rank: int) -> None:
         start, stop = partition.owned_range(rank)
         part, first = rows_here(rows)
+        if len(rows) == partition.padded_vocab_size:  # a DTensor of all ranks' rows
+            first -= partition.start(rank)
         self.rank_rows, self.owned = rows.detach(), [start, stop, partition.vocab_size]
         self._start = min(start + first, stop)
         self._rows = part[: stop - self._start]

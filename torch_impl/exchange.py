@@ -23,7 +23,7 @@ from shared.ids import check_ids_valid
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
-from torch_impl.lookup import check_rows, eager_mode_only, gather, gradient_keys, sparse_gradient
+from torch_impl.lookup import eager_mode_only, gather, gradient_keys, row_keys, sparse_gradient
 from torch_impl.private_api import all_gather, reduce_scatter
 from torch_impl.process_group import find_group
 
@@ -52,7 +52,7 @@ def reduced_lookup(
     """Look ids up in a table that is split over a process group.
 
     Args:
-        weight: the rank's rows, ``[N, E]``.
+        weight: the rank's rows, ``[N, E]``; ``check_rows`` has seen them, or they have ``zero_padded``.
         ids: int64, any shape; the same on all ranks, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         group_name: the ranks.
@@ -65,8 +65,6 @@ def reduced_lookup(
     Raises:
         RuntimeError: a collective failed; the message names it.
     """
-    if zero_padded is None:
-        check_rows(weight, config.partition.rows_per_rank, config.emb_size)
     ids_here = ids.to(weight.device, copy=True)  # the caller may write over them before backward
     output = _ReducedLookup.apply(weight, ids_here, zero_padded, config.text, group_name, sparse)
     return output.to(ids.device)
@@ -79,11 +77,13 @@ class _ReducedLookup(torch.autograd.Function):
     def forward(
         weight: Tensor, ids: Tensor, zero_padded: Tensor | None, config: str, group_name: str, sparse: bool
     ) -> Tensor:
-        return torch.ops.pve.reduced_lookup(weight if zero_padded is None else zero_padded, ids, config, group_name)
+        table = weight if zero_padded is None else zero_padded
+        return torch.ops.pve.reduced_lookup(table, ids, weight.shape[0], config, group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _weight, ids, _zero_padded, ctx.config, ctx.group_name, ctx.sparse = inputs
+        weight, ids, _zero_padded, ctx.config, ctx.group_name, ctx.sparse = inputs
+        ctx.num_rows = weight.shape[0]
         ctx.save_for_backward(ids)
 
     @staticmethod
@@ -95,9 +95,9 @@ class _ReducedLookup(torch.autograd.Function):
             config = EmbeddingConfig.from_text(ctx.config)
             with eager_mode_only():
                 rows = _sums_of_own_rows(grad_outputs[0], ids, config, ctx.group_name)
-            grad = sparse_gradient(*rows, config.partition.rows_per_rank)
+            grad = sparse_gradient(*rows, ctx.num_rows)
         else:
-            grad = _ReducedScatterAdd.apply(grad_outputs[0], ids, ctx.config, ctx.group_name)
+            grad = _ReducedScatterAdd.apply(grad_outputs[0], ids, ctx.num_rows, ctx.config, ctx.group_name)
         return grad, None, None, None, None, None
 
 
@@ -105,12 +105,12 @@ class _ReducedScatterAdd(torch.autograd.Function):
     """From the gradient of the embedding to that of a rank's rows; its transpose is ``_ReducedLookup``."""
 
     @staticmethod
-    def forward(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
-        return torch.ops.pve.reduced_scatter_add(grad_output, ids, config, group_name)
+    def forward(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
+        return torch.ops.pve.reduced_scatter_add(grad_output, ids, num_rows, config, group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _grad_output, ids, ctx.config, ctx.group_name = inputs
+        _grad_output, ids, _num_rows, ctx.config, ctx.group_name = inputs
         ctx.save_for_backward(ids)
 
     @staticmethod
@@ -119,34 +119,36 @@ class _ReducedScatterAdd(torch.autograd.Function):
         config = replace(EmbeddingConfig.from_text(ctx.config), invalid_ids="zero")  # forward has checked them
         if config.padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
             ids = ids.masked_fill(ids == config.padding_idx, -1)
-        return _ReducedLookup.apply(grad_outputs[0], ids, None, config.text, ctx.group_name, False), None, None, None
+        grad = _ReducedLookup.apply(grad_outputs[0], ids, None, config.text, ctx.group_name, False)
+        return grad, None, None, None, None
 
 
 @torch.library.custom_op("pve::reduced_lookup", mutates_args=())
-def _reduced_lookup(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _reduced_lookup(table: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     known = EmbeddingConfig.from_text(config)
     group = find_group(group_name, None, known.world_size)
     routed = choose_exchange(known.exchange, table.device.type) == "routed"
     if known.reduction == "all_reduce" and ids.numel():
-        forward = _routed_all_reduce if routed else _dense_all_reduce
-        return forward(table, ids, known, group)
+        if routed:
+            return _routed_all_reduce(table, ids, known, group)
+        return _dense_all_reduce(table, ids, num_rows, known, group)
     shape = _output_shape(ids, known)
     ids_WC = _by_chunk(ids, known, group)
     if ids_WC.numel() == 0:
         return table.new_empty(*shape, table.shape[1])
-    reduce = _routed_reduce_scatter if routed else _dense_reduce_scatter
-    return reduce(table, ids_WC, shape, known, group)
+    if routed:
+        return _routed_reduce_scatter(table, ids_WC, shape, known, group)
+    return _dense_reduce_scatter(table, ids_WC, num_rows, shape, known, group)
 
 
 @_reduced_lookup.register_fake
-def _(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _(table: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     return table.new_empty(*_output_shape(ids, EmbeddingConfig.from_text(config)), table.shape[1])
 
 
 @torch.library.custom_op("pve::reduced_scatter_add", mutates_args=())
-def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     known = EmbeddingConfig.from_text(config)
-    n = known.partition.rows_per_rank
     if grad_output.device.type != "cpu" and choose_exchange(known.exchange, grad_output.device.type) == "dense":
         # All tokens in one sum, and the host need not wait for the number of rows.
         group = find_group(group_name, None, known.world_size)
@@ -154,14 +156,15 @@ def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, config: str, group_na
         if known.reduction != "all_reduce":
             ids_WC = _by_chunk(ids, known, group)
             ids_T, grad_TE = ids_WC.reshape(-1), _all_gather(grad_TE, ids_WC.shape[1], group)
-        return torch.ops.pve.scatter_add(grad_TE, _grad_keys(ids_T, known, group.rank()), n)
+        keys_T = gradient_keys(row_keys(ids_T, known, group.rank(), num_rows), ids_T, known, num_rows)
+        return torch.ops.pve.scatter_add(grad_TE, keys_T, num_rows)
     distinct, sums = _sums_of_own_rows(grad_output, ids, known, group_name)
-    return cpu.spread(distinct, sums, n)
+    return cpu.spread(distinct, sums, num_rows)
 
 
 @_reduced_scatter_add.register_fake
-def _(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
-    return grad_output.new_empty(EmbeddingConfig.from_text(config).partition.rows_per_rank, grad_output.shape[-1])
+def _(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
+    return grad_output.new_empty(num_rows, grad_output.shape[-1])
 
 
 def _output_shape(ids: Tensor, config: EmbeddingConfig) -> tuple[int, ...]:
@@ -203,9 +206,10 @@ def _gather_ids(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) 
     return ids_WC
 
 
-def _dense_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    keys = config.partition.keys(ids, group.rank())
-    partial = gather(table, keys, config.partition.rows_per_rank, cpu.gather)
+def _dense_all_reduce(
+    table: Tensor, ids: Tensor, num_rows: int, config: EmbeddingConfig, group: dist.ProcessGroup
+) -> Tensor:
+    partial = gather(table, row_keys(ids, config, group.rank(), num_rows), num_rows, cpu.gather)
     with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
         dist.all_reduce(_as_integers(partial), group=group)
     return partial
@@ -232,10 +236,15 @@ def _routed_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, grou
 
 
 def _dense_reduce_scatter(
-    table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
+    table: Tensor,
+    ids_WC: Tensor,
+    num_rows: int,
+    shape: tuple[int, ...],
+    config: EmbeddingConfig,
+    group: dist.ProcessGroup,
 ) -> Tensor:
-    keys_T = config.partition.keys(ids_WC.reshape(-1), group.rank())
-    partial_TE = gather(table, keys_T, config.partition.rows_per_rank, cpu.gather)
+    keys_T = row_keys(ids_WC.reshape(-1), config, group.rank(), num_rows)
+    partial_TE = gather(table, keys_T, num_rows, cpu.gather)
     output = table.new_empty(ids_WC.shape[1], table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
         reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
@@ -269,7 +278,8 @@ def _sums_of_own_rows(
     rank, n = group.rank(), config.partition.rows_per_rank
     grad = grad_output.reshape(-1, grad_output.shape[-1])
     if config.reduction == "all_reduce":
-        return cpu.sum_rows(grad, _grad_keys(ids.reshape(-1), config, rank), n)
+        ids_T = ids.reshape(-1)
+        return cpu.sum_rows(grad, gradient_keys(config.partition.keys(ids_T, rank), ids_T, config, n), n)
     ids_WC, wide = _by_chunk(ids, config, group), cpu.accumulation_dtype(grad.dtype)
     if ids_WC.numel() == 0:
         rows, sums = ids.reshape(-1), grad.to(wide)
@@ -290,10 +300,6 @@ def _sums_of_own_rows(
     if config.padding_idx is not None and config.partition.owns(config.padding_idx, rank):
         rows = rows.masked_fill(rows == config.padding_idx - config.partition.start(rank), n)
     return cpu.sum_rows(sums, rows, n, grad.dtype)
-
-
-def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
-    return gradient_keys(config.partition.keys(ids, rank), ids, config)
 
 
 def _all_gather(grad_CE: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

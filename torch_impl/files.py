@@ -17,11 +17,12 @@ from shared.tables.find_table import Paths, open_table
 from shared.tables.table_file import TableFile
 from shared.tables.table_writer import TableSpec, write_table
 from torch_impl.agreement import gather_objects
+from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
 from torch_impl.zero_row import ModuleWithTable
 
-__all__ = ["TableInFiles"]
+__all__ = ["TableInFiles", "options_of"]
 
 
 class TableInFiles(ModuleWithTable):
@@ -29,6 +30,8 @@ class TableInFiles(ModuleWithTable):
 
     config: EmbeddingConfig
     rank: int
+    table_rows: int
+    """Rows that all ranks have together: ``padded_vocab_size``, or ``vocab_size`` where DTensor cuts the table unevenly."""
     _group_name: str | None
 
     def mark_state_dicts(self) -> None:
@@ -42,6 +45,23 @@ class TableInFiles(ModuleWithTable):
         emb_size: int
         world_size: int
         padded_vocab_size: int
+
+    def allocate(self, dtype: torch.dtype, device: Any) -> None:
+        """Give the module an uninitialised ``weight``."""
+        bounds = self.partition.start(self.rank), self.partition.stop(self.rank)
+        start, stop = (min(bound, self.table_rows) for bound in bounds)
+        self.allocate_table(stop - start, self.emb_size, dtype, device, self.table_rows)
+
+    def own_rows(self, like_weight: Tensor | None = None) -> tuple[Tensor, int]:
+        """The rows of this process, which share the memory, and the number of its first among the rank's.
+
+        Args:
+            like_weight: a tensor that is split as the table is, such as its gradient; left out, the table.
+        """
+        rows, first = rows_here(self.weight if like_weight is None else like_weight)
+        if self.device_mesh is not None:
+            first -= min(self.partition.start(self.rank), self.table_rows)
+        return rows, first
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -104,9 +124,9 @@ class TableInFiles(ModuleWithTable):
             dtype = getattr(torch, table.dtype)
         sizes = table.vocab_size, table.emb_size, rank, world_size, process_group
         self = cls(*sizes, dtype=dtype, device="meta", **options)
-        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
+        self.allocate(dtype, device)
         if not self.weight.is_meta:
-            _fill_from_table(self.weight, table, self.partition, self.rank)
+            _fill_from_table(self.own_rows()[0], table, self.partition, self.rank)
         return self
 
     @classmethod
@@ -145,9 +165,7 @@ class TableInFiles(ModuleWithTable):
             True
         """
         if isinstance(table, nn.Embedding):
-            if table.max_norm is not None or table.scale_grad_by_freq:
-                raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
-            options = {"padding_idx": table.padding_idx, "sparse": table.sparse, **options}
+            options = {**options_of(table), **options}
             table = table.weight
         if not isinstance(table, Tensor):
             raise TypeError(f"table must be an nn.Embedding or a tensor, got {type(table).__name__}")
@@ -158,11 +176,11 @@ class TableInFiles(ModuleWithTable):
         dtype, device = dtype or table.dtype, device or table.device
         sizes = *table.shape, rank, world_size, process_group
         self = cls(*sizes, dtype=dtype, device="meta", **options)
-        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
+        self.allocate(dtype, device)
         start, stop = self.partition.owned_range(self.rank)
-        with torch.no_grad():
-            self.weight[: stop - start].copy_(table[start:stop])
-            self.weight[stop - start :].zero_()
+        rows, _ = self.own_rows()
+        rows[: stop - start].copy_(table[start:stop].detach())
+        rows[stop - start :].zero_()
         return self
 
     def save_table(
@@ -198,7 +216,7 @@ class TableInFiles(ModuleWithTable):
             True
         """
         self._require_storage()
-        if hasattr(self.weight, "placements"):
+        if len(getattr(self.weight, "placements", ())) > (self.device_mesh is not None):
             raise ValueError(
                 "the table must not be split further, as by fully_shard, to be saved: save it by sharded_state_dict() and "
                 "torch.distributed.checkpoint, or call unshard() on the module first"
@@ -209,7 +227,7 @@ class TableInFiles(ModuleWithTable):
             raise ValueError(
                 f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
             )
-        _write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
+        _write_table(self.own_rows()[0], self.partition, self.rank, process_group, path, tensor_name, force)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = None, metadata: Any = None
@@ -248,11 +266,24 @@ class TableInFiles(ModuleWithTable):
         self._require_storage()
         from torch_impl.checkpoint import TableRows  # which builds on this module
 
-        return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
+        whole = self.device_mesh is not None and self.table_rows == self.vocab_size
+        rows = self.weight.detach() if whole else TableRows(self.weight, self.partition, self.rank)
+        return {f"{prefix}weight": rows}
 
     def _require_storage(self) -> None:
         if self.weight.is_meta:
             raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+
+
+def options_of(embedding: nn.Embedding) -> dict[str, Any]:
+    """The options of a layer that does what the ``nn.Embedding`` does.
+
+    Raises:
+        ValueError: it has ``max_norm`` or ``scale_grad_by_freq``, which the layer has not.
+    """
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
+    return {"padding_idx": embedding.padding_idx, "sparse": embedding.sparse}
 
 
 def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:

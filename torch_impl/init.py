@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from shared.config import EmbeddingConfig
 from shared.global_normal import normal_rows
-from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows
 
 __all__ = ["fill_table"]
 
 
-def fill_table(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
+def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> None:
     """Fill a rank's rows with their first numbers, in place; padding rows and that of ``padding_idx`` become zero.
 
     Args:
-        weight: the rank's rows, ``[n, e]``, on any device that has storage.
+        rows: the rank's rows, ``[n, e]``, or a part of them, on any device that has storage.
+        first: the number of the first of them among the rank's.
         config: ``init="per_rank"`` draws by ``nn.init.normal_``, in the table's dtype on its device, from a generator seeded
             ``init_base_seed + rank``; ``"global"`` makes row i a function of the seed and i alone
             (``shared.global_normal``). A callable is asked for the rows; with None they are left as they are.
@@ -31,7 +31,6 @@ def fill_table(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
         ValueError: it did not return a row for each row number.
     """
     partition, seed, mean, std = config.partition, config.init_base_seed, config.init_mean, config.init_std
-    rows, first = rows_here(weight)
     start, stop = partition.owned_range(rank)
     begin = min(start + first, stop)
     owned = rows[: stop - begin]
@@ -41,10 +40,10 @@ def fill_table(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
             owned.copy_(_checked_rows(config.init(numbers), list(owned.shape)))
     elif config.init == "per_rank":
         generator = torch.Generator(rows.device).manual_seed(seed + rank)
-        if rows.shape == weight.shape:
+        if len(rows) == partition.rows_per_rank:
             nn.init.normal_(rows, mean, std, generator=generator)
         else:  # the same numbers, whatever part of them is here
-            whole = torch.empty(weight.shape, dtype=rows.dtype, device=rows.device)
+            whole = torch.empty(partition.rows_per_rank, rows.shape[1], dtype=rows.dtype, device=rows.device)
             rows.copy_(nn.init.normal_(whole, mean, std, generator=generator)[first : first + len(rows)])
     elif config.init == "global":
 

@@ -10,6 +10,8 @@ release that moves one fails loudly.
   a ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
 - ``Tensor._make_wrapper_subclass``: torch.distributed.checkpoint takes pieces of a tensor from a subclass of Tensor alone.
   Not needed once it takes any object that tells its pieces (pytorch/pytorch#189492, in review).
+- ``_StridedShard``: where ``fully_shard`` splits what another dimension of the mesh has split already, that is the name of
+  its placement. Not needed once it names the order of splits in public.
 - ``Module._apply``: the one method that ``to``, ``half`` and ``to_empty`` all pass through; ``nn.RNN`` overrides it for the
   same purpose. There is no public hook; none is proposed.
 - ``torch.fx.experimental.proxy_tensor.get_proxy_mode``: whether make_fx is writing a graph down, in which other memory than
@@ -40,6 +42,7 @@ __all__ = [
     "function_is_inlined",
     "group_of_name",
     "integers_cannot_be_viewed",
+    "is_split_last",
     "reduce_scatter",
     "tensor_without_storage",
     "who_waits_for_the_gradient",
@@ -85,6 +88,11 @@ def integers_cannot_be_viewed() -> bool:
 
 # aten::view.dtype has a batching rule from torch 2.13 on (pytorch/pytorch#180728).
 _NO_RULE_FOR_VIEWS = torch.__version__ < "2.13"
+
+
+def is_split_last(placement: Any) -> bool:
+    """Return True for a DTensor's placement whose dimension of the mesh splits what all others have split."""
+    return type(placement).__name__ == "_StridedShard"
 
 
 def tensor_without_storage(cls: type[Tensor], size: torch.Size, like: Tensor) -> Any:

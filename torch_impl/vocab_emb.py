@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,15 @@ from torch_impl.agreement import agreed_ids
 from torch_impl.data_parallel import active_data_parallel_problem, check_further_split
 from torch_impl.exchange import reduced_lookup
 from torch_impl.files import TableInFiles
-from torch_impl.further_split import rows_here
 from torch_impl.ids import checked_ids
 from torch_impl.init import fill_table
-from torch_impl.lookup import lookup
+from torch_impl.lookup import check_rows, lookup
+from torch_impl.mesh import local_rows, resolve_mesh
 from torch_impl.private_api import being_traced
 from torch_impl.process_group import resolve_group, resolve_rank
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["ParallelVocabEmbedding"]
 
@@ -48,10 +51,16 @@ class ParallelVocabEmbedding(TableInFiles):
         dtype: float16, bfloat16, float32 or float64. Left out: PyTorch's default dtype.
         device: where the table lives. Left out: PyTorch's default device. ``"meta"`` builds it without storage (then
             ``to_empty`` and ``reset_parameters``).
+        device_mesh: a one-dimensional ``DeviceMesh``, or one dimension of a larger one, ``mesh["tp"]``, in the place of
+            ``process_group``. ``weight`` is then a DTensor, ``Shard(0)`` over it, of all ranks' rows, so that
+            ``torch.nn.utils.clip_grad_norm_``, ``torch.distributed.checkpoint``, optimizers' states and ``fully_shard``
+            over another dimension of the mesh know what they hold. Lookups are those of the plain layer, on the rank's own
+            rows; in backward DTensor adds 0.2 ms of its own. ``vocab_size`` need not be divisible: the last ranks have
+            fewer rows, or none, as DTensor cuts a table.
         reduction: ``"none"``, each rank returns its own incomplete embedding ``Er``, without communication;
             ``"all_reduce"``, every rank returns the embedding ``E``; ``"reduce_scatter"``, each rank returns its
-            ``1 / world_size`` of ``E`` along the sequence. The last two need ``process_group`` where there are several
-            ranks, and the same ids on all of them.
+            ``1 / world_size`` of ``E`` along the sequence. The last two need ``process_group`` or ``device_mesh`` where
+            there are several ranks, and the same ids on all of them.
         exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
             distinct row straight from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators.
             Values and gradients are the same, to the last bit on a CPU.
@@ -82,7 +91,9 @@ class ParallelVocabEmbedding(TableInFiles):
             ``torch.autograd.grad`` finds no gradient. ``fully_shard`` works. Eager mode only. The host waits for the device.
 
     Attributes:
-        weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``.
+        weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``. With ``device_mesh`` a DTensor of
+            shape ``[vocab_size, emb_size]``, or ``[padded_vocab_size, emb_size]`` where that was given.
+        device_mesh: as given.
         config: the ``shared.EmbeddingConfig``: all options, each of them an attribute of the module too.
         partition: the ``shared.VocabPartition``: who owns what.
         rank: this rank.
@@ -91,7 +102,8 @@ class ParallelVocabEmbedding(TableInFiles):
         TypeError: an argument is of the wrong kind.
         ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size`` and not padded; ``rank``
             or ``world_size`` disagrees with ``process_group``; several ranks and neither ``rank`` nor a group; a reduction
-            needs a group and there is none.
+            needs a group and there is none; ``device_mesh`` has several dimensions, or comes with ``process_group``,
+            ``sparse`` or ``gradient_accumulation_fusion``.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -104,6 +116,12 @@ class ParallelVocabEmbedding(TableInFiles):
         >>> table = torch.cat([emb.weight for emb in ranks])
         >>> torch.equal(sum(partials), torch.nn.functional.embedding(ids, table))
         True
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        >>> ParallelVocabEmbedding(12, 4, device_mesh=mesh["tp"]).weight.placements
+        (Shard(dim=0),)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -119,6 +137,7 @@ class ParallelVocabEmbedding(TableInFiles):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         *,
+        device_mesh: DeviceMesh | None = None,
         reduction: str = "none",
         exchange: str = "auto",
         seq_dim: int = -1,
@@ -131,12 +150,16 @@ class ParallelVocabEmbedding(TableInFiles):
         gradient_accumulation_fusion: bool = False,
     ) -> None:
         super().__init__()
-        self.rank, size = resolve_rank(rank, world_size, process_group)
+        process_group = resolve_mesh(device_mesh, process_group)
+        source = "process_group" if device_mesh is None else "device_mesh"
+        self.rank, size = resolve_rank(rank, world_size, process_group, source)
+        self.device_mesh = device_mesh
+        unpadded = device_mesh is not None and padded_vocab_size is None
         self.config = EmbeddingConfig(
             vocab_size,
             emb_size,
             size,
-            padded_vocab_size,
+            "even" if unpadded else padded_vocab_size,
             reduction,
             exchange,
             seq_dim,
@@ -150,6 +173,10 @@ class ParallelVocabEmbedding(TableInFiles):
             init,
             checks_wanted(check),
         )
+        for name in ("sparse", "gradient_accumulation_fusion"):
+            if device_mesh is not None and getattr(self, name):
+                raise ValueError(f"{name} must be False with device_mesh: a DTensor's gradient is a dense DTensor")
+        self.table_rows = self.vocab_size if unpadded else self.padded_vocab_size
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise table_dtype_error(dtype)
@@ -157,8 +184,9 @@ class ParallelVocabEmbedding(TableInFiles):
         if check and size > 1 and process_group is None:
             raise ValueError("check=True compares the ranks of a process_group: pass it")
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
-        self.mark_state_dicts()
-        self.allocate_table(self.partition.rows_per_rank, self.config.emb_size, dtype, device)
+        if device_mesh is None:  # a DTensor says itself whose rows it has
+            self.mark_state_dicts()
+        self.allocate(dtype, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,7 +197,7 @@ class ParallelVocabEmbedding(TableInFiles):
         ``init=None`` the other rows stay as they are. A table on the meta device stays so.
         """
         if not self.weight.is_meta:
-            fill_table(self.weight, self.config, self.rank)
+            fill_table(*self.own_rows(), self.config, self.rank)
 
     def zero_padding_grad(self) -> None:
         """Set the gradient of padding rows to zero, in place.
@@ -191,7 +219,7 @@ class ParallelVocabEmbedding(TableInFiles):
         start, stop = self.partition.owned_range(self.rank)
         for grad in (self.weight.grad, getattr(self.weight, "main_grad", None)):
             if grad is not None and not grad.is_sparse:  # a sparse one has rows that were looked up, and no others
-                rows, first = rows_here(grad)
+                rows, first = self.own_rows(grad)
                 rows[max(stop - start - first, 0) :].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -221,6 +249,8 @@ class ParallelVocabEmbedding(TableInFiles):
         weight: Tensor = self.weight
         if config.world_size > 1 and (problem := active_data_parallel_problem()) is not None:
             raise ValueError(problem)
+        if self.device_mesh is not None:
+            weight = local_rows(weight)
         if config.check and self._group_name is not None:
             ids = agreed_ids(ids, weight, config, self._group_name)
         ids = checked_ids(ids, config)
@@ -230,7 +260,9 @@ class ParallelVocabEmbedding(TableInFiles):
             # Ranks share a graph that takes the rank as data. The mask is fused; other memory would not follow the weight.
             rank = self._rank_tensor
         else:
-            zero_padded = self.zero_padded()
+            zero_padded = self.zero_padded(weight)
+        if zero_padded is None:
+            check_rows(weight, config, rank)
         sparse = config.sparse
         if config.gradient_accumulation_fusion and weight.requires_grad and torch.is_grad_enabled():
             sparse, weight = True, accumulate_in_place(weight)
@@ -262,7 +294,7 @@ class ParallelVocabEmbedding(TableInFiles):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and hasattr(value, "device_mesh") and self.world_size > 1:
+        if name == "weight" and hasattr(value, "device_mesh") and self.device_mesh is None and self.world_size > 1:
             check_further_split(value, self)
         super().__setattr__(name, value)
 

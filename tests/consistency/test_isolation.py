@@ -88,6 +88,7 @@ def test_backends_have_the_same_files():
         "further_split",
         "host_rows",
         "lm_head",
+        "mesh",
         "process_group",
         "zero_row",
     }

@@ -31,6 +31,7 @@ def test_the_signature_is_the_promised_one():
         "init_base_seed": 42,
         "dtype": None,
         "device": None,
+        "device_mesh": None,
         "reduction": "none",
         "exchange": "auto",
         "invalid_ids": "zero",
