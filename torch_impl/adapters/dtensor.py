@@ -99,7 +99,7 @@ class VocabParallel(ParallelStyle):
         return f"VocabParallel({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
 
-class _VocabParallelEmbedding(ParallelVocabEmbedding, nn.Embedding):
+class _VocabParallelEmbedding(ParallelVocabEmbedding, nn.Embedding):  # type: ignore[override]
     """The layer under the name of ``nn.Embedding``."""
 
     weight: nn.Parameter
