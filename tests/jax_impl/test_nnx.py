@@ -47,8 +47,14 @@ def table_of(model):
     return np.asarray(model.embed.embedding[...])[:10]
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (jnp.bfloat16, jnp.float32),
+        pytest.param(None, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(None, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_table_and_result_are_flaxs_own(mesh_of, dtype, param_dtype):
     mesh, options = mesh_of((4,)), {"dtype": dtype, "param_dtype": param_dtype}
     theirs = nnx.Embed(10, 4, rngs=nnx.Rngs(0), **options)
@@ -101,7 +107,10 @@ def test_the_table_is_trained_as_flaxs_own_is(mesh_of):
     assert moments.sharding.is_equivalent_to(NamedSharding(mesh, P("tp", None)), 2)
 
 
-@pytest.mark.parametrize(("world_size", "padded"), [(2, 12), (1, None), (3, 30), (8, "even")])
+@pytest.mark.parametrize(
+    ("world_size", "padded"),
+    [(8, "even")] + [pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 12), (1, None), (3, 30))],
+)
 def test_a_training_state_is_restored_onto_another_mesh(tmp_path, world_size, padded):
     model = sharded(4)
     optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
@@ -124,6 +133,7 @@ def test_a_training_state_is_restored_onto_another_mesh(tmp_path, world_size, pa
     assert not np.asarray(restored.embed.embedding[...])[10:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [None, "even"])
 def test_attend(kind, padded):
     mesh = make_mesh(kind, (2,) if padded is None else (4,))
