@@ -17,7 +17,13 @@ from shared.global_normal import normal_rows
 __all__ = ["draw_table", "zero_rows"]
 
 
-def draw_table(config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]) -> jax.Array:
+def draw_table(
+    config: EmbeddingConfig,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    dtype: np.dtype[Any],
+    key: jax.Array | None = None,
+) -> jax.Array:
     """Make a table's first numbers; padding rows and that of ``padding_idx`` are zero.
 
     Args:
@@ -26,6 +32,7 @@ def draw_table(config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: st
             own devices. A callable is traced and asked for the rows of each device; None makes zeros.
         mesh, axis_name: where the table lies.
         dtype: of the table.
+        key: what ``"per_rank"`` draws from in the place of the seed: rank r's rows from ``jax.random.fold_in(key, r)``.
 
     Returns:
         ``[padded_vocab_size, emb_size]``, its rows split over ``axis_name``.
@@ -38,7 +45,10 @@ def draw_table(config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: st
     elif config.init == "global":
         rows = _draw_globally(config, mesh, axis_name, dtype)
     else:
-        keys = [jax.random.key(config.init_base_seed + rank) for rank in range(config.world_size)]
+        if key is None:
+            keys = [jax.random.key(config.init_base_seed + rank) for rank in range(config.world_size)]
+        else:
+            keys = [jax.random.fold_in(key, rank) for rank in range(config.world_size)]
         rows = _draw_on_each_rank(jnp.stack(keys), config, mesh, axis_name, dtype)
         # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
         rows = config.init_std * rows

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shared.config import EmbeddingConfig
@@ -15,7 +16,9 @@ __all__ = [
     "axes_of",
     "check_own_ids",
     "check_sequence",
+    "describe_mesh",
     "explicit_axes",
+    "find_mesh",
     "first_row",
     "free_axes",
     "known_split",
@@ -48,6 +51,31 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be an axis of the mesh, one of {tuple(mesh.axis_names)}, got {axis_name!r}")
     return mesh
+
+
+def describe_mesh(mesh: Mesh) -> tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]:
+    """A mesh as plain values, of which ``find_mesh`` makes it again in another process."""
+    ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)
+    return mesh.devices.flat[0].platform, ids, mesh.axis_names, mesh.axis_types
+
+
+def find_mesh(described: tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]) -> Mesh:
+    """Make a mesh of this process's devices from ``describe_mesh``'s result.
+
+    Raises:
+        ValueError: this process lacks one of the devices.
+    """
+    platform, ids, names, types = described
+    try:
+        devices = {device.id: device for device in jax.local_devices(backend=platform)}
+    except RuntimeError:  # no such backend
+        devices = {}
+    if missing := sorted(set(ids.ravel().tolist()) - set(devices)):
+        raise ValueError(
+            f"this process must have the {ids.size} {platform} devices that the layer was pickled on, and lacks those "
+            f"with ids {missing}: between machines, use emb.save_table and ParallelVocabEmbedding.from_table, or Orbax"
+        )
+    return Mesh(np.vectorize(devices.get, otypes=[object])(ids), names, axis_types=types)
 
 
 def first_row(index: Any) -> int:

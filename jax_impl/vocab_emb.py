@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,9 @@ from jax_impl.placement import (
     axes_of,
     check_own_ids,
     check_sequence,
+    describe_mesh,
     explicit_axes,
+    find_mesh,
     free_axes,
     known_split,
     lay_out,
@@ -103,6 +106,8 @@ class ParallelVocabEmbedding:
         check: where there are several processes, have them compare what they are about to compute, and raise in all of
             them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
             The environment variable ``PVE_CHECK=1`` does the same.
+        key: a JAX random key in the place of ``init_base_seed``, as Equinox modules take it: rank r's rows are drawn from
+            ``jax.random.fold_in(key, r)``.
 
     Attributes:
         weight: ``jax.Array`` of shape ``[padded_vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
@@ -156,6 +161,7 @@ class ParallelVocabEmbedding:
         init: Callable[[jax.Array], Any] | str | None = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
+        key: jax.Array | None = None,
     ) -> None:
         self.mesh = resolve_mesh(mesh, axis_name)
         self.axis_name = axis_name
@@ -176,9 +182,54 @@ class ParallelVocabEmbedding:
             check=checks_wanted(check),
         )
         check_size_for_int32(self.config.partition)
-        rows = draw_table(self.config, self.mesh, axis_name, _table_dtype(dtype))
+        if key is not None and (init != "per_rank" or init_base_seed != EmbeddingConfig.init_base_seed):
+            raise ValueError(
+                f"key takes the place of init_base_seed and goes with init='per_rank' only, got "
+                f"init_base_seed={init_base_seed!r} and init={init!r}: leave these two out, or key"
+            )
+        rows = draw_table(self.config, self.mesh, axis_name, _table_dtype(dtype), key)
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
+
+    @classmethod
+    def abstract(
+        cls,
+        vocab_size: int,
+        emb_size: int,
+        mesh: Mesh | AbstractMesh | None = None,
+        axis_name: str = "tp",
+        *arguments: Any,
+        **options: Any,
+    ) -> Self:
+        """Build a layer without a table: its shape, dtype and sharding only.
+
+        Nothing is allocated or drawn. Orbax restores a checkpoint into it, ``jax.jit(...).lower`` compiles for it, and
+        ``with_weight`` makes a layer of it.
+
+        Args:
+            vocab_size, emb_size, mesh, axis_name: as for the class.
+            *arguments, **options: what else the class takes.
+
+        Returns:
+            The layer, with a ``jax.ShapeDtypeStruct`` for ``weight``.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+            >>> emb = ParallelVocabEmbedding.abstract(2**20 * mesh.size, 8192, mesh, dtype=jnp.bfloat16)
+            >>> emb.weight.sharding == jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp", None))
+            True
+            >>> program = jax.jit(lambda emb, ids: emb(ids)).lower(emb, jax.ShapeDtypeStruct((4, 128), jnp.int32))
+        """
+        mesh = resolve_mesh(mesh, axis_name)
+        empty = jax.eval_shape(lambda: cls(vocab_size, emb_size, mesh, axis_name, *arguments, **options))
+        weight = jax.ShapeDtypeStruct(empty.weight.shape, empty.weight.dtype, sharding=empty._sharding)
+        return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     @classmethod
     def from_table(
@@ -231,9 +282,8 @@ class ParallelVocabEmbedding:
         mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
         if not isinstance(mesh, Mesh):
             raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
-        dtype = _table_dtype(dtype)
-        empty = jax.eval_shape(lambda: cls(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options))
-        weight = array_from_table(table, empty.config.partition, empty._sharding, dtype)
+        empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
+        weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     @classmethod
@@ -263,9 +313,7 @@ class ParallelVocabEmbedding:
             raise TypeError(f"table must be a JAX or NumPy array, got {type(table).__name__}")
         if table.ndim != 2:
             raise ValueError(f"table must be [v, e], got {list(table.shape)}")
-        mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
-        vocab_size, emb_size = table.shape
-        empty = jax.eval_shape(lambda: cls(vocab_size, emb_size, mesh, axis_name, dtype=table.dtype, **options))
+        empty = cls.abstract(*table.shape, mesh, axis_name, dtype=table.dtype, **options)
         if rows := empty.config.partition.padding_rows:
             table = (np if isinstance(table, np.ndarray) else jnp).pad(table, ((0, rows), (0, 0)))
         return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
@@ -310,6 +358,23 @@ class ParallelVocabEmbedding:
         (self.weight,) = leaves
         return self
 
+    def __copy__(self) -> Self:
+        return jax.tree.map(lambda leaf: leaf, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle takes a layer apart: it cannot pickle devices, and a pickled ``jax.Array`` forgets its sharding."""
+        held = isinstance(self.weight, jax.Array) and not isinstance(self.weight, jax.core.Tracer)
+        if not held or not self.weight.is_fully_addressable or not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                "only a layer with a table on a mesh of this process's devices can be pickled: keep others with Orbax "
+                "(see jax_impl.restore_args) or emb.save_table(path)"
+            )
+        mesh = describe_mesh(self.mesh)
+        return _unpickle, (type(self), self.config, mesh, self.axis_name, np.asarray(self.weight))
+
     @property
     def _sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
@@ -352,12 +417,13 @@ class ParallelVocabEmbedding:
         rows = zero_rows(grads.weight, replace(self.config, padding_idx=None), self.mesh, self.axis_name)
         return jax.tree.unflatten(jax.tree.structure(grads), [rows])
 
-    def __call__(self, ids: Any) -> jax.Array:
+    def __call__(self, ids: Any, *, key: Any = None) -> jax.Array:
         """Look ids up.
 
         Args:
             ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank of ``axis_name``
                 needs all of them; over further mesh axes they may be split.
+            key: ignored. Equinox's containers pass a random key to every layer.
 
         Returns:
             In the table's dtype, split over further axes as the ids are: with ``reduction="none"``
@@ -371,10 +437,16 @@ class ParallelVocabEmbedding:
             TypeError: ids are not an array of integers.
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
-            ValueError: called inside a shard_map that is manual over ``axis_name``; with ``"reduce_scatter"``, the
-                sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
+            ValueError: called inside a shard_map that is manual over ``axis_name``; the table is of another shape, or it
+                or the ids lie on other devices than the mesh; with ``"reduce_scatter"``, the sequence is not divisible by
+                ``world_size``; with ``check``, the processes disagree.
         """
         config = self.config
+        if self.weight.shape != (config.padded_vocab_size, config.emb_size):
+            raise ValueError(
+                f"weight must be [{config.padded_vocab_size}, {config.emb_size}], got {list(self.weight.shape)}: "
+                f"emb.with_weight(table) checks a table before it takes it"
+            )
         if config.check and jax.process_count() > 1:
             facts = {**config.agreement(), "dtype": self.weight.dtype, "axis_name": self.axis_name}
             check_agreement(ids, {**facts, "mesh": dict(self.mesh.shape)})
@@ -388,7 +460,16 @@ class ParallelVocabEmbedding:
             check_own_ids(ids.shape, self.axis_name, split, self.mesh)
         if ids.size == 0 and not any(isinstance(each, jax.core.Tracer) for each in (ids, self.weight)):
             return self._empty(ids.shape)
-        return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
+        try:
+            return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
+        except ValueError as error:
+            if "incompatible devices" not in str(error):  # JAX has no class of its own for it
+                raise
+            raise ValueError(
+                f"weight and ids must lie on the devices of the layer's mesh, {dict(self.mesh.shape)}: "
+                f"emb.with_weight(table) lays a table out over it, jax.device_put(ids, NamedSharding(emb.mesh, "
+                f"PartitionSpec())) ids. JAX says: {error}"
+            ) from error
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
         """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
@@ -414,6 +495,13 @@ class ParallelVocabEmbedding:
 
 for _name in ("partition", *OPTIONS):
     setattr(ParallelVocabEmbedding, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
+
+
+def _unpickle(
+    cls: type[ParallelVocabEmbedding], config: EmbeddingConfig, mesh: Any, axis_name: str, weight: np.ndarray
+) -> ParallelVocabEmbedding:
+    static = _Static(config, find_mesh(mesh), axis_name)
+    return cls.tree_unflatten(static, (weight,)).with_weight(weight)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
