@@ -18,7 +18,7 @@ __all__ = ["array_from_dlpack", "from_dlpack"]
 
 
 _ALIGNMENT = 64
-"""Bytes to which memory must be aligned for JAX on a CPU to share it (jaxlib 0.10.2)."""
+"""Bytes to which memory must be aligned for JAX on a CPU to share it (jax 0.10.2)."""
 
 
 def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
