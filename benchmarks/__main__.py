@@ -265,7 +265,7 @@ def main() -> int:
         _write(options.output, "exchange", "The exchanges", rounds, facts, lines, stored)
         written += ["exchange.json", "exchange.md"]
         if draw_exchange(
-            [(f"{name}: {case}", found) for name, case, found in exchange], options.output / "exchange.png", title
+            [(f"{name}, {case}", found) for name, case, found in exchange], options.output / "exchange.png", title
         ):
             written.append("exchange.png")
     if not any(name.endswith(".png") for name in written):

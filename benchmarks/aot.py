@@ -36,7 +36,6 @@ __all__ = [
     "CASES",
     "AotCase",
     "Verdict",
-    "abstract_layer",
     "float32_scatter",
     "forward_and_gradient",
     "is_available",
@@ -158,12 +157,6 @@ def mesh_of(
     return Mesh(devices, names, axis_types=(kind,) * len(names))
 
 
-def abstract_layer(mesh: Mesh, vocab_size: int, emb_size: int, **options: Any) -> ParallelVocabEmbedding:
-    """A layer whose table has a shape and a place, but no numbers."""
-    emb = jax.eval_shape(lambda: ParallelVocabEmbedding(vocab_size, emb_size, mesh, **options))
-    return jax.tree.map(lambda rows: _abstract(mesh, rows.shape, rows.dtype, P(emb.axis_name, None)), emb)
-
-
 def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -188,7 +181,7 @@ def judge(function: Any, *arguments: Any) -> Verdict:
 
 def ours(case: AotCase, mesh: Mesh, **options: Any) -> Lookup:
     """This layer as a function of its table and ids."""
-    emb = abstract_layer(mesh, case.vocab_size, case.emb_size, dtype=case.dtype, **options)
+    emb = ParallelVocabEmbedding.abstract(case.vocab_size, case.emb_size, mesh, dtype=case.dtype, **options)
     return lambda weight, ids: jax.tree.map(lambda _: weight, emb)(ids)
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: put what was measured, as it is in ``benchmarks/results``, into the README's tables."""
+"""``python -m benchmarks.readme``: put what is in ``benchmarks/results`` into README, docs and figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.local import Result
+from benchmarks.machine import describe
+from benchmarks.plots import draw_exchange, draw_local
 
-__all__ = ["main", "tables", "with_tables"]
+__all__ = ["PAGES", "main", "tables", "with_tables"]
 
 _ROOT = Path(__file__).parents[1]
+
+PAGES = [_ROOT / "README.md", _ROOT / "docs" / "performance.md"]
+"""The pages with tables."""
 _NAMES = {
     "ours": "**this layer**",
     "ours, auto": "**this layer**",
@@ -63,7 +69,7 @@ def _side_by_side(
 
 
 def tables() -> dict[str, str]:
-    """By the name that the README has them under."""
+    """By the name of their mark."""
     local, exchange = _results("local"), _results("exchange")
     both = ("forward", "forward_backward")
     headers = [f"{dtype}, {ids} ids" for ids, dtype in _LARGE]
@@ -87,7 +93,19 @@ def tables() -> dict[str, str]:
             of_exchange += [
                 [*row, "" if count is None else f"{count / 1e6:.1f}"] for row, count in zip(rows, sent, strict=True)
             ]
+    best = [_found(exchange, "torch", Case(reduction, 4, "zipf")) for reduction in ("reduce_scatter", "all_reduce")]
+    three = [
+        [f"one rank's lookup of 8, {dtype}", torch[number]["ours"], torch[number]["Megatron's form"], None]
+        for number, dtype in ((3, "bfloat16"),)
+    ] + [
+        [f"{reduction} over 4 ranks, float32", found["ours, auto"], found["Megatron-core"], found["DTensor"]]
+        for reduction, found in zip(("reduce_scatter", "all_reduce"), best, strict=True)
+    ]
     return {
+        "three": _table(
+            ["forward + backward, Zipf ids", "this layer", "Megatron-core", "DTensor"],
+            [[name, *("" if f is None else _ms(f["forward_backward"]) for f in found)] for name, *found in three],
+        ),
         "torch": _table(["", *headers], _side_by_side(torch, ("zeros",), "a clone; allocating both", both)),
         "jax": _table(["", *headers[:3]], _side_by_side(jax, ("one-hot matmul",), "a gather without a mask", both)),
         "few": _table(["tokens", *map(str, _TOKENS)], in_us),
@@ -100,21 +118,31 @@ def tables() -> dict[str, str]:
 
 
 def with_tables(text: str) -> str:
-    """The README with each table where its mark is."""
-    for name, table in tables().items():
+    """The page with each table where its mark is."""
+    known = tables()
+    for name in re.findall(r"<!-- measured: (\w+) -->", text):
         mark = f"<!-- measured: {name} -->\n\n"
         pattern = re.compile(re.escape(mark) + r"(?:\|[^\n]*\n)*\n*")
-        if not pattern.search(text):
-            raise ValueError(f"README.md has no mark {mark.strip()}")
-        text = pattern.sub(lambda _, new=f"{mark}{table}\n\n": new, text)  # type: ignore[misc]
+        text = pattern.sub(lambda _, new=f"{mark}{known[name]}\n\n": new, text)  # type: ignore[misc]
     return text
 
 
 def main() -> int:
-    """Write the README anew."""
-    readme = _ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    """Write the pages and the figures anew."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
+    draw(_ROOT / "benchmarks" / "results")
     return 0
+
+
+def draw(folder: Path) -> None:
+    """Draw the figures of the results in a folder."""
+    stored = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("local", "exchange")}
+    title = {name: describe({k: v for k, v in each.items() if k != "results"}) for name, each in stored.items()}
+    local = [Result(r["framework"], Case(**r["case"]), r["found"]) for r in stored["local"]["results"]]
+    exchange = [(f"{r['framework']}, {Case(**r['case'])}", r["found"]) for r in stored["exchange"]["results"]]
+    draw_local(local, folder / "local.png", title["local"].partition(". ")[0])
+    draw_exchange(exchange, folder / "exchange.png", title["exchange"].partition(". ")[0])
 
 
 if __name__ == "__main__":

@@ -61,26 +61,26 @@ def _pve(*arguments: str) -> int:
 
 
 def convert(folder: Path, gigabytes: float, rounds: int, step: Callable[[], None] = lambda: None) -> dict[str, object]:
-    """Seconds of each command on a table in bfloat16, as a set of 8 shards, and the peak memory of any of them."""
+    """Seconds of each command on a table in bfloat16, as 8 parts, and the peak memory of any of them."""
     rows = int(gigabytes * 2**30) // (2 * _EMB_SIZE)
-    source, shards, result = folder / "table.safetensors", folder / "shards", folder / "result"
+    source, parts, result = folder / "table.safetensors", folder / "parts", folder / "result"
     block = np.random.default_rng(0).integers(0, 2**16, 16 << 20, np.uint16).tobytes()
     with open(source, "wb") as file:
         file.write(header_bytes("embed_tokens.weight", "bfloat16", (rows, _EMB_SIZE), {}))
         left = rows * _EMB_SIZE * 2
         while left:
             left -= file.write(block[:left])
-    _pve("shard", str(source), "-o", str(shards), "--world-size", "8", "--padded-vocab-size", "even")
+    padding = "--padded-vocab-size", "even"
+    _pve("convert", str(source), str(parts), "--world-size", "8", *padding)
     source.unlink()
+    from_parts = "convert", str(parts), "--vocab-size", str(rows)
     commands: dict[str, Callable[[], Any]] = {
-        "cp -r": lambda: subprocess.run(["cp", "-r", str(shards), str(result)], check=True),
+        "cp -r": lambda: subprocess.run(["cp", "-r", str(parts), str(result)], check=True),
         "cp -r, then sync": lambda: subprocess.run(
-            ["bash", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(shards), str(result)], check=True
+            ["bash", "-c", 'cp -r "$0" "$1" && sync "$1"/*/*', str(parts), str(result)], check=True
         ),
-        "pve reshard, 8 to 6": lambda: _pve(
-            "reshard", str(shards), "-o", str(result), "--world-size", "6", "--padded-vocab-size", "even"
-        ),
-        "pve merge": lambda: _pve("merge", str(shards), "-o", f"{result}.safetensors"),
+        "pve convert, 8 parts to 6": lambda: _pve(*from_parts, str(result), "--world-size", "6", *padding),
+        "pve convert, 8 parts to a file": lambda: _pve(*from_parts, f"{result}.safetensors"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     order, peak = random.Random(0), 0

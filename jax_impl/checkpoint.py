@@ -1,4 +1,4 @@
-"""A sharded table as Orbax restores it: onto another mesh, with other padding."""
+"""Training states as Orbax restores them: onto another mesh, with other padding."""
 
 from __future__ import annotations
 
@@ -7,40 +7,48 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_impl.vocab_emb import ParallelVocabEmbedding
+
 __all__ = ["restore_args"]
 
 
-def restore_args(emb: Any) -> Any:
-    """How Orbax is to restore a layer that was saved from any mesh with any padding: ``restore_args`` of PyTreeRestore.
+def restore_args(tree: Any) -> Any:
+    """Find how Orbax must restore a training state that was saved from any mesh with any padding.
 
-    A layer is a pytree, which Orbax saves as it is, and restores onto any mesh whose padded size is the same. With these
-    arguments the size may be another: rows of padding, which are zero, are left out or added.
+    The result is ``restore_args`` of ``orbax.checkpoint.args.PyTreeRestore``. Rows of padding, which are zero, are left
+    out or added, in the table and in an optimizer's moments of it. Orbax cuts and extends arrays without an error: the
+    vocabulary and the columns must be those that were saved.
 
     Args:
-        emb: the layer to restore into; of its weight, only shape and dtype are used: ``jax.eval_shape`` of one will do.
+        tree: what to restore into: a layer, or any pytree with layers in it, such as a model with its optimizer's state.
+            Layers in that state hold moments in the place of the table. Of arrays, only shape, dtype and sharding are
+            used: ``ParallelVocabEmbedding.abstract`` and ``jax.eval_shape`` of an optimizer's ``init`` will do. The
+            tables of ``jax_impl.adapters.nnx.Embed`` in a ``flax.nnx.State`` count as layers.
 
     Returns:
-        A pytree like ``emb``, with ``orbax.checkpoint.ArrayRestoreArgs`` for its leaf.
+        A pytree like ``tree`` with ``orbax.checkpoint.RestoreArgs`` for its leaves. An array without a
+        ``NamedSharding``, such as a step count, is replicated over the mesh of the first layer.
 
     Raises:
         ImportError: orbax-checkpoint is not installed.
+        ValueError: there is no layer in ``tree``.
 
     Source: Orbax, ``ArrayRestoreArgs(strict=False)``.
 
     Example:
-        >>> import tempfile, jax, numpy as np, orbax.checkpoint as ocp
+        >>> import tempfile, jax, numpy as np, optax, orbax.checkpoint as ocp
         >>> from jax_impl import ParallelVocabEmbedding, restore_args
-        >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+        >>> mesh, optimizer = jax.make_mesh((jax.device_count(),), ("tp",)), optax.adam(0.1)
         >>> emb = ParallelVocabEmbedding(10, 4, mesh, padded_vocab_size="even")
         >>> path = tempfile.mkdtemp() + "/checkpoint"
         >>> with ocp.StandardCheckpointer() as checkpointer:
-        ...     checkpointer.save(path, {"emb": emb})
+        ...     checkpointer.save(path, {"emb": emb, "moments": optimizer.init(emb)})
         >>> wider = 5 * emb.padded_vocab_size
-        >>> target = {"emb": jax.eval_shape(lambda: ParallelVocabEmbedding(10, 4, mesh, padded_vocab_size=wider))}
+        >>> target = ParallelVocabEmbedding.abstract(10, 4, mesh, padded_vocab_size=wider)
+        >>> target = {"emb": target, "moments": jax.eval_shape(optimizer.init, target)}
         >>> with ocp.PyTreeCheckpointer() as checkpointer:
-        ...     how = ocp.args.PyTreeRestore(target, {"emb": restore_args(target["emb"])})
-        ...     restored = checkpointer.restore(path, how)["emb"]
-        >>> table, first = np.asarray(restored.weight), np.asarray(emb.weight)
+        ...     restored = checkpointer.restore(path, ocp.args.PyTreeRestore(target, restore_args(target)))
+        >>> table, first = np.asarray(restored["emb"].weight), np.asarray(emb.weight)
         >>> len(table) == wider, bool((table[:10] == first[:10]).all()), bool(table[10:].any())
         (True, True, False)
     """
@@ -48,10 +56,40 @@ def restore_args(emb: Any) -> Any:
         import orbax.checkpoint as ocp  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("restore_args needs Orbax: pip install orbax-checkpoint") from error
-    sharding = NamedSharding(emb.mesh, PartitionSpec(emb.axis_name, None))
-    return jax.tree.map(
-        lambda weight: ocp.ArrayRestoreArgs(
-            sharding=sharding, global_shape=weight.shape, dtype=weight.dtype, strict=False
-        ),
-        emb,
-    )
+    layers = [layer for node in jax.tree.leaves(tree, is_leaf=_is_layer) if (layer := _layer_of(node)) is not None]
+    if not layers:
+        raise ValueError("tree must hold a ParallelVocabEmbedding, got none: Orbax restores other trees as they are")
+
+    def args_of(leaf: Any, sharding: Any = None, strict: bool = True) -> Any:
+        if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and sharding is None:
+            # A layout on one device would tie the array to it: then no jit takes it together with the table.
+            named = isinstance(leaf.sharding, NamedSharding)
+            sharding = leaf.sharding if named else NamedSharding(layers[0].mesh, PartitionSpec())
+        return ocp.checkpoint_utils.construct_restore_args(leaf, sharding, strict=strict)
+
+    def args_of_node(node: Any) -> Any:
+        layer = _layer_of(node)
+        if layer is None:
+            return args_of(node)
+
+        def of_table(leaf: Any) -> Any:
+            # Factored moments have other shapes than the table.
+            has_rows = leaf.shape[:1] == (layer.config.padded_vocab_size,)
+            spec = PartitionSpec(layer.axis_name, *[None] * (leaf.ndim - 1)) if has_rows else PartitionSpec()
+            return args_of(leaf, NamedSharding(layer.mesh, spec), strict=False)
+
+        return jax.tree.map(of_table, node)
+
+    return jax.tree.map(args_of_node, tree, is_leaf=_is_layer)
+
+
+def _layer_of(node: Any) -> ParallelVocabEmbedding | None:
+    """The layer that a node of a tree is; for a table in a state of Flax NNX, a layer like it, without the table."""
+    if isinstance(node, ParallelVocabEmbedding):
+        return node
+    layout = node.get_metadata().get("vocab_layout") if hasattr(node, "get_metadata") else None
+    return None if layout is None else jax.tree.unflatten(layout, [None])
+
+
+def _is_layer(node: Any) -> bool:
+    return _layer_of(node) is not None

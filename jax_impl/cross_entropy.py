@@ -109,7 +109,7 @@ def parallel_cross_entropy(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_cross_entropy
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> partition = VocabPartition(vocab_size=3, world_size=1)
         >>> def loss(logits, targets):
         ...     return parallel_cross_entropy(logits, targets, partition, "tp")
@@ -188,11 +188,12 @@ def linear_cross_entropy(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import linear_cross_entropy
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> loss = functools.partial(linear_cross_entropy, partition=VocabPartition(2, 1), returns=("count",))
         >>> loss = jax.jit(jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("tp", None), P()), out_specs=P()))
-        >>> loss(jnp.eye(2), jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([1, -100]))
-        (Array(0.3132617, dtype=float32), Array(1, dtype=int32))
+        >>> mean, count = loss(jnp.eye(2), jnp.array([[1.0, 0.0], [2.0, 0.0]]), jnp.array([1, -100]))
+        >>> round(float(mean), 4), int(count)
+        (0.3133, 1)
     """
     options = LossOptions(
         ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, tuple(returns)
@@ -210,8 +211,17 @@ def _known_targets(targets: Any, options: LossOptions, partition: VocabPartition
     return known
 
 
-def loss_of(statistics: jax.Array, targets: jax.Array, options: LossOptions, partition: VocabPartition) -> Any:
-    """The loss, and what else is asked for, of statistics ``[2 or 3, *]`` and what ``as_targets`` returns, ``[*]``."""
+def loss_of(
+    statistics: jax.Array,
+    targets: jax.Array,
+    options: LossOptions,
+    partition: VocabPartition,
+    data_axes: tuple[str, ...] = (),
+) -> Any:
+    """The loss, and what else is asked for, of statistics ``[2 or 3, *]`` and what ``as_targets`` returns, ``[*]``.
+
+    Mean, sum and count are over the tokens of ``data_axes`` too.
+    """
     counted = targets >= 0
     # Selected before the formula: 0 times NaN in its gradient would be NaN.
     clean = jnp.where(counted, statistics, 0)
@@ -224,8 +234,10 @@ def loss_of(statistics: jax.Array, targets: jax.Array, options: LossOptions, par
     if options.invalid_targets == "error":
         loss = jnp.where(targets == INVALID, jnp.nan, loss)
     count = counted.sum(dtype=jnp.int32)
+    if data_axes:
+        count = jax.lax.psum(count, data_axes)
     if options.reduction != "none":
-        loss = loss.sum()
+        loss = jax.lax.psum(loss.sum(), data_axes) if data_axes else loss.sum()
     if options.reduction == "mean":
         loss /= jnp.maximum(count, 1).astype(loss.dtype)
     found = {"lse": statistics[0], "logprobs": logprobs, "count": count}
@@ -270,7 +282,7 @@ def _local_statistics(
                 found.append(jnp.where(here.owned_B, x_CB, 0).sum(axis=1))
             return jnp.stack(found)
 
-        found = jax.lax.map(of_block, block_edges(plan.partition))  # [groups * pieces, S, C]
+        found = jax.lax.map(of_block, jnp.asarray(block_edges(plan.partition)))  # [groups * pieces, S, C]
         return jnp.stack(merge_levels(as_leaves(found.swapaxes(0, 1), ColumnBlocks.of(plan.partition)))[-1])[:, 0]
 
     return jnp.moveaxis(jax.lax.map(of_chunk, jnp.arange(len(rows_KC))), 0, 1)

@@ -50,7 +50,7 @@ def parallel_argmax(logits: jax.Array, partition: VocabPartition, axis_name: str
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_argmax
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> def greedy(logits):
         ...     return parallel_argmax(logits, VocabPartition(3, 1), "tp")
         >>> greedy = jax.jit(jax.shard_map(greedy, mesh=mesh, in_specs=P(None, "tp"), out_specs=P()))
@@ -92,7 +92,7 @@ def parallel_top_k(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_top_k
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> def best(logits):
         ...     return parallel_top_k(logits, 3, VocabPartition(4, 1), "tp")
         >>> best = jax.jit(jax.shard_map(best, mesh=mesh, in_specs=P("tp"), out_specs=P()))
@@ -147,7 +147,7 @@ def parallel_sample(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_sample
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> def draw(logits, uniform):
         ...     return parallel_sample(logits, VocabPartition(3, 1), "tp", uniform=uniform)
         >>> draw = jax.jit(jax.shard_map(draw, mesh=mesh, in_specs=(P(None, "tp"), P()), out_specs=P()))
@@ -162,7 +162,7 @@ def parallel_sample(
     plan, wide = Plan(partition, axis_name), wide_dtype(logits.dtype)
     logits_TN = jax.lax.stop_gradient(logits).reshape(uniform.size, -1).astype(wide)
     uniform_T = jax.lax.stop_gradient(uniform).reshape(-1).astype(wide)
-    edges = block_edges(partition)
+    edges = jnp.asarray(block_edges(partition))
 
     def columns_of(here: Block) -> jax.Array:
         x_TB = jax.lax.dynamic_slice_in_dim(logits_TN, here.at, len(here.columns_B), axis=1)
@@ -188,7 +188,7 @@ def parallel_sample(
     cumulative_TB = jnp.cumsum(jnp.exp(x_TB - shift_T[:, None]), axis=1)
     # The last sum is above any threshold: else rounding might leave a token without an id.
     above_TB = (cumulative_TB > threshold_T[:, None]) | (cumulative_TB == cumulative_TB[:, -1:])
-    last_T = jnp.asarray(edges[:, 1])[group_T * blocks.pieces + piece_T]
+    last_T = edges[:, 1][group_T * blocks.pieces + piece_T]
     rank = jax.lax.axis_index(axis_name)
     ids_T = partition.start(rank) + last_T - blocks.columns + jnp.argmax(above_TB, axis=1)
     legal_T = (uniform_T >= 0) & (uniform_T < 1) & (total_T > 0) & jnp.isfinite(total_T)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as JAX arrays, without copying where that is possible."""
+"""Arrays of other libraries as JAX arrays, shared where possible."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl.placement import axes_of
-from shared.checks import check_choice
-from shared.dlpack import ALIGNMENT, COPIES, Memory, foreign_dtype_error, sharing_error
+from shared.dlpack import address, check_copy, check_exporter, dtype_name, foreign_dtype_error, sharing_error
 
 __all__ = ["array_from_dlpack", "from_dlpack"]
 
 
-def from_dlpack(array: Any, *, copy: str = "auto") -> jax.Array:
-    """An array of another library as a JAX array, on the device it is on, bit for bit and in its dtype.
+_ALIGNMENT = 64
+"""Bytes to which memory must be aligned for JAX on a CPU to share it (jax 0.10.2)."""
 
-    Without a copy both are the same memory, which lives as long as either does: what is written into the other array
-    afterwards changes this one, although JAX takes its arrays as immutable and may be reading it for a result that is not
-    ready yet. JAX itself never writes to it: memory that it imported and was then given by donation is not reused.
+
+def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
+    """Import an array of another library as a JAX array, on its device, bit for bit and in its dtype.
+
+    An array that shares memory keeps it alive. Writing to the other array then changes this one, although JAX takes arrays
+    as immutable and may still be reading them. JAX itself never writes to imported memory, donated or not.
 
     Args:
         array: anything with ``__dlpack__`` and ``__dlpack_device__``: a torch tensor, a NumPy array, one of ml_dtypes'
             dtypes included, a JAX array on one device.
-        copy: ``"auto"`` copies only where JAX cannot share the memory: where it is not row-major, or, on a CPU, not
-            aligned to 64 bytes; ``"never"`` refuses these; ``"always"`` copies, so that writing to one never shows in
-            the other.
+        copy: as in the array API standard. None copies only where JAX cannot share the memory: where it has gaps, or, on a
+            CPU, is not aligned to 64 bytes. False refuses these. True copies, so that writing to one never shows in the
+            other.
 
     Raises:
         TypeError: ``array`` has no such methods.
-        ValueError: it cannot be handed out, because it requires a gradient, say; JAX does not have its dtype, or would
-            narrow it, as 64-bit ones where ``jax_enable_x64`` is off; ``copy="never"`` and the memory cannot be shared.
+        ValueError: it cannot be exported, because it requires a gradient, say; JAX does not have its dtype, or would narrow
+            it, as 64-bit ones where ``jax_enable_x64`` is off; ``copy=False`` and the memory cannot be shared.
 
     Example:
         >>> import numpy as np
         >>> from jax_impl.dlpack import from_dlpack
         >>> array = np.zeros((2, 3), np.float32)
-        >>> apart = from_dlpack(array.T, copy="always")
+        >>> apart = from_dlpack(array.T, copy=True)
         >>> array[0, 0] = 7
         >>> apart.shape, float(apart[0, 0])
         ((3, 2), 0.0)
     """
-    copy = check_choice("copy", copy, COPIES)
-    return _on_devices(array, Memory.of(array), None, copy)[0]
+    return _on_devices(array, None, check_copy(copy))[0]
 
 
-def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: str = "auto") -> jax.Array:
-    """One global array of the parts that the ranks hold, such as a table of the ranks' rows.
+def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: bool | None = None) -> jax.Array:
+    """Assemble one global array from the parts that the ranks hold, such as a table from the ranks' rows.
 
     On CPUs any device shares memory: nothing is copied for a mesh of several, and the replicas over further axes of the
     mesh share it too.
@@ -82,32 +83,29 @@ def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: s
         >>> table.shape == (2 * w, 3), float(np.asarray(table)[-1, 0]) == w - 1
         (True, True)
     """
-    copy = check_choice("copy", copy, COPIES)
+    copy = check_copy(copy)
     if not isinstance(shards, Sequence):
         raise TypeError(f"shards must be a sequence of arrays, one per rank, got {type(shards).__name__}")
     if not isinstance(sharding, NamedSharding):
         raise TypeError(f"sharding must be a jax.sharding.NamedSharding, got {type(sharding).__name__}")
     if not shards:
         raise ValueError("shards must hold at least one array, got none; pass the parts of this process's ranks")
-    memories = [Memory.of(shard) for shard in shards]
-    first = memories[0]
-    for number, memory in enumerate(memories):
-        if (memory.shape, memory.dtype) != (first.shape, first.dtype):
+    for shard in shards:
+        check_exporter(shard)
+    kinds = [(tuple(shard.shape), dtype_name(shard)) for shard in shards]
+    for number, kind in enumerate(kinds):
+        if kind != kinds[0]:
             raise ValueError(
-                f"shards must all have one shape and dtype, got {first.shape} of {first.dtype} first "
-                f"and {memory.shape} of {memory.dtype} as shards[{number}]"
+                f"shards must all have one shape and dtype, got {kinds[0][0]} of {kinds[0][1]} first "
+                f"and {kind[0]} of {kind[1]} as shards[{number}]"
             )
-    shape, ranks = _global_shape(first.shape, sharding)
+    shape, ranks = _global_shape(kinds[0][0], sharding)
     if len(ranks) != len(shards):
         raise ValueError(
             f"shards must be as many as the parts of the array on this process's devices, {len(ranks)} "
             f"with {sharding.spec} on a mesh {dict(sharding.mesh.shape)}, got {len(shards)}"
         )
-    parts = [
-        part
-        for shard, memory, devices in zip(shards, memories, ranks, strict=True)
-        for part in _on_devices(shard, memory, devices, copy)
-    ]
+    parts = [part for shard, devices in zip(shards, ranks, strict=True) for part in _on_devices(shard, devices, copy)]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
@@ -126,28 +124,29 @@ def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[tupl
     return whole, [ranks[start] for start in sorted(ranks)]
 
 
-def _on_devices(array: Any, memory: Memory, devices: list[jax.Device] | None, copy: str) -> list[jax.Array]:
+def _on_devices(array: Any, devices: list[jax.Device] | None, copy: bool | None) -> list[jax.Array]:
     """The array on each of the devices, or on the one where its memory is."""
-    _check_dtype(memory.dtype)
-    source: Any
-    if memory.on_host:
-        devices = devices or jax.local_devices(backend="cpu")[:1]
-        source = _on_host(memory, devices[0], copy)
-    else:
-        source = _on_accelerator(array, memory, copy)
-        devices = devices or list(source.devices())
-    # may_alias=False would alias no less, and a copy of JAX's own may still be under way when device_put returns.
-    imported = jax.block_until_ready([jax.device_put(source, device, may_alias=True) for device in devices])
-    if copy == "never" and memory.size:
-        for each in imported:
-            if each.unsafe_buffer_pointer() != memory.pointer:
-                raise sharing_error(f"JAX copied it to {each.device}, from address {memory.pointer:#x}")
-    return imported
+    check_exporter(array)
+    _check_dtype(dtype_name(array))
+    source: Any = _host_array(array, copy) if isinstance(array, np.ndarray) else _imported(array, copy)
+    if isinstance(source, jax.Array) and next(iter(source.devices())).platform == "cpu" and devices:
+        source = np.asarray(source)  # a view, which every CPU device shares
+    targets: Sequence[Any] = devices or [None]
+    # A copy of JAX's own may still be under way when device_put returns.
+    found = jax.block_until_ready([jax.device_put(source, device, may_alias=True) for device in targets])
+    start = address(array)
+    if copy is False and math.prod(array.shape) and start is not None:
+        for each in found:
+            if each.unsafe_buffer_pointer() != start:
+                raise sharing_error(_why_copied(start, each))
+    return found
 
 
-def _check_dtype(dtype: np.dtype[Any] | None) -> None:
-    if dtype is None:
-        raise foreign_dtype_error(dtype, "JAX")
+def _check_dtype(name: str) -> None:
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError as error:
+        raise foreign_dtype_error(name, "JAX") from error
     narrowed = jax.dtypes.canonicalize_dtype(dtype)
     if narrowed != dtype:
         raise ValueError(
@@ -156,49 +155,30 @@ def _check_dtype(dtype: np.dtype[Any] | None) -> None:
         )
 
 
-def _on_host(memory: Memory, device: jax.Device, copy: str) -> np.ndarray:
-    """The memory itself, or a copy where JAX on a CPU would not share it, or is not to."""
-    obstacle = None
-    if device.platform != "cpu":
-        obstacle = f"it is in the host's memory, and not in that of {device}"
-    elif memory.size and memory.pointer % ALIGNMENT:
-        obstacle = (
-            f"its memory is aligned to {memory.alignment} bytes, and JAX on a CPU shares {ALIGNMENT}-byte-aligned one"
-        )
-    elif not memory.is_row_major:
-        obstacle = _strides(memory)
-    if obstacle and copy == "never":
-        raise sharing_error(obstacle)
-    if device.platform == "cpu" and (obstacle or copy == "always"):
-        return memory.copy()
-    return memory.view()
+def _host_array(array: np.ndarray, copy: bool | None) -> np.ndarray:
+    """A NumPy array that JAX may alias: the array itself, or a copy."""
+    if copy is False and not array.flags.c_contiguous:
+        raise sharing_error(f"its strides of {array.strides} bytes are not row-major")
+    return np.array(array) if copy or not array.flags.c_contiguous else array
 
 
-class _Copied:
-    """An array that hands out a copy, which its own library makes."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(copy=True, **options)
-
-    def __dlpack_device__(self) -> Any:
-        return self._array.__dlpack_device__()
-
-
-def _on_accelerator(array: Any, memory: Memory, copy: str) -> jax.Array:
-    """The array on the device it is on; strides that JAX does not have are for its own library to undo."""
-    compact = memory.is_row_major
-    if not compact and copy == "never":
-        raise sharing_error(_strides(memory))
+def _imported(array: Any, copy: bool | None) -> jax.Array:
+    """The array as JAX imports it, or a copy; strides that JAX does not have are for its own library to undo."""
     try:
-        imported = jax.dlpack.from_dlpack(array if compact else _Copied(array))
+        try:
+            imported = jax.dlpack.from_dlpack(array)
+        except Exception:
+            if copy is False or not hasattr(array, "contiguous"):
+                raise
+            imported = jax.dlpack.from_dlpack(array.contiguous())
     except Exception as error:
         raise ValueError(f"array must be one that JAX can import, got a refusal: {error}") from error
     # copy=True of jax.dlpack.from_dlpack would alias (jax 0.10.2).
-    return jnp.array(imported, copy=True) if copy == "always" else imported
+    return jnp.array(imported, copy=True) if copy else imported
 
 
-def _strides(memory: Memory) -> str:
-    return f"its strides {memory.strides} are not row-major, as JAX lays out an array of shape {memory.shape}"
+def _why_copied(start: int, imported: jax.Array) -> str:
+    device = next(iter(imported.devices()))
+    if device.platform == "cpu" and start % _ALIGNMENT:
+        return f"its memory is aligned to {start & -start} bytes, and JAX on a CPU shares {_ALIGNMENT}-byte-aligned one"
+    return f"JAX copied it to {device}"

@@ -1,6 +1,6 @@
-"""The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
+"""The embedding from all ranks' rows: whole on every rank, split along the sequence, or of each rank's own ids.
 
-Every rank knows all the ids, so each works out what it sends and what it gets: no counts are exchanged.
+Every rank knows all ids, or gathers them, so it can compute what it sends and receives: no counts are exchanged.
 Shape suffixes: W ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_impl.lookup import gather, linear_gather, linear_lookup
-from jax_impl.private_api import varying_axes
+from jax_impl.private_api import all_gather_invarying, varying_axes
 from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 
@@ -27,7 +28,7 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
 
     Args:
         weight: the rank's rows, ``[N, E]``.
-        ids: any shape, as ``as_ids`` returns them; the same on all ranks of the axis.
+        ids: any shape, as ``as_ids`` returns them; the same on all ranks of the axis, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         axis_name: the mesh axis of the ranks.
 
@@ -36,6 +37,8 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
     """
     if ids.size == 0:
         return _nothing(weight, ids, config, axis_name)
+    if config.reduction == "all_to_all":
+        return _of_own_ids(reduced_lookup, weight, ids, config, axis_name)
     collective = _collective(ids, config, axis_name)
 
     def dense() -> jax.Array:
@@ -61,6 +64,8 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
     """``reduced_lookup`` as JAX transposes it; the transpose of all_reduce is local."""
     if ids.size == 0:
         return _nothing(weight, ids, config, axis_name)
+    if config.reduction == "all_to_all":
+        return _of_own_ids(linear_reduced_lookup, weight, ids, config, axis_name)
 
     def dense() -> jax.Array:
         return _collective(ids, config, axis_name)(linear_lookup(weight, ids, config, axis_name))
@@ -77,11 +82,22 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
     return _if_it_fits(_plan_routes(ids, config, axis_name, gradient=True), routed, dense)
 
 
+def _of_own_ids(
+    reduced: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str
+) -> jax.Array:
+    """Gather all ranks' ids, ``[W, C]``; then each rank's own are its chunk of a reduce_scatter."""
+    ids_WC = jax.lax.all_gather(ids.reshape(-1), axis_name, to="invarying")
+    rows = reduced(weight, ids_WC, replace(config, reduction="reduce_scatter", seq_dim=0), axis_name)
+    return rows.reshape(*ids.shape, weight.shape[1])
+
+
 def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
     """The embedding of no ids."""
     varying, shape = varying_axes(ids) | (varying_axes(weight) - {axis_name}), ids.shape
     if config.reduction == "reduce_scatter":
         varying, shape = varying | {axis_name}, chunk_shape(shape, config.seq_dim, config.world_size)
+    elif config.reduction == "all_to_all":
+        varying |= {axis_name}
     zeros = jnp.zeros((*shape, weight.shape[1]), weight.dtype)
     return jax.lax.pcast(zeros, tuple(sorted(varying)), to="varying") if varying else zeros
 
@@ -89,10 +105,8 @@ def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_na
 def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
     """What adds the ranks' incomplete embeddings up."""
     if config.reduction == "all_reduce":
-        if (
-            config.world_size == 1
-        ):  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
-            return functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True, to="invarying")
+        if config.world_size == 1:  # XLA compiles no psum over one device beside Auto axes (jax 0.8.2 to 0.12.0.1)
+            return functools.partial(all_gather_invarying, axis_name=axis_name)
         return functools.partial(jax.lax.psum, axis_name=axis_name)
     chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split
     dim = resolve_seq_dim(ids.ndim, config.seq_dim)

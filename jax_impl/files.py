@@ -13,7 +13,8 @@ from jax_impl.agreement import gather_objects
 from jax_impl.placement import first_row
 from shared.partition import VocabPartition
 from shared.tables.table_file import TableFile
-from shared.tables.table_writer import write_together
+from shared.tables.table_writer import TableSpec
+from shared.tables.table_writer import write_table as write_table_file
 
 __all__ = ["array_from_table", "write_table"]
 
@@ -64,19 +65,15 @@ def write_table(weight: jax.Array, partition: VocabPartition, path: str | Path, 
     n = partition.rows_per_rank
     shards = {first_row(shard.index) // n: shard.data for shard in weight.addressable_shards if shard.replica_id == 0}
 
-    def fill(start: int, stop: int, buffer: memoryview) -> None:
+    def read(start: int, stop: int) -> np.ndarray:
         rank = start // n
-        rows = np.asarray(shards[rank])[start - rank * n : stop - rank * n]
-        buffer[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        return np.asarray(shards[rank])[start - rank * n : stop - rank * n]
 
-    write_together(
+    write_table_file(
         path,
-        tensor_name,
-        weight.dtype.name,
-        weight.shape[1],
-        partition,
-        sorted(shards),
-        fill,
+        TableSpec(tensor_name, weight.dtype.name, partition.vocab_size, weight.shape[1]),
+        [partition.owned_range(rank) for rank in shards],
+        read,
         force=force,
         process=jax.process_index(),
         exchange=gather_objects if jax.process_count() > 1 else lambda mine: [mine],

@@ -92,10 +92,12 @@ def reduced_lookup(
 
     Args:
         weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype, the same on all ranks of the axis; no dtype wraps.
+        ids: global ids, any shape, any integer dtype; no dtype wraps. The same on all ranks of the axis, but for
+            ``"all_to_all"``, where each rank passes its own, of one shape.
         partition: who owns what; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis over which the vocabulary is split.
-        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
+        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it;
+            ``"all_to_all"``, the embedding of this rank's own ids.
         exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, for ``"reduce_scatter"``
             each distinct row straight from its owner to who needs it, or dense where a rank needs more distinct rows of
             one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal. ``"all_reduce"`` has
@@ -114,8 +116,8 @@ def reduced_lookup(
 
     Raises:
         TypeError: ids are not an array of integers.
-        ValueError: an argument is out of range, the ids vary over ``axis_name``, or the sequence is not divisible by
-            ``partition.world_size``.
+        ValueError: an argument is out of range, ids that must be the same vary over ``axis_name``, or the sequence is not
+            divisible by ``partition.world_size``.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053) and its sequence parallelism (Korthikanti et al., 2022,
     arXiv:2205.05198).
@@ -140,7 +142,12 @@ def reduced_lookup(
     check_choice("reduction", reduction, REDUCTIONS[1:])
     options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "padding_idx": padding_idx}
     config = _config(weight, partition, axis_name, **options)
-    return lookup_over_axis(weight, _shared_ids(ids, partition, axis_name), config, axis_name)
+    if reduction != "all_to_all":
+        return lookup_over_axis(weight, _shared_ids(ids, partition, axis_name), config, axis_name)
+    ids = jnp.asarray(as_ids(ids, partition.vocab_size))
+    if axis_name not in varying_axes(ids):
+        ids = jax.lax.pcast(ids, axis_name, to="varying")
+    return lookup_over_axis(weight, ids, config, axis_name)
 
 
 def _shared_ids(ids: Any, partition: VocabPartition, axis_name: str) -> jax.Array:

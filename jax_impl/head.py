@@ -116,7 +116,7 @@ def parallel_logits(
         >>> from jax.sharding import PartitionSpec as P
         >>> from jax_impl import parallel_logits
         >>> from shared import VocabPartition
-        >>> mesh = jax.make_mesh((1,), ("tp",), devices=jax.devices()[:1])
+        >>> mesh = jax.make_mesh((1,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         >>> partition = VocabPartition(vocab_size=3, world_size=1, padded_vocab_size=4)
         >>> def logits(hidden, weight):
         ...     return parallel_logits(hidden, weight, partition, "tp")
@@ -201,7 +201,8 @@ def part_of(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """
 
     def seemingly_changing(array: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(*jax.lax.optimization_barrier((array, start)), size)
+        array, start = jax.lax.optimization_barrier((array, start))
+        return jax.lax.dynamic_slice_in_dim(array, start, size)
 
     def unchanging(array: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(array, start, size)
@@ -276,7 +277,9 @@ def backward_products(
 
     zeros = jnp.zeros(chunks_KCE.shape, wide), jnp.zeros(weight.shape, dtype)
     start = jax.tree.map(lambda each: vary(each, *everything), zeros)
-    (hidden_KCE, weight_grad), _ = jax.lax.scan(add_block, start, block_edges(plan.partition), reverse=True)
+    (hidden_KCE, weight_grad), _ = jax.lax.scan(
+        add_block, start, jnp.asarray(block_edges(plan.partition)), reverse=True
+    )
     hidden_grad = _join_tokens(hidden_KCE, whole.shape[:-1])
     if plan.split_dim is not None:
         hidden_grad = jax.lax.psum_scatter(hidden_grad, plan.axis_name, scatter_dimension=plan.split_dim, tiled=True)
@@ -322,7 +325,7 @@ def _forward(hidden: jax.Array, weight: jax.Array, plan: Plan) -> tuple[jax.Arra
 
     logits_KCN = jnp.zeros((*chunks_KCE.shape[:2], len(weight)), wide_dtype(weight.dtype))
     start = vary(logits_KCN, whole, weight, plan.axis_name)
-    logits_KCN, _ = jax.lax.scan(of_block, start, block_edges(plan.partition), reverse=True)
+    logits_KCN, _ = jax.lax.scan(of_block, start, jnp.asarray(block_edges(plan.partition)), reverse=True)
     logits = _join_tokens(logits_KCN, whole.shape[:-1])
     return logits, (hidden, whole, weight, None if plan.softcap is None else logits)
 

@@ -170,7 +170,8 @@ def as_targets(targets: Any, vocab_size: int, ignore_index: int) -> Any:
         if not np.issubdtype(targets.dtype, np.integer):
             raise targets_type_error(f"dtype {targets.dtype}", "an array")
     limits = np.iinfo(targets.dtype)
-    with jax.enable_x64(jax.config.jax_enable_x64 or targets.dtype.itemsize == 8):  # else JAX narrows 64-bit targets
+    x64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
+    with jax.enable_x64(x64 or targets.dtype.itemsize == 8):  # else JAX narrows 64-bit targets
         wide = widen(targets)
         known = namespace.where((wide >= 0) & (wide < vocab_size), wide, INVALID)
         if limits.min <= ignore_index <= limits.max:

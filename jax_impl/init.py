@@ -14,33 +14,67 @@ from jax_impl.placement import first_row
 from shared.config import EmbeddingConfig
 from shared.global_normal import normal_rows
 
-__all__ = ["draw_normal"]
+__all__ = ["draw_table", "zero_rows"]
 
 
-def draw_normal(config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]) -> jax.Array:
-    """Draw a table from a normal distribution; padding rows and that of ``padding_idx`` are zero.
+def draw_table(
+    config: EmbeddingConfig,
+    mesh: Mesh | AbstractMesh,
+    axis_name: str,
+    dtype: np.dtype[Any],
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Make a table's first numbers; padding rows and that of ``padding_idx`` are zero.
 
     Args:
         config: ``init="per_rank"`` draws rank r's rows from ``jax.random.key(init_base_seed + r)``; ``"global"`` makes row
             i a function of the seed and i alone (``shared.global_normal``), computed on the host, by each process for its
-            own devices.
+            own devices. A callable is traced and asked for the rows of each device; None makes zeros.
         mesh, axis_name: where the table lies.
         dtype: of the table.
+        key: what ``"per_rank"`` draws from in the place of the seed: rank r's rows from ``jax.random.fold_in(key, r)``.
 
     Returns:
         ``[padded_vocab_size, emb_size]``, its rows split over ``axis_name``.
+
+    Raises:
+        ValueError: the callable did not return a row for each row number.
     """
-    if config.init == "global":
+    if config.init is None or callable(config.init):
+        rows = _ask_for_rows(config, mesh, axis_name, dtype)
+    elif config.init == "global":
         rows = _draw_globally(config, mesh, axis_name, dtype)
     else:
-        keys = [jax.random.key(config.init_base_seed + rank) for rank in range(config.world_size)]
+        if key is None:
+            keys = [jax.random.key(config.init_base_seed + rank) for rank in range(config.world_size)]
+        else:
+            keys = [jax.random.fold_in(key, rank) for rank in range(config.world_size)]
         rows = _draw_on_each_rank(jnp.stack(keys), config, mesh, axis_name, dtype)
         # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
         rows = config.init_std * rows
         rows = config.init_mean + rows
     if config.padding_idx is not None or config.partition.padding_rows:
-        rows = _zero_rows(rows, config, mesh, axis_name)
+        rows = _zero_rows_in_place(rows, config, mesh, axis_name)
     return rows
+
+
+def _ask_for_rows(
+    config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]
+) -> jax.Array:
+    partition, shape = config.partition, (config.partition.rows_per_rank, config.emb_size)
+
+    def on_each_rank() -> jax.Array:
+        if config.init is None:
+            return jnp.zeros(shape, dtype)
+        row = partition.start(jax.lax.axis_index(axis_name)) + jnp.arange(shape[0], dtype=jnp.int32)
+        rows = jnp.asarray(config.init(jnp.minimum(row, partition.vocab_size - 1)))
+        if rows.shape != shape:
+            raise ValueError(
+                f"init must return a row for each of the row numbers that it is given, {list(shape)}, got {list(rows.shape)}"
+            )
+        return rows.astype(dtype)
+
+    return jax.jit(jax.shard_map(on_each_rank, mesh=mesh, in_specs=(), out_specs=PartitionSpec(axis_name, None)))()
 
 
 def _draw_globally(
@@ -83,8 +117,8 @@ def _draw_on_each_rank(
     return jax.shard_map(on_each_rank, mesh=mesh, in_specs=PartitionSpec(), out_specs=split)(keys)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=0)
-def _zero_rows(weight: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def zero_rows(weight: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str) -> jax.Array:
     """The table with zeros in padding rows, and in that of ``padding_idx``."""
     partition = config.partition
 
@@ -97,3 +131,6 @@ def _zero_rows(weight: jax.Array, config: EmbeddingConfig, mesh: Mesh | Abstract
 
     split = PartitionSpec(axis_name, None)
     return jax.shard_map(on_each_rank, mesh=mesh, in_specs=split, out_specs=split)(weight)
+
+
+_zero_rows_in_place = jax.jit(zero_rows, static_argnums=(1, 2, 3), donate_argnums=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shared.config import EmbeddingConfig
@@ -12,16 +14,21 @@ from shared.sequence import chunk_shape, resolve_seq_dim
 
 __all__ = [
     "axes_of",
+    "check_own_ids",
     "check_sequence",
+    "describe_mesh",
     "explicit_axes",
+    "find_mesh",
     "first_row",
     "free_axes",
+    "guess_split",
     "known_split",
     "lay_out",
     "likely_split",
     "resolve_mesh",
     "restricted",
     "split_further",
+    "without",
 ]
 
 
@@ -46,6 +53,31 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be an axis of the mesh, one of {tuple(mesh.axis_names)}, got {axis_name!r}")
     return mesh
+
+
+def describe_mesh(mesh: Mesh) -> tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]:
+    """A mesh as plain values, of which ``find_mesh`` makes it again in another process."""
+    ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)
+    return mesh.devices.flat[0].platform, ids, mesh.axis_names, mesh.axis_types
+
+
+def find_mesh(described: tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]) -> Mesh:
+    """Make a mesh of this process's devices from ``describe_mesh``'s result.
+
+    Raises:
+        ValueError: this process lacks one of the devices.
+    """
+    platform, ids, names, types = described
+    try:
+        devices = {device.id: device for device in jax.local_devices(backend=platform)}
+    except RuntimeError:  # no such backend
+        devices = {}
+    if missing := sorted(set(ids.ravel().tolist()) - set(devices)):
+        raise ValueError(
+            f"this process must have the {ids.size} {platform} devices that the layer was pickled on, and lacks those "
+            f"with ids {missing}: between machines, use emb.save_table and ParallelVocabEmbedding.from_table, or Orbax"
+        )
+    return Mesh(np.vectorize(devices.get, otypes=[object])(ids), names, axis_types=types)
 
 
 def first_row(index: Any) -> int:
@@ -99,13 +131,22 @@ def likely_split(
     The batch is the first dimension that is not the sequence, ``seq_dim``. A wrong guess costs a collective, not
     correctness. Without a guess, XLA gathers the tokens of all devices before a scatter or a reduce-scatter.
     """
-    has_sequence = ids.ndim > 1 or config.reduction == "reduce_scatter"
-    sequence = config.seq_dim % ids.ndim if ids.ndim and has_sequence else None
-    batch = next((dim for dim in range(ids.ndim) if dim != sequence), None)
-    if batch is None or not isinstance(ids, jax.core.Tracer):
+    if not isinstance(ids, jax.core.Tracer):
         return split
-    entries = [*split, *[None] * (ids.ndim - len(split))]
-    names, size = _names(entries[batch]), ids.shape[batch]
+    has_sequence = (ids.ndim > 1 or config.reduction == "reduce_scatter") and config.reduction != "all_to_all"
+    sequence = config.seq_dim % ids.ndim if ids.ndim and has_sequence else None
+    return guess_split(ids.shape, split, mesh, axis_name, sequence)
+
+
+def guess_split(
+    shape: tuple[int, ...], split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, sequence: int | None
+) -> PartitionSpec:
+    """Split the batch, the first dimension that is not ``sequence``, over the free Auto axes too."""
+    batch = next((dim for dim in range(len(shape)) if dim != sequence), None)
+    if batch is None:
+        return split
+    entries = [*split, *[None] * (len(shape) - len(split))]
+    names, size = _names(entries[batch]), shape[batch]
     for name in names:
         size //= mesh.shape[name]
     free = free_axes(mesh, axis_name) - axes_of(split) - explicit_axes(mesh) - {axis_name}
@@ -145,6 +186,21 @@ def check_sequence(
     chunk_shape(shape, seq_dim, ranks)
 
 
+def check_own_ids(shape: tuple[int, ...], axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse ids whose first dimension cannot be split over ``axis_name``, after the axes that it is split over already.
+
+    Raises:
+        ValueError: naming the sizes.
+    """
+    names = {axis_name, *(_names(split[0]) if len(split) else ())}
+    ranks = math.prod(mesh.shape[name] for name in names)
+    if not shape or shape[0] % ranks:
+        raise ValueError(
+            f"with reduction='all_to_all' the first dimension of the ids must be divisible by the {ranks} ranks along "
+            f"{', '.join(sorted(names))}, got ids of shape {shape}: fill the batch up, with -1 for instance"
+        )
+
+
 def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
     """The array split so over the Explicit axes; Auto ones are the compiler's."""
     visible = restricted(spec, explicit_axes(mesh))
@@ -161,6 +217,11 @@ def restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
         names = tuple(name for name in _names(entry) if name in axes)
         kept.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*kept)
+
+
+def without(spec: PartitionSpec, axis_name: str) -> PartitionSpec:
+    """A spec without one axis."""
+    return restricted(spec, axes_of(spec) - {axis_name})
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -42,7 +42,11 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         vocab_size=case.vocab_size,
         **case.config.changes(),
     )
-    ids = case.batch_array("ids")
+    ids, grad_output = case.batch_array("ids"), case.batch_array("grad_output")
+    if case.reduction == "all_to_all":  # each rank its own: one after the other along the first dimension
+        ids, grad_output = (
+            np.concatenate([case.part_of(each, rank) for rank in range(case.world_size)]) for each in (ids, grad_output)
+        )
     progress("forward", 1, 4)
     output, pull_back = jax.vjp(lambda emb: emb(ids), emb)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -50,7 +54,6 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     if case.reduction == "none":
         total = jax.jit(lambda partials: jnp.sum(partials, axis=0), out_shardings=replicated)(output)
     progress("gradient", 2, 4)
-    grad_output = case.batch_array("grad_output")
     if case.reduction == "none":
         split = NamedSharding(mesh, PartitionSpec("tp"))
         upstream = jax.make_array_from_callback(output.shape, split, lambda _: grad_output[None])
@@ -58,12 +61,13 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         upstream = jax.device_put(grad_output, output.sharding)
     (gradient,) = pull_back(upstream)
     progress("record", 3, 4)
-    for rank, part in enumerate(_shards(output, mesh)):
+    parts = _shards(output, mesh)
+    for rank, part in enumerate(parts):
         record.add(f"forward.{rank}", part[0] if case.reduction == "none" else part)
     # The gradient of an empty batch is a constant, which lies on one device.
     for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding), mesh)):
         record.add(f"gradient.{rank}", rows)
-    record.add("sum", np.asarray(total))
+    record.add("sum", np.asarray(total) if case.reduction != "all_to_all" else case.whole_of(parts))
 
 
 def _shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,12 +19,15 @@ from jax_impl.agreement import check_agreement
 from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
 from jax_impl.files import array_from_table, write_table
 from jax_impl.ids import as_ids, check_ids, check_size_for_int32
-from jax_impl.init import draw_normal
+from jax_impl.init import draw_table, zero_rows
 from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
     axes_of,
+    check_own_ids,
     check_sequence,
+    describe_mesh,
     explicit_axes,
+    find_mesh,
     free_axes,
     known_split,
     lay_out,
@@ -69,10 +75,14 @@ class ParallelVocabEmbedding:
             stay as they are split.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``.
+        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``. Two layers with the same seed
+            begin alike, and seed 42 on rank 1 is seed 43 on rank 0: give each layer a seed of its own, further apart than
+            there are ranks.
         dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
         reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
-            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence.
+            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence;
+            ``"all_to_all"``, the rows of each rank's own ids: the first dimension of the ids is split over ``axis_name``,
+            and the result likewise.
         exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, for
             ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, or dense where a rank needs
             more distinct rows of one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal
@@ -81,16 +91,23 @@ class ParallelVocabEmbedding:
         invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
             rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
             caller must then apply.
-        padding_idx: a global id whose row starts as zero and gets no gradient.
+        padding_idx: a global id whose row starts as zero and gets no gradient from lookups.
         padded_vocab_size: rows with those of padding, which the size of the axis divides, or ``"even"`` for the least such
             size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``, and one less on one rank. Padding comes
-            last: zero, no id's, without a gradient, never written to a file. Left out, there is none.
+            last. It is zero, belongs to no id, gets no gradient from lookups and is never written to a file. A tied head of
+            the caller's own gives it a gradient: ``zero_padding_grad`` removes that. Left out, there is no padding.
         init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
-            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host.
+            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host. A callable is
+            traced, and given the numbers ``[n]`` of the rows that a device holds, int32; it returns those rows,
+            ``[n, emb_size]``: there is never a whole table, and each device makes its own part. For rows of padding it is
+            asked for the last row once more. None makes zeros, to be replaced by what is loaded. In both cases padding and
+            the row of ``padding_idx`` are zero, and ``init_mean``, ``init_std`` and ``init_base_seed`` are not used.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         check: where there are several processes, have them compare what they are about to compute, and raise in all of
             them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
             The environment variable ``PVE_CHECK=1`` does the same.
+        key: a JAX random key in the place of ``init_base_seed``, as Equinox modules take it: rank r's rows are drawn from
+            ``jax.random.fold_in(key, r)``.
 
     Attributes:
         weight: ``jax.Array`` of shape ``[padded_vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
@@ -141,9 +158,10 @@ class ParallelVocabEmbedding:
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         padded_vocab_size: int | str | None = None,
-        init: str = "per_rank",
+        init: Callable[[jax.Array], Any] | str | None = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
+        key: jax.Array | None = None,
     ) -> None:
         self.mesh = resolve_mesh(mesh, axis_name)
         self.axis_name = axis_name
@@ -164,9 +182,54 @@ class ParallelVocabEmbedding:
             check=checks_wanted(check),
         )
         check_size_for_int32(self.config.partition)
-        rows = draw_normal(self.config, self.mesh, axis_name, _table_dtype(dtype))
+        if key is not None and (init != "per_rank" or init_base_seed != EmbeddingConfig.init_base_seed):
+            raise ValueError(
+                f"key takes the place of init_base_seed and goes with init='per_rank' only, got "
+                f"init_base_seed={init_base_seed!r} and init={init!r}: leave these two out, or key"
+            )
+        rows = draw_table(self.config, self.mesh, axis_name, _table_dtype(dtype), key)
         # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
+
+    @classmethod
+    def abstract(
+        cls,
+        vocab_size: int,
+        emb_size: int,
+        mesh: Mesh | AbstractMesh | None = None,
+        axis_name: str = "tp",
+        *arguments: Any,
+        **options: Any,
+    ) -> Self:
+        """Build a layer without a table: its shape, dtype and sharding only.
+
+        Nothing is allocated or drawn. Orbax restores a checkpoint into it, ``jax.jit(...).lower`` compiles for it, and
+        ``with_weight`` makes a layer of it.
+
+        Args:
+            vocab_size, emb_size, mesh, axis_name: as for the class.
+            *arguments, **options: what else the class takes.
+
+        Returns:
+            The layer, with a ``jax.ShapeDtypeStruct`` for ``weight``.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
+            >>> emb = ParallelVocabEmbedding.abstract(2**20 * mesh.size, 8192, mesh, dtype=jnp.bfloat16)
+            >>> emb.weight.sharding == jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tp", None))
+            True
+            >>> program = jax.jit(lambda emb, ids: emb(ids)).lower(emb, jax.ShapeDtypeStruct((4, 128), jnp.int32))
+        """
+        mesh = resolve_mesh(mesh, axis_name)
+        empty = jax.eval_shape(lambda: cls(vocab_size, emb_size, mesh, axis_name, *arguments, **options))
+        weight = jax.ShapeDtypeStruct(empty.weight.shape, empty.weight.dtype, sharding=empty._sharding)
+        return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     @classmethod
     def from_table(
@@ -183,8 +246,8 @@ class ParallelVocabEmbedding:
         """A layer with a table from files, of which each process reads the rows of its own devices and no others.
 
         Args:
-            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
+            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
+                parts (see ``shared.tables.find_table.open_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             mesh, axis_name: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
@@ -219,9 +282,8 @@ class ParallelVocabEmbedding:
         mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
         if not isinstance(mesh, Mesh):
             raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
-        dtype = _table_dtype(dtype)
-        empty = jax.eval_shape(lambda: cls(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options))
-        weight = array_from_table(table, empty.config.partition, empty._sharding, dtype)
+        empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
+        weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     @classmethod
@@ -251,22 +313,19 @@ class ParallelVocabEmbedding:
             raise TypeError(f"table must be a JAX or NumPy array, got {type(table).__name__}")
         if table.ndim != 2:
             raise ValueError(f"table must be [v, e], got {list(table.shape)}")
-        mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
-        vocab_size, emb_size = table.shape
-        empty = jax.eval_shape(lambda: cls(vocab_size, emb_size, mesh, axis_name, dtype=table.dtype, **options))
+        empty = cls.abstract(*table.shape, mesh, axis_name, dtype=table.dtype, **options)
         if rows := empty.config.partition.padding_rows:
             table = (np if isinstance(table, np.ndarray) else jnp).pad(table, ((0, rows), (0, 0)))
         return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
 
     def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
-        """Write the table to files; every process writes the rows of its devices, and none writes padding.
+        """Write the table to one new safetensors file: each process the rows of its devices, without padding.
 
-        All processes call this. What was written is read back. The new table is there whole or not at all; the old one stays
-        until it is.
+        All processes call this. Rows are read back after writing. The file appears whole or not at all; an old one stays
+        until then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
 
         Args:
-            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All processes
-                must see it.
+            path: the file, which ends in ``.safetensors``. All processes must see its folder.
             tensor_name: what to call the tensor.
             force: replace what is there.
 
@@ -299,6 +358,23 @@ class ParallelVocabEmbedding:
         (self.weight,) = leaves
         return self
 
+    def __copy__(self) -> Self:
+        return jax.tree.map(lambda leaf: leaf, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How pickle takes a layer apart: it cannot pickle devices, and a pickled ``jax.Array`` forgets its sharding."""
+        held = isinstance(self.weight, jax.Array) and not isinstance(self.weight, jax.core.Tracer)
+        if not held or not self.weight.is_fully_addressable or not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                "only a layer with a table on a mesh of this process's devices can be pickled: keep others with Orbax "
+                "(see jax_impl.restore_args) or emb.save_table(path)"
+            )
+        mesh = describe_mesh(self.mesh)
+        return _unpickle, (type(self), self.config, mesh, self.axis_name, np.asarray(self.weight))
+
     @property
     def _sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
@@ -318,28 +394,59 @@ class ParallelVocabEmbedding:
             raise ValueError(f"weight must have shape {own[0]} and dtype {own[1]}, got {given[0]} and {given[1]}")
         return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
 
-    def __call__(self, ids: Any) -> jax.Array:
+    def zero_padding_grad(self, grads: ParallelVocabEmbedding) -> ParallelVocabEmbedding:
+        """Return gradients of the layer with zeros for padding rows.
+
+        Lookups give padding rows no gradient. Whatever else uses the whole ``weight`` does, such as a tied head that
+        computes ``hidden @ emb.weight.T``. Where there is one, pass gradients through this before they are clipped and the
+        optimizer sees them: padding then stays zero. The row of ``padding_idx`` keeps what a head gives it.
+
+        Args:
+            grads: a pytree like the layer, as ``jax.grad`` returns it; it is not modified.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from jax_impl import ParallelVocabEmbedding
+            >>> emb = ParallelVocabEmbedding(3, 2, jax.make_mesh((1,), ("tp",)), padded_vocab_size=4)
+            >>> grads = jax.grad(lambda emb: (jnp.ones((1, 2)) @ emb.weight.T).sum())(emb)
+            >>> emb.zero_padding_grad(grads).weight[:, 0]
+            Array([1., 1., 1., 0.], dtype=float32)
+        """
+        if not self.config.partition.padding_rows:
+            return grads
+        rows = zero_rows(grads.weight, replace(self.config, padding_idx=None), self.mesh, self.axis_name)
+        return jax.tree.unflatten(jax.tree.structure(grads), [rows])
+
+    def __call__(self, ids: Any, *, key: Any = None) -> jax.Array:
         """Look ids up.
 
         Args:
             ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank of ``axis_name``
                 needs all of them; over further mesh axes they may be split.
+            key: ignored. Equinox's containers pass a random key to every layer.
 
         Returns:
             In the table's dtype, split over further axes as the ids are: with ``reduction="none"``
             ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)``, of which element r is rank r's
             incomplete embedding ``Er``; with ``"all_reduce"`` the embedding, ``[*ids.shape, emb_size]``, on every rank;
-            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``. Rows are copied bit
+            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``; with ``"all_to_all"`` the
+            same, its first dimension split. Rows are copied bit
             for bit; only where an accelerator adds for a reduction, a subnormal number may become zero and a NaN another.
 
         Raises:
             TypeError: ids are not an array of integers.
             IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
                 legal range.
-            ValueError: called inside a shard_map that is manual over ``axis_name``; with ``"reduce_scatter"``, the
-                sequence is not divisible by ``world_size``; with ``check``, the processes disagree.
+            ValueError: called inside a shard_map that is manual over ``axis_name``; the table is of another shape, or it
+                or the ids lie on other devices than the mesh; with ``"reduce_scatter"``, the sequence is not divisible by
+                ``world_size``; with ``check``, the processes disagree.
         """
         config = self.config
+        if self.weight.shape != (config.padded_vocab_size, config.emb_size):
+            raise ValueError(
+                f"weight must be [{config.padded_vocab_size}, {config.emb_size}], got {list(self.weight.shape)}: "
+                f"emb.with_weight(table) checks a table before it takes it"
+            )
         if config.check and jax.process_count() > 1:
             facts = {**config.agreement(), "dtype": self.weight.dtype, "axis_name": self.axis_name}
             check_agreement(ids, {**facts, "mesh": dict(self.mesh.shape)})
@@ -349,9 +456,20 @@ class ParallelVocabEmbedding:
         split = known_split(ids, self.mesh)
         if config.reduction == "reduce_scatter":
             check_sequence(ids.shape, config.seq_dim, self.axis_name, split, self.mesh)
+        elif config.reduction == "all_to_all":
+            check_own_ids(ids.shape, self.axis_name, split, self.mesh)
         if ids.size == 0 and not any(isinstance(each, jax.core.Tracer) for each in (ids, self.weight)):
             return self._empty(ids.shape)
-        return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
+        try:
+            return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
+        except ValueError as error:
+            if "incompatible devices" not in str(error):  # JAX has no class of its own for it
+                raise
+            raise ValueError(
+                f"weight and ids must lie on the devices of the layer's mesh, {dict(self.mesh.shape)}: "
+                f"emb.with_weight(table) lays a table out over it, jax.device_put(ids, NamedSharding(emb.mesh, "
+                f"PartitionSpec())) ids. JAX says: {error}"
+            ) from error
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
         """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
@@ -360,6 +478,8 @@ class ParallelVocabEmbedding:
             shape, spec = (self.config.world_size, *shape), PartitionSpec(self.axis_name)
         elif self.config.reduction == "reduce_scatter":
             spec = PartitionSpec(*[None] * resolve_seq_dim(len(shape), self.config.seq_dim), self.axis_name)
+        elif self.config.reduction == "all_to_all":
+            spec = PartitionSpec(self.axis_name)
         return jax.device_put(
             np.zeros((*shape, self.config.emb_size), self.weight.dtype), NamedSharding(self.mesh, spec)
         )
@@ -377,6 +497,13 @@ for _name in ("partition", *OPTIONS):
     setattr(ParallelVocabEmbedding, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
 
 
+def _unpickle(
+    cls: type[ParallelVocabEmbedding], config: EmbeddingConfig, mesh: Any, axis_name: str, weight: np.ndarray
+) -> ParallelVocabEmbedding:
+    static = _Static(config, find_mesh(mesh), axis_name)
+    return cls.tree_unflatten(static, (weight,)).with_weight(weight)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _lookup(
     static: _Static,
@@ -385,7 +512,7 @@ def _lookup(
     ids: jax.Array,
 ) -> jax.Array:
     """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
-    if static.config.reduction == "reduce_scatter":
+    if static.config.reduction in ("reduce_scatter", "all_to_all"):
         split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
     return _hidden_from_checkify(static, split, False, weight, ids)
 
@@ -416,6 +543,8 @@ def _on_each_rank(
     free = free_axes(mesh, axis_name)
     manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
     rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
+    if config.reduction == "all_to_all":  # each rank's own lie one after the other along the first dimension
+        tokens = PartitionSpec(*split_further(tokens, ids.ndim, 0, axis_name)[: ids.ndim])
 
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
         if config.reduction == "none":
@@ -424,7 +553,7 @@ def _on_each_rank(
 
     if config.reduction == "none":
         output = PartitionSpec(axis_name, *tokens, None)
-    elif config.reduction == "all_reduce":
+    elif config.reduction in ("all_reduce", "all_to_all"):
         output = PartitionSpec(*tokens, None)
     else:
         output = split_further(tokens, ids.ndim, config.seq_dim, axis_name)

@@ -19,6 +19,7 @@ __all__ = [
     "as_int",
     "check_choice",
     "check_flag",
+    "check_init",
     "check_normal",
     "check_padding_idx",
     "check_rank",
@@ -33,7 +34,7 @@ __all__ = [
 SEED_LIMIT = 2**63
 """Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
 
-REDUCTIONS = ("none", "all_reduce", "reduce_scatter")
+REDUCTIONS = ("none", "all_reduce", "reduce_scatter", "all_to_all")
 """What a layer returns: each rank's incomplete embedding, the embedding, or each rank's chunk of it."""
 
 EXCHANGES = ("auto", "dense", "routed")
@@ -120,6 +121,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return choices[choices.index(value)]  # a plain str, whatever kind of one was given
+
+
+def check_init(value: Any) -> Any:
+    """What a table begins with: one of ``INITS``, a callable, or None."""
+    if value is None or callable(value):
+        return value
+    if not isinstance(value, str) or value not in INITS:
+        raise ValueError(f"init must be {' or '.join(map(repr, INITS))}, a callable or None, got {value!r}")
+    return INITS[INITS.index(value)]
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 
 from shared.checks import (
     EXCHANGES,
-    INITS,
     INVALID_IDS,
     REDUCTIONS,
     as_int,
     check_choice,
     check_flag,
+    check_init,
     check_normal,
     check_padding_idx,
     check_seed,
@@ -48,7 +48,8 @@ class EmbeddingConfig:
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
         init_base_seed: rank r draws from a generator seeded ``init_base_seed + r``.
-        init: what the initial numbers depend on: ``"per_rank"`` or ``"global"``.
+        init: what the initial numbers depend on: ``"per_rank"`` or ``"global"``; a callable of row numbers that returns
+            rows; None for no numbers.
         check: have the ranks compare what they compute before every lookup.
 
     Raises:
@@ -78,12 +79,15 @@ class EmbeddingConfig:
     init_mean: float = field(default=0.0, compare=False)
     init_std: float = field(default=1.0, compare=False)
     init_base_seed: int = field(default=42, compare=False)
-    init: str = field(default="per_rank", compare=False)
+    init: Any = field(default="per_rank", compare=False)
     check: bool = field(default=False, compare=False)
     partition: VocabPartition = field(init=False, repr=False, compare=False)
     """Who owns what."""
     text: str = field(init=False, repr=False, compare=False)
-    """All options in one line, which ``from_text`` reads: an argument that an operator of a compiled graph can take."""
+    """All options in one line, which ``from_text`` reads: an argument that an operator of a compiled graph can take.
+
+    A callable is None in it: no lookup needs one.
+    """
 
     def __post_init__(self) -> None:
         partition = VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
@@ -102,13 +106,15 @@ class EmbeddingConfig:
             "init_mean": mean,
             "init_std": std,
             "init_base_seed": check_seed(self.init_base_seed, partition.world_size),
-            "init": check_choice("init", self.init, INITS),
+            "init": check_init(self.init),
         }
         for name in ("sparse", "gradient_accumulation_fusion", "check"):
             valid[name] = check_flag(name, getattr(self, name))
         for name, value in valid.items():
             object.__setattr__(self, name, value)
-        options = ", ".join([f"{name!r}: {getattr(self, name)!r}" for name in OPTIONS])
+        options = ", ".join(
+            [f"{name!r}: {None if callable(value) else value!r}" for name, value in self.as_dict().items()]
+        )
         object.__setattr__(self, "text", "{" + options + "}")
         if self.sparse and self.gradient_accumulation_fusion:
             raise ValueError("gradient_accumulation_fusion must be False with sparse=True, whose gradient is no buffer")

@@ -29,10 +29,11 @@ def widen(ids: Any) -> Any:
     if isinstance(ids, int) and not isinstance(ids, bool):
         return ids
     dtype = getattr(ids, "dtype", type(ids).__name__)
-    dtype = getattr(dtype, "name", str(dtype)).removeprefix("torch.")
+    name = getattr(dtype, "name", str(dtype))
+    dtype = name.removeprefix("torch.")
     if not dtype.startswith(("int", "uint")) or dtype == "int":
         raise ids_type_error(dtype, "an array")
-    if hasattr(ids, "long"):  # a torch tensor
+    if name.startswith("torch."):
         return ids.long()
     if isinstance(ids, (np.ndarray, np.generic)):
         return ids.astype(np.int64)

@@ -199,8 +199,8 @@ def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> in
         if over:
             raise ValueError(
                 f"vocab_size must be divisible by world_size: vocab_size={vocab_size} over world_size={world_size} "
-                f"leaves {over} rows over; the next size that divides is {following}: pass it as padded_vocab_size (or "
-                f'"even", which finds it), or choose a world_size that divides {vocab_size}'
+                f"leaves {over} rows over; the next size that divides is {following}: pass padded_vocab_size="
+                f'{following} or padded_vocab_size="even", or choose a world_size that divides {vocab_size}'
             )
         return vocab_size
     if isinstance(padded_vocab_size, str):

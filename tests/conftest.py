@@ -15,6 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import WITHOUT, left_out, reason_to_skip
+
+collect_ignore = left_out()
+
+
+def pytest_report_header() -> str | None:
+    return f"without {', '.join(sorted(WITHOUT))}: leaves out {', '.join(collect_ignore)}" if WITHOUT else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := reason_to_skip(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason))
 
 
 @pytest.fixture

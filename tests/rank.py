@@ -24,8 +24,10 @@ def main():
     address, rendezvous, rank, world_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for message in (".*torch.jit.*", ".*should not be instantiated.*"):  # of torch's own doing
-        warnings.filterwarnings("ignore", message, DeprecationWarning)
+    for category in (DeprecationWarning, FutureWarning):  # torch's use of what torch deprecates
+        warnings.filterwarnings("ignore", category=category, module=r"torch\b")
+    warnings.filterwarnings("ignore", ".*(torch.jit|should not be instantiated)", DeprecationWarning)
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.6
     with Client(address, "AF_UNIX") as pipe:
         pipe.send(rank)
         dist.init_process_group(

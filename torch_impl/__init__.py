@@ -1,5 +1,15 @@
 """The vocabulary-parallel embedding in PyTorch. Never imports jax."""
 
+import shared
+
+if not hasattr(shared, "EmbeddingConfig"):
+    raise ImportError(
+        f"torch_impl needs the package `shared` of parallel-vocab-embedding and found another in "
+        f"{shared.__file__ or [*shared.__path__]}: uninstall that one (`pip uninstall shared`), or put the folder of "
+        "parallel-vocab-embedding before it on sys.path"
+    )
+
+from torch_impl.checkpoint import local_state_dict, sharded_state_dict
 from torch_impl.clipping import clip_grad_norm_
 from torch_impl.cross_entropy import linear_cross_entropy, parallel_cross_entropy
 from torch_impl.decode import parallel_argmax, parallel_sample, parallel_top_k
@@ -15,6 +25,7 @@ __all__ = [
     "clip_grad_norm_",
     "from_dlpack",
     "linear_cross_entropy",
+    "local_state_dict",
     "parallel_argmax",
     "parallel_cross_entropy",
     "parallel_logits",
@@ -22,5 +33,6 @@ __all__ = [
     "parallel_top_k",
     "partial_lookup",
     "reduced_lookup",
+    "sharded_state_dict",
     "shards_from_dlpack",
 ]

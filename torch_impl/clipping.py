@@ -24,7 +24,7 @@ def clip_grad_norm_(
     hold beside the tables must be the same on all of them, or DTensors.
 
     Args:
-        model: holds layers that were built with a ``process_group``, and any other parameters.
+        model: holds layers that were built with a ``process_group`` or ``device_mesh``, and any other parameters.
         max_norm: the norm that the gradients have afterwards, at most.
         norm_type: p of the p-norm, above 0; ``math.inf`` for the largest absolute value.
         error_if_nonfinite: refuse a norm that is NaN or infinite.
@@ -54,6 +54,8 @@ def clip_grad_norm_(
     gradients, norms, of_groups = [], [torch.zeros(())], {}  # type: ignore[var-annotated]
     for parameter in model.parameters():
         layer, gradient = layers.get(id(parameter)), parameter.grad
+        if layer is not None and layer.device_mesh is not None:  # a DTensor, which knows all ranks' rows
+            layer = None
         group = None if layer is None else layer.process_group
         if layer is not None and layer.world_size > 1 and group is None:
             raise ValueError(

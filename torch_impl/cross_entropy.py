@@ -28,7 +28,6 @@ from shared.head import (
 from shared.partition import VocabPartition
 from shared.sequence import resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
-from torch_impl.exchange import all_gather
 from torch_impl.head import (
     FLOAT_DTYPES,
     FirstOrder,
@@ -44,6 +43,7 @@ from torch_impl.head import (
 )
 from torch_impl.ids import checked_targets
 from torch_impl.kernels.cpu import accumulation_dtype
+from torch_impl.private_api import all_gather
 from torch_impl.process_group import find_group, resolve_partition
 
 __all__ = ["linear_cross_entropy", "linear_loss", "parallel_cross_entropy"]

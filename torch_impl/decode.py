@@ -16,8 +16,8 @@ from torch import Tensor
 from shared.head import check_logits_width, check_targets_shape, check_top_k, check_uniform, logits_dtype_error
 from shared.partition import VocabPartition
 from torch_impl.agreement import naming_the_operation
-from torch_impl.exchange import all_gather
 from torch_impl.head import FLOAT_DTYPES, owned_columns
+from torch_impl.private_api import all_gather
 from torch_impl.process_group import find_group, resolve_partition
 
 __all__ = ["parallel_argmax", "parallel_sample", "parallel_top_k"]

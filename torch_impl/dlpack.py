@@ -1,73 +1,81 @@
-"""Arrays of other libraries as torch tensors, without copying where that is possible."""
+"""Arrays of other libraries as torch tensors, shared where possible."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack as import_dlpack
 
-from shared.checks import check_choice
-from shared.dlpack import COPIES, Memory, exportable, foreign_dtype_error, sharing_error
+from shared.dlpack import (
+    address,
+    check_copy,
+    check_exporter,
+    dtype_name,
+    exportable,
+    foreign_dtype_error,
+    sharing_error,
+)
 
 __all__ = ["from_dlpack", "shards_from_dlpack"]
 
 
-def from_dlpack(array: Any, *, copy: str = "auto") -> Tensor:
-    """An array of another library as a tensor, on the device it is on, bit for bit and in its dtype.
+def from_dlpack(array: Any, *, copy: bool | None = None) -> Tensor:
+    """Import an array of another library as a tensor, on its device, bit for bit and in its dtype.
 
-    Without a copy both are the same memory, which lives as long as either does: what is written into the tensor changes
-    the array, a JAX array too, although JAX takes its arrays as immutable and may be reading it for a result that is not
-    ready yet.
+    A tensor that shares memory keeps it alive. Writing to the tensor then changes the array, a JAX array too, although JAX
+    takes arrays as immutable and may still be reading them.
 
     Args:
         array: anything with ``__dlpack__`` and ``__dlpack_device__``: a JAX array on one device or replicated over
             several, a NumPy array, one of ml_dtypes' dtypes included.
-        copy: ``"auto"`` copies only where torch cannot share the memory: negative strides, memory that is marked
-            read-only (torch would write to it), or not aligned to its elements; ``"never"`` refuses these; ``"always"``
-            copies, so that writing to one never shows in the other.
+        copy: as in the array API standard. None copies only where torch cannot share the memory: NumPy arrays with negative
+            strides, read-only ones (torch could write to them), and ones not aligned to their elements. False refuses
+            these. True copies, so that writing to one never shows in the other.
 
     Raises:
         TypeError: ``array`` has no such methods.
-        ValueError: it cannot be handed out, because it requires a gradient, say; torch does not have its dtype; it is
-            split over several devices; ``copy="never"`` and the memory cannot be shared.
+        ValueError: it cannot be exported, because it requires a gradient, say; torch does not have its dtype; it is split
+            over several devices; ``copy=False`` and the memory cannot be shared.
 
     Example:
         >>> import numpy as np
         >>> from torch_impl.dlpack import from_dlpack
         >>> array = np.zeros((2, 3), np.float32)
-        >>> shared, apart = from_dlpack(array, copy="never"), from_dlpack(array, copy="always")
+        >>> shared, apart = from_dlpack(array, copy=False), from_dlpack(array, copy=True)
         >>> shared[0, 0] = 7
         >>> float(array[0, 0]), float(apart[0, 0])
         (7.0, 0.0)
     """
-    copy = check_choice("copy", copy, COPIES)
+    copy = check_copy(copy)
     array = _on_one_device(array)
-    memory = Memory.of(array)
-    dtype = getattr(torch, memory.dtype.name, None) if memory.dtype is not None else None
+    check_exporter(array)
+    dtype = getattr(torch, dtype_name(array), None)
     if not isinstance(dtype, torch.dtype):
-        raise foreign_dtype_error(memory.dtype, "torch")
-    obstacle = _obstacle(memory)
-    if obstacle and (copy == "never" or not memory.on_host):
-        raise sharing_error(obstacle)
-    if memory.on_host and (copy == "always" or obstacle):
-        array = memory.copy()
+        raise foreign_dtype_error(dtype_name(array), "torch")
+    if isinstance(array, np.ndarray):
+        obstacle = _obstacle(array)
+        if obstacle and copy is False:
+            raise sharing_error(obstacle)
+        array = array.copy() if copy or obstacle else array
     try:
         tensor = import_dlpack(exportable(array))
     except Exception as error:
         raise ValueError(f"array must be one that torch can import, got a refusal: {error}") from error
-    if copy == "always" and not memory.on_host:
+    if copy and not isinstance(array, np.ndarray):
         tensor = tensor.clone()
-        # The producer may reuse its memory once this returns, on a stream that knows nothing of torch's.
-        torch.accelerator.synchronize(tensor.device)
-    if copy == "never" and memory.size and tensor.data_ptr() != memory.pointer:
-        raise sharing_error(f"torch took its memory to {tensor.data_ptr():#x} from {memory.pointer:#x}")
+        if tensor.device.type != "cpu":
+            # The producer may reuse its memory once this returns, on a stream that knows nothing of torch's.
+            torch.accelerator.synchronize(tensor.device)
+    if copy is False and tensor.numel() and address(array) not in (None, tensor.data_ptr()):
+        raise sharing_error("torch copied it")
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
-def shards_from_dlpack(array: Any, *, copy: str = "auto") -> list[Tensor]:
-    """The parts of an array that is split along dimension 0 over the devices of a mesh, one tensor per rank.
+def shards_from_dlpack(array: Any, *, copy: bool | None = None) -> list[Tensor]:
+    """Import the shards of an array that is split along dimension 0 over a mesh, one tensor per rank.
 
     Of a table sharded ``PartitionSpec("tp", None)``, element r is rank r's rows; over further axes of the mesh, where it
     is replicated, one replica is taken. Of several processes each gets the parts on its own devices.
@@ -122,15 +130,14 @@ def _on_one_device(array: Any) -> Any:
     return shards[0].data
 
 
-def _obstacle(memory: Memory) -> str | None:
-    """Why torch cannot share the memory, or None."""
-    if memory.size == 0:
+def _obstacle(array: np.ndarray) -> str | None:
+    """Why a NumPy array's memory must not be shared, or None: torch 2.13 ends the process, or shares it nonetheless."""
+    if not array.size:
         return None
-    if min(memory.strides, default=0) < 0:  # torch 2.13 does not refuse them: it ends the process
-        return f"torch has no negative strides, and its strides are {memory.strides}"
-    if memory.read_only:
-        return "its memory is marked read-only, and torch writes to any tensor"
-    assert memory.dtype is not None
-    if memory.pointer % min(memory.dtype.itemsize, 8):
-        return f"its memory is aligned to {memory.alignment} bytes, and its elements have {memory.dtype.itemsize}"
+    if min(array.strides, default=0) < 0:
+        return f"torch has no negative strides, and its strides are {array.strides} bytes"
+    if not array.flags.writeable:
+        return "it is read-only, and torch writes to any tensor"
+    if not array.flags.aligned:
+        return f"its memory is not aligned to its elements of {array.itemsize} bytes"
     return None

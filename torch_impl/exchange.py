@@ -1,24 +1,30 @@
-"""The embedding from every rank's part of the table: whole on every rank, or split along the sequence.
+"""The embedding from all ranks' rows: whole on every rank, split along the sequence, or of each rank's own ids.
 
-Each reduction is one operator with its transpose. Every rank knows all the ids, so each works out what it sends and what it
-gets: no counts are exchanged. Rows travel as they are, bit for bit.
-Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows.
+Each reduction is one operator with its transpose. Every rank knows all ids, or gathers them, so it can compute what it sends
+and receives. Rows travel bit for bit.
+Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows. With all_to_all a chunk is one
+rank's ids, filled up with -1 to the longest.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.config import EmbeddingConfig
+from shared.ids import check_ids_valid
 from shared.sequence import chunk_shape, resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.kernels import cpu
-from torch_impl.lookup import check_rows, eager_mode_only, gather, gradient_keys, sparse_gradient
+from torch_impl.lookup import eager_mode_only, gather, gradient_keys, row_keys, sparse_gradient
+from torch_impl.private_api import all_gather, reduce_scatter
 from torch_impl.process_group import find_group
 
 __all__ = ["choose_exchange", "reduced_lookup"]
@@ -46,8 +52,8 @@ def reduced_lookup(
     """Look ids up in a table that is split over a process group.
 
     Args:
-        weight: the rank's rows, ``[N, E]``.
-        ids: int64, any shape; the same on all ranks.
+        weight: the rank's rows, ``[N, E]``; ``check_rows`` has seen them, or they have ``zero_padded``.
+        ids: int64, any shape; the same on all ranks, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         group_name: the ranks.
         zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
@@ -59,8 +65,6 @@ def reduced_lookup(
     Raises:
         RuntimeError: a collective failed; the message names it.
     """
-    if zero_padded is None:
-        check_rows(weight, config.partition.rows_per_rank, config.emb_size)
     ids_here = ids.to(weight.device, copy=True)  # the caller may write over them before backward
     output = _ReducedLookup.apply(weight, ids_here, zero_padded, config.text, group_name, sparse)
     return output.to(ids.device)
@@ -73,11 +77,13 @@ class _ReducedLookup(torch.autograd.Function):
     def forward(
         weight: Tensor, ids: Tensor, zero_padded: Tensor | None, config: str, group_name: str, sparse: bool
     ) -> Tensor:
-        return torch.ops.pve.reduced_lookup(weight if zero_padded is None else zero_padded, ids, config, group_name)
+        table = weight if zero_padded is None else zero_padded
+        return torch.ops.pve.reduced_lookup(table, ids, weight.shape[0], config, group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _weight, ids, _zero_padded, ctx.config, ctx.group_name, ctx.sparse = inputs
+        weight, ids, _zero_padded, ctx.config, ctx.group_name, ctx.sparse = inputs
+        ctx.num_rows = weight.shape[0]
         ctx.save_for_backward(ids)
 
     @staticmethod
@@ -89,9 +95,9 @@ class _ReducedLookup(torch.autograd.Function):
             config = EmbeddingConfig.from_text(ctx.config)
             with eager_mode_only():
                 rows = _sums_of_own_rows(grad_outputs[0], ids, config, ctx.group_name)
-            grad = sparse_gradient(*rows, config.partition.rows_per_rank)
+            grad = sparse_gradient(*rows, ctx.num_rows)
         else:
-            grad = _ReducedScatterAdd.apply(grad_outputs[0], ids, ctx.config, ctx.group_name)
+            grad = _ReducedScatterAdd.apply(grad_outputs[0], ids, ctx.num_rows, ctx.config, ctx.group_name)
         return grad, None, None, None, None, None
 
 
@@ -99,78 +105,111 @@ class _ReducedScatterAdd(torch.autograd.Function):
     """From the gradient of the embedding to that of a rank's rows; its transpose is ``_ReducedLookup``."""
 
     @staticmethod
-    def forward(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
-        return torch.ops.pve.reduced_scatter_add(grad_output, ids, config, group_name)
+    def forward(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
+        return torch.ops.pve.reduced_scatter_add(grad_output, ids, num_rows, config, group_name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _grad_output, ids, ctx.config, ctx.group_name = inputs
+        _grad_output, ids, _num_rows, ctx.config, ctx.group_name = inputs
         ctx.save_for_backward(ids)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (ids,) = ctx.saved_tensors
-        padding_idx = EmbeddingConfig.from_text(ctx.config).padding_idx
-        if padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
-            ids = ids.masked_fill(ids == padding_idx, -1)
-        return _ReducedLookup.apply(grad_outputs[0], ids, None, ctx.config, ctx.group_name, False), None, None, None
+        config = replace(EmbeddingConfig.from_text(ctx.config), invalid_ids="zero")  # forward has checked them
+        if config.padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
+            ids = ids.masked_fill(ids == config.padding_idx, -1)
+        grad = _ReducedLookup.apply(grad_outputs[0], ids, None, config.text, ctx.group_name, False)
+        return grad, None, None, None, None
 
 
 @torch.library.custom_op("pve::reduced_lookup", mutates_args=())
-def _reduced_lookup(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _reduced_lookup(table: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     known = EmbeddingConfig.from_text(config)
     group = find_group(group_name, None, known.world_size)
     routed = choose_exchange(known.exchange, table.device.type) == "routed"
+    if known.reduction == "all_reduce" and ids.numel():
+        if routed:
+            return _routed_all_reduce(table, ids, known, group)
+        return _dense_all_reduce(table, ids, num_rows, known, group)
     shape = _output_shape(ids, known)
-    if ids.numel() == 0:
+    ids_WC = _by_chunk(ids, known, group)
+    if ids_WC.numel() == 0:
         return table.new_empty(*shape, table.shape[1])
-    if known.reduction == "all_reduce":
-        forward = _routed_all_reduce if routed else _dense_all_reduce
-        return forward(table, ids, known, group)
-    reduce = _routed_reduce_scatter if routed else _dense_reduce_scatter
-    return reduce(table, _by_chunk(ids, known), shape, known, group)
+    if routed:
+        return _routed_reduce_scatter(table, ids_WC, shape, known, group)
+    return _dense_reduce_scatter(table, ids_WC, num_rows, shape, known, group)
 
 
 @_reduced_lookup.register_fake
-def _(table: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _(table: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     return table.new_empty(*_output_shape(ids, EmbeddingConfig.from_text(config)), table.shape[1])
 
 
 @torch.library.custom_op("pve::reduced_scatter_add", mutates_args=())
-def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
+def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     known = EmbeddingConfig.from_text(config)
-    n = known.partition.rows_per_rank
     if grad_output.device.type != "cpu" and choose_exchange(known.exchange, grad_output.device.type) == "dense":
         # All tokens in one sum, and the host need not wait for the number of rows.
         group = find_group(group_name, None, known.world_size)
         ids_T, grad_TE = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
-        if known.reduction == "reduce_scatter":
-            ids_T, grad_TE = _by_chunk(ids, known).reshape(-1), _all_gather(grad_TE, group)
-        return torch.ops.pve.scatter_add(grad_TE, _grad_keys(ids_T, known, group.rank()), n)
+        if known.reduction != "all_reduce":
+            ids_WC = _by_chunk(ids, known, group)
+            ids_T, grad_TE = ids_WC.reshape(-1), _all_gather(grad_TE, ids_WC.shape[1], group)
+        keys_T = gradient_keys(row_keys(ids_T, known, group.rank(), num_rows), ids_T, known, num_rows)
+        return torch.ops.pve.scatter_add(grad_TE, keys_T, num_rows)
     distinct, sums = _sums_of_own_rows(grad_output, ids, known, group_name)
-    return cpu.spread(distinct, sums, n)
+    return cpu.spread(distinct, sums, num_rows)
 
 
 @_reduced_scatter_add.register_fake
-def _(grad_output: Tensor, ids: Tensor, config: str, group_name: str) -> Tensor:
-    return grad_output.new_empty(EmbeddingConfig.from_text(config).partition.rows_per_rank, grad_output.shape[-1])
+def _(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
+    return grad_output.new_empty(num_rows, grad_output.shape[-1])
 
 
 def _output_shape(ids: Tensor, config: EmbeddingConfig) -> tuple[int, ...]:
-    if config.reduction == "all_reduce":
+    if config.reduction != "reduce_scatter":
         return tuple(ids.shape)
     return chunk_shape(ids.shape, config.seq_dim, config.world_size)
 
 
-def _by_chunk(ids: Tensor, config: EmbeddingConfig) -> Tensor:
+def _by_chunk(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
     """The ids chunk by chunk, ``[W, C]``."""
+    if config.reduction == "all_to_all":
+        return _gather_ids(ids.reshape(-1), config, group)
+    if config.reduction == "all_reduce":
+        return ids.reshape(1, -1)
     dim, w = resolve_seq_dim(ids.dim(), config.seq_dim), config.world_size
     return ids.unflatten(dim, (w, ids.shape[dim] // w)).movedim(dim, 0).reshape(w, ids.numel() // w)
 
 
-def _dense_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    keys = config.partition.keys(ids, group.rank())
-    partial = gather(table, keys, config.partition.rows_per_rank, cpu.gather)
+def _gather_ids(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
+    """Each rank's own ids, filled up with -1. Their numbers travel first, eight bytes a rank; the host waits for them.
+
+    Raises:
+        IndexError: on every rank, with ``invalid_ids="error"``, naming the first rank that has such an id.
+    """
+    counts_W = ids.new_empty(config.world_size)
+    with naming_the_operation("all_gather of the numbers of ids (all_to_all)", group):
+        all_gather(counts_W, ids.new_tensor([ids.numel()]), group=group)
+    counts = counts_W.tolist()
+    ids_WC = ids.new_empty(len(counts), max(counts))
+    if ids_WC.numel():
+        with naming_the_operation("all_gather of the ids (all_to_all)", group):
+            all_gather(ids_WC.view(-1), F.pad(ids, (0, max(counts) - ids.numel()), value=-1), group=group)
+    if config.invalid_ids == "error":
+        for rank, count in enumerate(counts):
+            try:
+                check_ids_valid(ids_WC[rank, :count].cpu().numpy(), config.vocab_size)
+            except IndexError as error:
+                raise IndexError(f"of the ids that rank {rank} passed, flattened: {error}") from error
+    return ids_WC
+
+
+def _dense_all_reduce(
+    table: Tensor, ids: Tensor, num_rows: int, config: EmbeddingConfig, group: dist.ProcessGroup
+) -> Tensor:
+    partial = gather(table, row_keys(ids, config, group.rank(), num_rows), num_rows, cpu.gather)
     with naming_the_operation("all_reduce of the embedding's forward (dense)", group):
         dist.all_reduce(_as_integers(partial), group=group)
     return partial
@@ -197,14 +236,19 @@ def _routed_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, grou
 
 
 def _dense_reduce_scatter(
-    table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
+    table: Tensor,
+    ids_WC: Tensor,
+    num_rows: int,
+    shape: tuple[int, ...],
+    config: EmbeddingConfig,
+    group: dist.ProcessGroup,
 ) -> Tensor:
-    keys_T = config.partition.keys(ids_WC.reshape(-1), group.rank())
-    partial_TE = gather(table, keys_T, config.partition.rows_per_rank, cpu.gather)
-    output = table.new_empty(*shape, table.shape[1])
+    keys_T = row_keys(ids_WC.reshape(-1), config, group.rank(), num_rows)
+    partial_TE = gather(table, keys_T, num_rows, cpu.gather)
+    output = table.new_empty(ids_WC.shape[1], table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
         reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
-    return output
+    return output[: math.prod(shape)].view(*shape, table.shape[1])
 
 
 def _routed_reduce_scatter(
@@ -220,7 +264,7 @@ def _routed_reduce_scatter(
     send, recv = cpu.gather(table, rows_to_send), rows_KE[: bounds[-1]]
     with naming_the_operation("all_to_all_single of the embedding's forward (routed reduce_scatter)", group):
         dist.all_to_all_single(recv, send, _counts(bounds), send_counts, group=group)
-    return cpu.gather(rows_KE, slots_C.view(shape))
+    return cpu.gather(rows_KE, slots_C[: math.prod(shape)].view(shape))
 
 
 def _sums_of_own_rows(
@@ -234,15 +278,16 @@ def _sums_of_own_rows(
     rank, n = group.rank(), config.partition.rows_per_rank
     grad = grad_output.reshape(-1, grad_output.shape[-1])
     if config.reduction == "all_reduce":
-        return cpu.sum_rows(grad, _grad_keys(ids.reshape(-1), config, rank), n)
-    ids_WC, wide = _by_chunk(ids, config), cpu.accumulation_dtype(grad.dtype)
-    if ids.numel() == 0:
+        ids_T = ids.reshape(-1)
+        return cpu.sum_rows(grad, gradient_keys(config.partition.keys(ids_T, rank), ids_T, config, n), n)
+    ids_WC, wide = _by_chunk(ids, config, group), cpu.accumulation_dtype(grad.dtype)
+    if ids_WC.numel() == 0:
         rows, sums = ids.reshape(-1), grad.to(wide)
     elif choose_exchange(config.exchange, grad.device.type) == "routed":
         wanted_K, slots_C = _distinct(ids_WC[rank], config)
         bounds = _owner_bounds(wanted_K, config)
         rows, send_counts = _rows_to_send(ids_WC, config, rank)
-        _, sums_KE = cpu.sum_rows(grad, slots_C, bounds[-1], wide)
+        _, sums_KE = cpu.sum_rows(grad, slots_C[: len(grad)], bounds[-1], wide)
         sums = cpu.empty((len(rows), sums_KE.shape[1]), sums_KE.dtype, sums_KE.device)
         with naming_the_operation("all_to_all_single of the embedding's backward (routed reduce_scatter)", group):
             dist.all_to_all_single(sums, sums_KE, send_counts, _counts(bounds), group=group)
@@ -250,19 +295,16 @@ def _sums_of_own_rows(
         owned_rows, owned = config.partition.locate(ids_WC, rank)
         chunks = torch.arange(len(ids_WC), device=ids.device).unsqueeze(1)
         keys = torch.where(owned, chunks * n + owned_rows, len(ids_WC) * n)
-        places, sums = cpu.sum_rows(_all_gather(grad, group), keys.reshape(-1), len(ids_WC) * n, wide)
+        places, sums = cpu.sum_rows(_all_gather(grad, ids_WC.shape[1], group), keys.reshape(-1), len(ids_WC) * n, wide)
         rows = places % n
     if config.padding_idx is not None and config.partition.owns(config.padding_idx, rank):
         rows = rows.masked_fill(rows == config.padding_idx - config.partition.start(rank), n)
     return cpu.sum_rows(sums, rows, n, grad.dtype)
 
 
-def _grad_keys(ids: Tensor, config: EmbeddingConfig, rank: int) -> Tensor:
-    return gradient_keys(config.partition.keys(ids, rank), ids, config)
-
-
-def _all_gather(grad_CE: Tensor, group: dist.ProcessGroup) -> Tensor:
-    grad_TE = grad_CE.new_empty(grad_CE.shape[0] * group.size(), grad_CE.shape[1])
+def _all_gather(grad_CE: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    grad_CE = F.pad(grad_CE, (0, 0, 0, count - len(grad_CE)))
+    grad_TE = grad_CE.new_empty(count * group.size(), grad_CE.shape[1])
     if grad_TE.numel():
         with naming_the_operation("all_gather of the embedding's backward (dense)", group):
             all_gather(_as_integers(grad_TE), _as_integers(grad_CE.contiguous()), group=group)
@@ -301,8 +343,3 @@ def _as_integers(rows: Tensor) -> Tensor:
     if width == 2:  # gloo has no int16
         return flat.view(torch.int32 if rows.shape[-1] % 2 == 0 else torch.uint8)
     return flat.view(torch.int32 if width == 4 else torch.int64)
-
-
-# torch 2.13 renames these two; before that, and for a while after, the old names do the same.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -15,13 +15,14 @@ from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from shared.tables.find_table import Paths, open_table
 from shared.tables.table_file import TableFile
-from shared.tables.table_writer import write_together
+from shared.tables.table_writer import TableSpec, write_table
 from torch_impl.agreement import gather_objects
+from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
 from torch_impl.zero_row import ModuleWithTable
 
-__all__ = ["TableInFiles"]
+__all__ = ["TableInFiles", "options_of"]
 
 
 class TableInFiles(ModuleWithTable):
@@ -29,6 +30,8 @@ class TableInFiles(ModuleWithTable):
 
     config: EmbeddingConfig
     rank: int
+    table_rows: int
+    """Rows that all ranks have together: ``padded_vocab_size``, or ``vocab_size`` where DTensor cuts the table unevenly."""
     _group_name: str | None
 
     def mark_state_dicts(self) -> None:
@@ -42,6 +45,23 @@ class TableInFiles(ModuleWithTable):
         emb_size: int
         world_size: int
         padded_vocab_size: int
+
+    def allocate(self, dtype: torch.dtype, device: Any) -> None:
+        """Give the module an uninitialised ``weight``."""
+        bounds = self.partition.start(self.rank), self.partition.stop(self.rank)
+        start, stop = (min(bound, self.table_rows) for bound in bounds)
+        self.allocate_table(stop - start, self.emb_size, dtype, device, self.table_rows)
+
+    def own_rows(self, like_weight: Tensor | None = None) -> tuple[Tensor, int]:
+        """The rows of this process, which share the memory, and the number of its first among the rank's.
+
+        Args:
+            like_weight: a tensor that is split as the table is, such as its gradient; left out, the table.
+        """
+        rows, first = rows_here(self.weight if like_weight is None else like_weight)
+        if self.device_mesh is not None:
+            first -= min(self.partition.start(self.rank), self.table_rows)
+        return rows, first
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -69,8 +89,8 @@ class TableInFiles(ModuleWithTable):
         """Build a rank's layer from a table in files, reading its rows and no others.
 
         Args:
-            path: a safetensors file, an ``....index.json`` over several, a set of shards written for any number of ranks,
-                a folder that holds one of these, or Megatron-style parts (see ``shared.tables.find_table``).
+            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
+                parts (see ``shared.tables.find_table.open_table``).
             tensor_name: the tensor; left out, the one that looks like an input embedding.
             rank, world_size, process_group: as for the class.
             vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
@@ -104,9 +124,9 @@ class TableInFiles(ModuleWithTable):
             dtype = getattr(torch, table.dtype)
         sizes = table.vocab_size, table.emb_size, rank, world_size, process_group
         self = cls(*sizes, dtype=dtype, device="meta", **options)
-        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
+        self.allocate(dtype, device)
         if not self.weight.is_meta:
-            _fill_from_table(self.weight, table, self.partition, self.rank)
+            _fill_from_table(self.own_rows()[0], table, self.partition, self.rank)
         return self
 
     @classmethod
@@ -145,9 +165,7 @@ class TableInFiles(ModuleWithTable):
             True
         """
         if isinstance(table, nn.Embedding):
-            if table.max_norm is not None or table.scale_grad_by_freq:
-                raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
-            options = {"padding_idx": table.padding_idx, "sparse": table.sparse, **options}
+            options = {**options_of(table), **options}
             table = table.weight
         if not isinstance(table, Tensor):
             raise TypeError(f"table must be an nn.Embedding or a tensor, got {type(table).__name__}")
@@ -158,11 +176,11 @@ class TableInFiles(ModuleWithTable):
         dtype, device = dtype or table.dtype, device or table.device
         sizes = *table.shape, rank, world_size, process_group
         self = cls(*sizes, dtype=dtype, device="meta", **options)
-        self.allocate_table(self.partition.rows_per_rank, self.emb_size, dtype, device)
+        self.allocate(dtype, device)
         start, stop = self.partition.owned_range(self.rank)
-        with torch.no_grad():
-            self.weight[: stop - start].copy_(table[start:stop])
-            self.weight[stop - start :].zero_()
+        rows, _ = self.own_rows()
+        rows[: stop - start].copy_(table[start:stop].detach())
+        rows[stop - start :].zero_()
         return self
 
     def save_table(
@@ -173,14 +191,13 @@ class TableInFiles(ModuleWithTable):
         process_group: dist.ProcessGroup | None = None,
         force: bool = False,
     ) -> None:
-        """Write the table to files: each rank its own rows, without padding.
+        """Write the table to one new safetensors file: each rank its own rows, without padding.
 
-        All ranks call this. What was written is read back. The new table is there whole or not at all; the old one stays
-        until it is.
+        All ranks call this. Rows are read back after writing. The file appears whole or not at all; an old one stays until
+        then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
 
         Args:
-            path: a file, if it ends in ``.safetensors``; else a folder, for a file a rank and a manifest. All ranks must
-                see it.
+            path: the file, which ends in ``.safetensors``. All ranks must see its folder.
             tensor_name: what to call the tensor.
             process_group: the ranks, where the layer was built without a group.
             force: replace what is there.
@@ -199,7 +216,7 @@ class TableInFiles(ModuleWithTable):
             True
         """
         self._require_storage()
-        if hasattr(self.weight, "placements"):
+        if len(getattr(self.weight, "placements", ())) > (self.device_mesh is not None):
             raise ValueError(
                 "the table must not be split further, as by fully_shard, to be saved: save it by sharded_state_dict() and "
                 "torch.distributed.checkpoint, or call unshard() on the module first"
@@ -210,19 +227,24 @@ class TableInFiles(ModuleWithTable):
             raise ValueError(
                 f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
             )
-        _write_table(self.weight, self.partition, self.rank, process_group, path, tensor_name, force)
+        _write_table(self.own_rows()[0], self.partition, self.rank, process_group, path, tensor_name, force)
 
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = None, metadata: Any = None
+    ) -> dict[str, Tensor]:
         """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
 
         Loading writes to the parameter in place; where ``fully_shard`` has split it further, to this process's part. Any
         number of ranks with any padding load what others saved.
         (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
+        ``torch_impl.sharded_state_dict`` does this for a whole model and for its optimizer.
 
         Args:
             prefix: what the name begins with.
+            sharded_offsets, metadata: what Megatron-core passes to a method of this name; refused.
 
         Raises:
+            TypeError: Megatron-core calls, which takes ``torch_impl.adapters.megatron.VocabParallelEmbedding``.
             ValueError: the table is on the meta device.
 
         Example:
@@ -230,20 +252,38 @@ class TableInFiles(ModuleWithTable):
             >>> from torch_impl import ParallelVocabEmbedding
             >>> emb = ParallelVocabEmbedding(10, 4)
             >>> folder = tempfile.mkdtemp()
-            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> _ = dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=folder)
             >>> other = ParallelVocabEmbedding(10, 4, init_base_seed=0)
-            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder, no_dist=True)
+            >>> dcp.load(other.sharded_state_dict("emb."), checkpoint_id=folder)
             >>> bool((other.weight == emb.weight).all())
             True
         """
+        if sharded_offsets is not None or metadata is not None:
+            raise TypeError(
+                "sharded_offsets and metadata must be left out: they are Megatron-core's, whose checkpoints "
+                "torch_impl.adapters.megatron.VocabParallelEmbedding writes and reads; build the model with it"
+            )
         self._require_storage()
-        from torch_impl.checkpoint import TableRows  # half a second, for those who need it
+        from torch_impl.checkpoint import TableRows  # which builds on this module
 
-        return {f"{prefix}weight": TableRows(self.weight, self.partition, self.rank)}
+        whole = self.device_mesh is not None and self.table_rows == self.vocab_size
+        rows = self.weight.detach() if whole else TableRows(self.weight, self.partition, self.rank)
+        return {f"{prefix}weight": rows}
 
     def _require_storage(self) -> None:
         if self.weight.is_meta:
             raise ValueError("the table must have storage to be saved or loaded: call to_empty(device=...) first")
+
+
+def options_of(embedding: nn.Embedding) -> dict[str, Any]:
+    """The options of a layer that does what the ``nn.Embedding`` does.
+
+    Raises:
+        ValueError: it has ``max_norm`` or ``scale_grad_by_freq``, which the layer has not.
+    """
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
+    return {"padding_idx": embedding.padding_idx, "sparse": embedding.sparse}
 
 
 def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -253,7 +293,11 @@ def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata
 def _refuse_other_rows(
     layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any], *others: Any
 ) -> None:
-    saved, own = local_metadata.get("rows"), _rows_of(layer)
+    from torch_impl.checkpoint import TableRows
+
+    saved, own, given = local_metadata.get("rows"), _rows_of(layer), state.get(f"{prefix}weight")
+    if isinstance(given, TableRows):  # what torch.distributed.checkpoint loaded
+        saved, state[f"{prefix}weight"] = given.owned, given.rank_rows
     if saved is None or saved == own:  # files of other formats do not say
         return
     names = [f"rows [{start}, {stop}) of {vocab_size}" for start, stop, vocab_size in (saved, own)]
@@ -309,25 +353,15 @@ def _write_table(
         ValueError: on every rank, if any of them could not do its part.
     """
     dtype = str(weight.dtype).removeprefix("torch.")
-    rows, (start, _) = weight.detach(), partition.owned_range(rank)
+    rows, (start, stop) = weight.detach(), partition.owned_range(rank)
 
-    def fill(first: int, last: int, buffer: memoryview) -> None:
+    def read(first: int, last: int) -> np.ndarray:
         # A copy: a storage that NumPy has seen cannot be resized any more, which fully_shard does.
-        part = rows[first - start : last - start].to("cpu", copy=True).contiguous()
-        buffer[:] = memory_of(part).reshape(-1).view(np.uint8).data
+        return memory_of(rows[first - start : last - start].to("cpu", copy=True).contiguous())
 
     def exchange(mine: Any) -> list[Any]:
         return [mine] if group is None else gather_objects(mine, group, "what each rank wrote of a table")
 
-    write_together(
-        path,
-        tensor_name,
-        dtype,
-        weight.shape[1],
-        partition,
-        [rank],
-        fill,
-        force=force,
-        process=rank,
-        exchange=exchange,
-    )
+    spec = TableSpec(tensor_name, dtype, partition.vocab_size, weight.shape[1])
+    process = 0 if group is None else rank
+    write_table(path, spec, [(start, stop)], read, force=force, process=process, exchange=exchange)

@@ -12,8 +12,8 @@ from shared.checks import REDUCTIONS, check_choice, table_dtype_error
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from torch_impl.exchange import reduced_lookup as lookup_over_group
-from torch_impl.ids import checked_ids
-from torch_impl.lookup import lookup
+from torch_impl.ids import check_plain, checked_ids
+from torch_impl.lookup import check_rows, lookup
 from torch_impl.process_group import resolve_group, resolve_rank
 
 __all__ = ["partial_lookup", "reduced_lookup"]
@@ -34,7 +34,9 @@ def partial_lookup(
     The ranks' results have no row in common: they sum to the embedding.
 
     Args:
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, any floating dtype.
+        weight: the rank's own rows, any floating dtype: ``[partition.rows_per_rank, emb_size]``, or without those of
+            padding, ``partition.owned_range(rank)``: shorter on the last ranks, or empty. So DTensor's ``Shard(0)`` cuts
+            a table that does not divide; its partition is made with ``padded_vocab_size="even"``.
         ids: global ids, any shape, any integer dtype. They are not modified, and no dtype wraps.
         partition: who owns what.
         rank: whose rows ``weight`` holds.
@@ -46,12 +48,13 @@ def partial_lookup(
     Returns:
         ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. Rows are copied bit for bit.
 
-    The weight's gradient sums a row's occurrences in float32 for 16-bit tables (in the table's dtype otherwise) and rounds
-    once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order; forward mode is not.
+    The weight's gradient, of the weight's shape, sums a row's occurrences in float32 for 16-bit tables (in the table's
+    dtype otherwise) and rounds once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order;
+    forward mode is not.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another.
-        ValueError: ``weight`` does not have ``partition.rows_per_rank`` rows; another argument is out of range.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
+        ValueError: ``weight`` has another number of rows; another argument is out of range.
         IndexError: with ``invalid_ids="error"``, naming the first such id, its position and the legal range.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
@@ -72,8 +75,8 @@ def partial_lookup(
                 [6., 7.],
                 [4., 5.]])
     """
-    config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, sparse=sparse)
-    return lookup(weight, checked_ids(ids, invalid_ids, partition.vocab_size), config, rank, sparse=sparse)
+    config = _config(weight, partition, rank, invalid_ids=invalid_ids, padding_idx=padding_idx, sparse=sparse)
+    return lookup(weight, checked_ids(ids, config), config, rank, sparse=sparse)
 
 
 def reduced_lookup(
@@ -91,15 +94,17 @@ def reduced_lookup(
 ) -> Tensor:
     """Look ids up in a table that is split over the ranks of a process group: the sum of their ``partial_lookup``.
 
-    Every rank of the group calls this with the same ids and options.
+    Every rank of the group calls this with the same options.
 
     Args:
-        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or
-            float64.
-        ids: global ids, any shape, any integer dtype; the same on all ranks; not modified.
+        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]`` or without those of padding, as in
+            ``partial_lookup``; float16, bfloat16, float32 or float64.
+        ids: global ids, any shape, any integer dtype; not modified. The same on all ranks, but for ``"all_to_all"``, where
+            each rank passes its own, of any shape.
         partition: who owns what; its ``world_size`` is the group's.
         process_group: the ranks; None where ``partition.world_size`` is 1.
-        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it.
+        reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it;
+            ``"all_to_all"``, the embedding of this rank's own ids.
         exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
             from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators. The results are equal.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
@@ -115,7 +120,7 @@ def reduced_lookup(
     and rounded once.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another.
+        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
         ValueError: an argument is out of range, or the sequence is not divisible by ``partition.world_size``.
         IndexError: with ``invalid_ids="error"``.
         RuntimeError: a collective failed; the message names it.
@@ -135,21 +140,22 @@ def reduced_lookup(
     """
     check_choice("reduction", reduction, REDUCTIONS[1:])
     options = {"reduction": reduction, "exchange": exchange, "seq_dim": seq_dim, "sparse": sparse}
-    config = _config(weight, partition, invalid_ids=invalid_ids, padding_idx=padding_idx, **options)
     rank, _ = resolve_rank(0 if process_group is None else None, partition.world_size, process_group)
+    config = _config(weight, partition, rank, invalid_ids=invalid_ids, padding_idx=padding_idx, **options)
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise table_dtype_error(weight.dtype)
     group_name = resolve_group(process_group, reduction, partition.world_size)
-    ids = checked_ids(ids, invalid_ids, partition.vocab_size)
+    ids = checked_ids(ids, config)
     if group_name is None or partition.world_size == 1:
         return lookup(weight, ids, config, rank, sparse=sparse)
     return lookup_over_group(weight, ids, config, group_name, sparse=sparse)
 
 
-def _config(weight: Tensor, partition: VocabPartition, **options: Any) -> EmbeddingConfig:
-    if weight.dim() != 2 or weight.shape[0] != partition.rows_per_rank:
-        raise ValueError(
-            f"weight must hold the rank's own rows, [{partition.rows_per_rank}, emb_size], got {tuple(weight.shape)}"
-        )
+def _config(weight: Tensor, partition: VocabPartition, rank: int | Tensor, **options: Any) -> EmbeddingConfig:
+    check_plain("weight", weight, "to_local() of it, where it is split as the partition says, or else full_tensor()")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be of two dimensions, the rank's rows and emb_size, got {list(weight.shape)}")
     sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
-    return EmbeddingConfig(*sizes, **options)
+    config = EmbeddingConfig(*sizes, **options)
+    check_rows(weight, config, rank)
+    return config

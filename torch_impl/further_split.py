@@ -1,4 +1,4 @@
-"""A rank's rows where ``fully_shard`` has split them again, over other ranks."""
+"""This process's rows of a table that DTensor splits: over the layer's mesh, by ``fully_shard``, or by both."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_impl.private_api import is_split_last
+
 __all__ = ["rows_here"]
 
 
 def rows_here(weight: Any) -> tuple[Tensor, int]:
-    """This process's part of a rank's rows, and the number of its first among them.
+    """This process's part of a tensor, and the number of its first row.
 
     Args:
-        weight: ``[n, e]``, a plain tensor or a DTensor that is split along dimension 0 or replicated.
+        weight: ``[n, ...]``, a plain tensor or a DTensor that is split along dimension 0 or replicated.
 
     Returns:
-        The part, ``[k, e]``, which shares the memory, and its first row in ``[0, n]``.
+        The part, ``[k, ...]``, which shares the memory, and its first row in ``[0, n]``.
 
     Raises:
         ValueError: it is split in another way.
     """
     if not hasattr(weight, "placements"):
         return weight.detach(), 0
+    split = [(dim, placement) for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
     start, stop = 0, len(weight)
-    for dim, placement in enumerate(weight.placements):
-        if placement.is_replicate():
-            continue
-        if type(placement).__name__ != "Shard" or placement.dim != 0:
+    for dim, placement in sorted(split, key=lambda each: is_split_last(each[1])):
+        if getattr(placement, "dim", None) != 0 or placement.is_partial():
             raise ValueError(f"weight must be split along dimension 0 or replicated, got {weight.placements}")
         size = -(-(stop - start) // weight.device_mesh.size(dim))  # as torch.chunk: the last parts are shorter
         start = min(start + size * weight.device_mesh.get_local_rank(dim), stop)
         stop = min(start + size, stop)
-    return weight.to_local().detach(), start
+    return weight.detach().to_local(), start

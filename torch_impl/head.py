@@ -19,8 +19,8 @@ from shared.head import ColumnBlocks, check_hidden, check_softcap, logits_dtype_
 from shared.partition import VocabPartition
 from shared.sequence import resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
-from torch_impl.exchange import all_gather, reduce_scatter
 from torch_impl.kernels.cpu import accumulation_dtype
+from torch_impl.private_api import all_gather, reduce_scatter
 from torch_impl.process_group import find_group
 
 __all__ = [

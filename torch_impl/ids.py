@@ -8,34 +8,52 @@ import torch
 from torch import Tensor
 
 from shared.checks import ids_type_error
+from shared.config import EmbeddingConfig
 from shared.head import LossOptions, check_targets_valid, targets_type_error
 from shared.ids import check_ids_valid, widen
 
-__all__ = ["checked_ids", "checked_targets"]
+__all__ = ["check_plain", "checked_ids", "checked_targets", "is_dtensor"]
 
 _INTEGER_DTYPES = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 )
 
 
-def checked_ids(ids: Any, invalid_ids: str, vocab_size: int) -> Tensor:
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor, without the import of those."""
+    return type(value) is not Tensor and hasattr(value, "placements")
+
+
+def check_plain(name: str, value: Any, remedy: str) -> None:
+    """Refuse a DTensor where a rank's own tensor is meant.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if is_dtensor(value):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor {value.placements}: pass {remedy}")
+
+
+def checked_ids(ids: Any, config: EmbeddingConfig) -> Tensor:
     """Return the ids as int64; unsigned ones beyond it come out negative, outside every vocabulary.
 
     Args:
         ids: a tensor of integers.
-        invalid_ids: ``"zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the host
-            waits for their device.
-        vocab_size: the first id that is not valid.
+        config: its ``invalid_ids="zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the
+            host waits for their device. Ids that each rank has of its own are checked where all ranks have gathered them.
 
     Raises:
-        TypeError: ids are not a tensor of integers.
+        TypeError: ids are not a plain tensor of integers.
         IndexError: naming the first id outside the vocabulary in row-major order, its position and the legal range.
     """
     if not isinstance(ids, Tensor):
         raise ids_type_error(type(ids).__name__, "a torch.Tensor")
+    check_plain("ids", ids, "full_tensor() of them, or to_local() where it is what this rank looks up")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
-    return torch.ops.pve.check_ids(ids, vocab_size) if invalid_ids == "error" else ids.long()
+    if config.invalid_ids == "zero" or (config.reduction == "all_to_all" and config.world_size > 1):
+        return ids.long()
+    return torch.ops.pve.check_ids(ids, config.vocab_size)
 
 
 def checked_targets(targets: Any, options: LossOptions, vocab_size: int) -> Tensor:

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.config import EmbeddingConfig
 from shared.global_normal import normal_rows
-from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows
 
-__all__ = ["fill_normal"]
+__all__ = ["fill_table"]
 
 
-def fill_normal(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
-    """Draw a rank's rows from a normal distribution, in place; padding rows and that of ``padding_idx`` become zero.
+def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> None:
+    """Fill a rank's rows with their first numbers, in place; padding rows and that of ``padding_idx`` become zero.
 
     Args:
-        weight: the rank's rows, ``[n, e]``, on any device that has storage.
+        rows: the rank's rows, ``[n, e]``, or a part of them, on any device that has storage.
+        first: the number of the first of them among the rank's.
         config: ``init="per_rank"`` draws by ``nn.init.normal_``, in the table's dtype on its device, from a generator seeded
             ``init_base_seed + rank``; ``"global"`` makes row i a function of the seed and i alone
-            (``shared.global_normal``).
+            (``shared.global_normal``). A callable is asked for the rows; with None they are left as they are.
         rank: whose rows these are.
+
+    Raises:
+        TypeError: the callable did not return a tensor.
+        ValueError: it did not return a row for each row number.
     """
     partition, seed, mean, std = config.partition, config.init_base_seed, config.init_mean, config.init_std
-    rows, first = rows_here(weight)
     start, stop = partition.owned_range(rank)
     begin = min(start + first, stop)
     owned = rows[: stop - begin]
-    if config.init == "per_rank":
+    if callable(config.init):
+        numbers = torch.arange(begin, begin + len(owned), device=rows.device)
+        with torch.no_grad():
+            owned.copy_(_checked_rows(config.init(numbers), list(owned.shape)))
+    elif config.init == "per_rank":
         generator = torch.Generator(rows.device).manual_seed(seed + rank)
-        if rows.shape == weight.shape:
+        if len(rows) == partition.rows_per_rank:
             nn.init.normal_(rows, mean, std, generator=generator)
         else:  # the same numbers, whatever part of them is here
-            whole = torch.empty(weight.shape, dtype=rows.dtype, device=rows.device)
+            whole = torch.empty(partition.rows_per_rank, rows.shape[1], dtype=rows.dtype, device=rows.device)
             rows.copy_(nn.init.normal_(whole, mean, std, generator=generator)[first : first + len(rows)])
-    else:
+    elif config.init == "global":
 
         def fill(number: int, part: np.ndarray) -> None:
             number += begin
@@ -46,3 +55,13 @@ def fill_normal(weight: Tensor, config: EmbeddingConfig, rank: int) -> None:
     rows[len(owned) :].zero_()
     if config.padding_idx is not None and begin <= config.padding_idx < begin + len(owned):
         rows[config.padding_idx - begin].zero_()
+
+
+def _checked_rows(rows: Any, shape: list[int]) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"init must return a tensor, got {type(rows).__name__}")
+    if list(rows.shape) != shape:
+        raise ValueError(
+            f"init must return a row for each of the row numbers that it is given, {shape}, got {list(rows.shape)}"
+        )
+    return rows

@@ -1,6 +1,7 @@
 """One rank's lookup and its transpose, the sum of the gradients of each row.
 
 A *key* is a row number of the rank's table, or the number of rows where there is none to look up: a foreign id's.
+A rank has all ``rows_per_rank`` rows of its part, or those alone that are not padding, as DTensor cuts a table.
 Around the operators there are stock operations only, so that compilers, transforms and autograd need no other code.
 Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions are flattened to T tokens.
 """
@@ -19,9 +20,18 @@ from torch import Tensor
 
 from shared.config import EmbeddingConfig
 from torch_impl.kernels import cpu
-from torch_impl.private_api import function_is_inlined
+from torch_impl.private_api import function_is_inlined, integers_cannot_be_viewed
 
-__all__ = ["check_rows", "eager_mode_only", "gather", "gradient_keys", "lookup", "scatter_add", "sparse_gradient"]
+__all__ = [
+    "check_rows",
+    "eager_mode_only",
+    "gather",
+    "gradient_keys",
+    "lookup",
+    "row_keys",
+    "scatter_add",
+    "sparse_gradient",
+]
 
 
 def lookup(
@@ -35,7 +45,7 @@ def lookup(
     """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
 
     Args:
-        weight: the rank's rows, ``[N, E]``.
+        weight: the rank's rows, ``[N, E]``; ``check_rows`` has seen them, or they have ``zero_padded``.
         ids: int64, any shape.
         config: sizes and ``padding_idx``.
         rank: whose rows ``weight`` holds; a compiled graph takes it as a tensor without dimensions.
@@ -45,39 +55,49 @@ def lookup(
     Returns:
         ``[*ids.shape, E]`` on the device of the ids.
     """
-    num_rows = config.partition.rows_per_rank
-    if zero_padded is None:
-        check_rows(weight, num_rows, config.emb_size)
+    num_rows = weight.shape[0]
     if (device := ids.device) != weight.device:
         ids = ids.to(weight.device)
-    keys = config.partition.keys(ids, rank)
+    keys = row_keys(ids, config, rank, num_rows)
     if zero_padded is None or torch.is_grad_enabled():
-        grad_keys = None if config.padding_idx is None else gradient_keys(keys, ids, config)
+        grad_keys = None if config.padding_idx is None else gradient_keys(keys, ids, config, num_rows)
         output = _Lookup.apply(weight, keys, grad_keys, zero_padded, num_rows, sparse)
     else:
         output = _take(zero_padded, keys)
     return output if output.device == device else output.to(device)
 
 
-def gradient_keys(keys: Tensor, ids: Tensor, config: EmbeddingConfig) -> Tensor:
+def row_keys(ids: Tensor, config: EmbeddingConfig, rank: int | Tensor, num_rows: int) -> Tensor:
+    """The ids' keys in a rank's table of ``num_rows`` rows."""
+    keys = config.partition.keys(ids, rank)
+    return keys if num_rows == config.partition.rows_per_rank else keys.clamp(max=num_rows)
+
+
+def gradient_keys(keys: Tensor, ids: Tensor, config: EmbeddingConfig, num_rows: int) -> Tensor:
     """The keys of the gradient: those of the lookup, but none for ``padding_idx``."""
     if config.padding_idx is None:
         return keys
-    return keys.masked_fill(ids == config.padding_idx, config.partition.rows_per_rank)
+    return keys.masked_fill(ids == config.padding_idx, num_rows)
 
 
-def check_rows(weight: Tensor, num_rows: int, emb_size: int) -> None:
+def check_rows(weight: Tensor, config: EmbeddingConfig, rank: int | Tensor) -> None:
     """Refuse a table that is not a rank's own: its rows would be taken for others.
 
     Raises:
-        ValueError: it is not ``[num_rows, emb_size]``.
+        ValueError: it does not have ``rows_per_rank`` rows, nor those alone that are not padding.
         TypeError: it does not hold floating-point numbers.
     """
-    if weight.dim() != 2 or weight.shape[0] != num_rows or weight.shape[1] != emb_size:
-        raise ValueError(
-            f"weight must hold the rank's own rows, [{num_rows}, {emb_size}], got {list(weight.shape)}; "
-            f"build a layer of that size instead"
-        )
+    n, emb_size, given = config.partition.rows_per_rank, config.emb_size, list(weight.shape)
+    if given != [n, emb_size]:
+        ranks = range(config.world_size) if isinstance(rank, Tensor) else [rank]  # a compiled graph is for any rank
+        bounds = [config.partition.owned_range(each) for each in ranks]
+        unpadded = sorted({stop - start for start, stop in bounds} - {n})
+        if given not in ([rows, emb_size] for rows in unpadded):
+            without = "".join(f" or [{rows}, {emb_size}] without its padding" for rows in unpadded)
+            raise ValueError(
+                f"weight must hold the rank's own rows, [{n}, {emb_size}]{without}, got {given}; "
+                f"build a layer of that size instead"
+            )
     if not weight.is_floating_point():
         raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}")
 
@@ -97,10 +117,13 @@ def gather(
         take: how rows are copied; the body of an operator passes its kernel.
     """
     take = take or _take
+    if num_rows == 0 == table.shape[0]:
+        table = torch.cat((table, table.new_zeros(1, table.shape[1])))
     if table.shape[0] > num_rows:
         return take(table, keys)
     rows, owned = keys.clamp(max=num_rows - 1), (keys < num_rows).unsqueeze(-1)
-    if function_is_inlined():  # what is differentiable as it is; inductor may change a NaN's payload here
+    # What is differentiable, and mapped over, as it is; inductor may change a NaN's payload here.
+    if function_is_inlined() or integers_cannot_be_viewed():
         return torch.where(owned, take(table, rows), 0)
     output = take(table, rows)
     output.view(_INTEGERS[output.element_size()]).mul_(owned)

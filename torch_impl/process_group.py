@@ -11,7 +11,9 @@ from torch_impl.private_api import group_of_name
 __all__ = ["find_group", "resolve_group", "resolve_partition", "resolve_rank"]
 
 
-def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None) -> tuple[int, int]:
+def resolve_rank(
+    rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None, source: str = "process_group"
+) -> tuple[int, int]:
     """``(rank, world_size)``, taken from ``process_group`` where left out; 0 and 1 without a group.
 
     Raises:
@@ -36,7 +38,7 @@ def resolve_rank(rank: int | None, world_size: int | None, process_group: dist.P
     for name, given, actual in (("rank", rank, group_rank), ("world_size", world_size, group_size)):
         if given is not None and given != actual:
             raise ValueError(
-                f"{name} must agree with process_group: got {name}={given}, the group says {actual}; "
+                f"{name} must agree with {source}: got {name}={given}, the group says {actual}; "
                 f"leave {name} out to take the group's"
             )
     return group_rank, group_size

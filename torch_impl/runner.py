@@ -20,7 +20,6 @@ from torch.multiprocessing.spawn import spawn
 from shared.proof.case import Case
 from shared.proof.harness import serve
 from shared.proof.record import RecordWriter
-from shared.sequence import resolve_seq_dim
 from shared.tables.tensor_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
@@ -58,10 +57,7 @@ def _in_a_group(case: Case, record: RecordWriter, progress: Callable[[str, int, 
                 parts.append(np.asarray(file.get_tensor("forward")))
                 record.add(f"forward.{rank}", parts[-1])
                 record.add(f"gradient.{rank}", np.asarray(file.get_tensor("gradient")))
-    scattered = case.reduction == "reduce_scatter"
-    record.add(
-        "sum", np.concatenate(parts, axis=resolve_seq_dim(len(case.ids_shape), case.seq_dim)) if scattered else parts[0]
-    )
+    record.add("sum", case.whole_of(parts))
 
 
 def _one_process(rank: int, case: Case, folder: str) -> None:
@@ -78,6 +74,8 @@ def _one_process(rank: int, case: Case, folder: str) -> None:
 
 def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     ids, grad_output = case.batch_array("ids"), case.part_of(case.batch_array("grad_output"), rank)
+    if case.reduction == "all_to_all":  # each rank its own
+        ids = case.part_of(ids, rank)
     upstream = _tensor(grad_output)
     emb = ParallelVocabEmbedding.from_table(
         case.weights,

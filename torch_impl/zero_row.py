@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
+from torch_impl.further_split import rows_here
+from torch_impl.mesh import as_dtensor
 from torch_impl.private_api import ModuleThatMoves
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["ModuleWithTable"]
 
@@ -16,17 +21,21 @@ __all__ = ["ModuleWithTable"]
 class ModuleWithTable(ModuleThatMoves):
     """A module with one parameter, ``weight``, that lies in a longer piece of memory where possible.
 
-    ``weight`` is ``[n, e]``, in a storage of that size. The module holds the longer tensor beside it for as long as the
-    parameter's memory is that tensor's; a table that was moved, replaced, copied or unpickled has none, and is looked up
-    under a mask. Forward over 8192 tokens of 1024 columns, 2 cores: bfloat16 1.4 ms with it, 2.2 ms under the mask; 2048
-    tokens in float32 0.19 and 0.33 ms.
+    ``weight`` is ``[n, e]``, in a storage of that size, or a DTensor whose rows here are. The module holds the longer
+    tensor beside it for as long as the parameter's memory is that tensor's; a table that was moved, replaced, copied or
+    unpickled has none, and is looked up under a mask. Forward over 8192 tokens of 1024 columns, 2 cores: bfloat16 1.4 ms
+    with it, 2.2 ms under the mask; 2048 tokens in float32 0.19 and 0.33 ms.
     """
 
     weight: nn.Parameter
+    device_mesh: DeviceMesh | None
+    """Over whose ranks ``weight`` is a DTensor; None: it is a plain tensor."""
     _longer: Tensor | None = None
 
-    def allocate_table(self, num_rows: int, emb_size: int, dtype: torch.dtype, device: Any) -> None:
-        """Give the module an uninitialised ``weight`` of ``[num_rows, emb_size]``."""
+    def allocate_table(
+        self, num_rows: int, emb_size: int, dtype: torch.dtype, device: Any, table_rows: int = 0
+    ) -> None:
+        """Give the module an uninitialised ``weight``, ``[num_rows, emb_size]``; a DTensor has ``table_rows``."""
         longer = torch.empty(num_rows + 1, emb_size, dtype=dtype, device=device)
         if type(longer) is not Tensor or longer.device.type not in ("cpu", "cuda"):
             rows, kept = torch.empty(num_rows, emb_size, dtype=dtype, device=device), None
@@ -34,6 +43,8 @@ class ModuleWithTable(ModuleThatMoves):
             longer[num_rows].zero_()
             # By way of DLPack the rows are a storage of their own: what saves, ties or pickles them finds nothing else.
             rows, kept = from_dlpack(longer[:num_rows]), longer
+        if self.device_mesh is not None:
+            rows = as_dtensor(rows, self.device_mesh, table_rows)
         self.weight = nn.Parameter(rows)
         if kept is not None:
             self._longer = kept
@@ -41,12 +52,21 @@ class ModuleWithTable(ModuleThatMoves):
         for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
             setattr(self.weight, name, value)
 
-    def zero_padded(self) -> Tensor | None:
-        """The memory of ``weight`` with the row of zeros behind it, ``[n + 1, e]``; None if it has none (any more)."""
-        longer, weight = self._longer, self.weight
+    def zero_padded(self, rows: Tensor | None = None) -> Tensor | None:
+        """The memory of ``weight`` with the row of zeros behind it, ``[n + 1, e]``; None if it has none (any more).
+
+        Args:
+            rows: those of a DTensor that are here, where the caller knows them.
+        """
+        longer = self._longer
         if longer is None:
             return None
-        if type(weight) is not nn.Parameter:  # of a transform or functional_call, for the time being
+        weight: Tensor = self.weight
+        if self.device_mesh is not None:
+            if not isinstance(weight, nn.Parameter):
+                return None
+            weight = rows_here(weight)[0] if rows is None else rows
+        elif type(weight) is not nn.Parameter:  # of a transform or functional_call, for the time being
             return None
         same = (
             weight.data_ptr() == longer.data_ptr()

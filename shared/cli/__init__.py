@@ -7,8 +7,9 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from shared.cli import compare, convert, diff, plan, record
+from shared.cli import compare, completion, convert, diff, env, plan, record
 from shared.cli.console import fail
+from shared.cli.wording import in_words_of
 from shared.proof.launch import BackendError
 
 __all__ = ["main"]
@@ -19,32 +20,24 @@ A vocabulary-parallel embedding, in PyTorch and in JAX, proven equal bit for bit
 Rank r of w keeps rows [r*n, (r+1)*n) of the vocabulary table, n = v / w, looks up the ids it owns and returns zero rows
 for the others; the ranks' results sum to the embedding.
 
-  pve compare   run both backends on one table and prove them equal (start here)
-  pve plan      who owns which rows, and the memory each rank needs
-  pve record    run one backend and keep what it computed, for another machine
-  pve diff      compare two such records
-  pve shard     write a table as one file a rank
-  pve reshard   write it anew for another number of ranks
-  pve merge     put it together to one file
+  pve compare     run both backends on one table and prove them equal (start here)
+  pve plan        who owns which rows, and the memory each rank needs
+  pve record      run one backend and keep what it computed, for another machine
+  pve diff        compare two such records, or two tables in files
+  pve convert     copy a table to one file or to Megatron-style parts
+  pve env         versions, platform, and the devices that each backend sees
+  pve completion  a script by which a shell completes pve
 
 `pve COMMAND --help` tells more of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 equal or done, 1 different, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"pve {_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (compare, plan, record, diff):
-        module.add_parser(commands)
-    convert.add_parsers(commands)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ValueError, TypeError, IndexError, OSError, OverflowError) as error:
-        return fail(str(error))
+        return fail(in_words_of(options, str(error)))
     except MemoryError as error:
         return fail(f"not enough memory: {error}")
     except BackendError as error:
@@ -52,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except KeyboardInterrupt:
         return fail("interrupted")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"pve {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (compare, plan, record, diff, convert, env):
+        module.add_parser(commands)
+    completion.add_parser(commands, parser)
+    return parser
 
 
 def _version() -> str:

@@ -27,7 +27,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="FILE",
-        help="safetensors file with the table, or a folder: a checkpoint or a set of shards",
+        help="safetensors file with the table, or a folder with a Hugging Face checkpoint",
     )
     table.add_argument(
         "--tensor", metavar="NAME", help="the tensor; left out, the one that looks like an input embedding"
@@ -53,8 +53,9 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--reduction",
         choices=[*REDUCTIONS],
         default="none",
-        help="what the ranks return: their incomplete embeddings (none, the default), the embedding (all_reduce), or each "
-        "its part of the sequence (reduce_scatter). torch then runs a process per rank, JAX a device",
+        help="what the ranks return: their incomplete embeddings (none, the default), the embedding (all_reduce), each its "
+        "part of the sequence (reduce_scatter), or the rows of its own ids, of which it passes a part (all_to_all). torch "
+        "then runs a process per rank, JAX a device",
     )
     layer.add_argument(
         "--exchange",
@@ -67,7 +68,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-dim",
         type=int,
         metavar="D",
-        help="with --reduction reduce_scatter: the dimension of the ids that is split (default -1, the last)",
+        help="with --reduction reduce_scatter or all_to_all: the dimension of the ids that is split (default -1)",
     )
     layer.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is made up (default 0)")
 

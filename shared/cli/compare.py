@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.cli.case_arguments import add_case_arguments, case_options
-from shared.cli.console import fail, output, print_json, progress_steps
+from shared.cli.console import fail, progress_steps
+from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.case import build_case
 from shared.proof.diff import compare_records
 from shared.proof.launch import FRAMEWORKS, is_installed, record_backend
-from shared.proof.report import as_json, print_report
+from shared.proof.report import case_report
 
 __all__ = ["add_parser"]
 
@@ -35,6 +36,7 @@ examples:
   pve compare --weights model.safetensors --tensor model.embed_tokens.weight --world-size 4
   pve compare --reduction reduce_scatter --exchange routed --world-size 4
   pve compare --weights table.safetensors --tokenizer tokenizer.json --text README.md --json
+  pve compare --report compare.html --markdown >> "$GITHUB_STEP_SUMMARY"
 
 exit status: 0 equal, 1 different, 2 bad input"""
 
@@ -50,11 +52,12 @@ def add_parser(commands: Any) -> None:
     add_case_arguments(parser)
     other = parser.add_argument_group("the comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: those that are installed)")
-    other.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_result_arguments(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_result_arguments(options)
     if options.backends is None:
         backends = [name for name in FRAMEWORKS if is_installed(name)]
         missing = [name for name in FRAMEWORKS if name not in backends]
@@ -75,11 +78,9 @@ def _run(options: argparse.Namespace) -> int:
             for result in compare_records(records[left], records[right], step)
         ]
         versions = {name: record.versions for name, record in records.items()}
-    if options.json:
-        print_json(as_json(case, versions, comparisons, missing))
-    else:
-        print_report(output(), case, versions, comparisons, missing, time.perf_counter() - started)
-    return int(any(comparison.differing for comparison in comparisons))
+        ids = case.batch_array("ids")
+    seconds = time.perf_counter() - started
+    return show_result(case_report(case, ids, versions, comparisons, missing, seconds), options)
 
 
 def _named(text: str) -> list[str]:

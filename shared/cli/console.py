@@ -13,7 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shared.checks import printable
 
-__all__ = ["Steps", "fail", "output", "print_json", "progress_steps"]
+__all__ = ["SCHEMA_VERSION", "Steps", "fail", "output", "print_json", "progress_steps"]
+
+SCHEMA_VERSION = 1
+"""Of what ``--json`` prints. It grows where something is removed or changes its meaning; more may come without."""
 
 Steps = Callable[[str], Callable[[str, int, int], None]]
 """Begins a step of the work, by name, and returns what to report its progress to."""
@@ -24,9 +27,10 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on standard output; numbers that JSON does not have become null or strings."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+def print_json(command: str, value: dict[str, Any]) -> None:
+    """Print what a command found as one JSON document, of the schema in ``schema.json`` beside this file."""
+    document = {"schema_version": SCHEMA_VERSION, "command": command, **value}
+    print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def fail(message: str) -> int:

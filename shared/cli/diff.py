@@ -6,45 +6,90 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from shared.cli.console import output, print_json, progress_steps
+from shared.cli.console import progress_steps
+from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.diff import compare_records
-from shared.proof.record import Record
-from shared.proof.report import as_json, print_report
+from shared.proof.record import Record, is_record
+from shared.proof.report import Report, case_report
+from shared.proof.table_diff import compare_tables
+from shared.tables.find_table import open_table
 
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Compare two records of `pve record`, bit by bit: every rank's incomplete embedding and gradient, and the sum. Rows that
-differ are counted, the first few named with id and owner rank, and described as what they look like: off by one row,
-ranks swapped, zeroed, padding only, rounding only, sign of zero, NaN and so on.
+Compare two records of `pve record`, or two vocabulary tables in files, bit by bit. What the files are decides which.
 
-example:
+Of records: every rank's incomplete embedding and gradient, and the sum. Of tables: every row. A table is a safetensors
+file, a Hugging Face checkpoint (index or folder) or a folder of Megatron-style parts. Of two dtypes the wider one is
+rounded to the narrower. Rows that only the taller table has are padding where they are all alike, as zeros are.
+
+Rows that differ are counted, the first few named with id and owner rank, and described as what they look like: off by
+one row, ranks swapped, zeroed, rounding only, sign of zero, NaN and so on.
+
+examples:
   pve diff torch.record jax.record
+  pve diff model.safetensors megatron-parts --report diff.html
+  pve diff checkpoint-folder export.safetensors --tensor model.embed_tokens.weight --tensor embedding --world-size 8
 
-exit status: 0 equal, 1 different, 2 bad input (another case, a truncated or foreign file)"""
+exit status: 0 equal, 1 different, 2 bad input (another case, other columns, a truncated or foreign file)"""
 
 
 def add_parser(commands: Any) -> None:
     """Add ``pve diff`` to the commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "diff",
-        help="compare two records",
+        help="compare two records, or two tables in files",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("left", type=Path, metavar="A", help="a record")
-    parser.add_argument("right", type=Path, metavar="B", help="another one, of the same case")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("left", type=Path, metavar="A", help="a record or a table")
+    parser.add_argument("right", type=Path, metavar="B", help="a record of the same case, or a table")
+    tables = parser.add_argument_group("tables")
+    tables.add_argument(
+        "--tensor",
+        action="append",
+        metavar="NAME",
+        help="the tensor, of both files, or given twice of A and of B; left out, the one that looks like an input embedding",
+    )
+    tables.add_argument("--vocab-size", type=int, metavar="V", help="rows to compare; those behind are padding")
+    tables.add_argument(
+        "--world-size",
+        type=int,
+        metavar="W",
+        help="ranks that differing rows are attributed to (default: as many as there are parts)",
+    )
+    add_result_arguments(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_result_arguments(options)
+    paths = options.left, options.right
+    records = [path.is_file() and path.suffix != ".json" and is_record(path) for path in paths]
+    if records[0] != records[1]:
+        record, other = paths if records[0] else paths[::-1]
+        raise ValueError(f"{record} is a record, and {other} is not a record of `pve record`: give two of one kind")
+    return show_result(_diff_records(options) if records[0] else _diff_tables(options), options)
+
+
+def _diff_records(options: argparse.Namespace) -> Report:
+    for name in ("tensor", "vocab_size", "world_size"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for tables, and {options.left} is a record: leave it out")
     left, right = Record.open(options.left), Record.open(options.right)
     with progress_steps() as begin:
         comparisons = compare_records(left, right, begin("compare"))
     versions = {str(record.path): {"backend": record.backend, **record.versions} for record in (left, right)}
-    if options.json:
-        print_json(as_json(left, versions, comparisons, []))
-    else:
-        print_report(output(), left, versions, comparisons, [])
-    return int(any(comparison.differing for comparison in comparisons))
+    return case_report(left, left.array("ids"), versions, comparisons)
+
+
+def _diff_tables(options: argparse.Namespace) -> Report:
+    tensors = options.tensor or [None]
+    if len(tensors) > 2:
+        raise ValueError(f"--tensor must be given once, or twice for A and B, got {len(tensors)} names")
+    left, right = (
+        open_table(path, tensor, with_padding=True)
+        for path, tensor in zip((options.left, options.right), (tensors[0], tensors[-1]), strict=True)
+    )
+    with progress_steps() as begin:
+        return compare_tables(left, right, options.vocab_size, options.world_size, begin("tables"))

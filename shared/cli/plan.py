@@ -21,14 +21,15 @@ _DESCRIPTION = """\
 Say which rank owns which rows of a vocabulary table, and with --emb-size what each rank keeps in memory. Below that, what
 the usual rules of padding would make of the vocabulary.
 
-A vocabulary that W does not divide must be padded: zero rows at the end, which are no id's.
+A vocabulary that W does not divide must be padded: zero rows at the end, which are no id's. Without a rule for that,
+only what the rules would make of it is shown.
 
 examples:
   pve plan --vocab-size 131072 --world-size 8
   pve plan --vocab-size 128256 --world-size 8 --emb-size 8192 --dtype bfloat16
   pve plan --vocab-size 50257 --world-size 8 --padded-vocab-size '128*w'
 
-exit status: 0, or 2 where the vocabulary cannot be split so"""
+exit status: 0, or 2 where a size is out of range"""
 
 
 def add_parser(commands: Any) -> None:
@@ -53,42 +54,54 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    padded = padded_by_rule(options.padded_vocab_size, options.vocab_size, options.world_size)
-    partition = VocabPartition(options.vocab_size, options.world_size, padded)
+    vocab_size = check_size("vocab_size", options.vocab_size)
+    world_size = check_size("world_size", options.world_size)
+    padded = padded_by_rule(options.padded_vocab_size, vocab_size, world_size)
+    over = vocab_size % world_size if padded is None else 0
+    partition = None if over else VocabPartition(vocab_size, world_size, padded)
     row_bytes = None
     if options.emb_size is not None:
         row_bytes = check_size("emb_size", options.emb_size) * dtype_named(options.dtype).itemsize
-    rules = {rule: padded_by_rule(rule, partition.vocab_size, partition.world_size) or 0 for rule in RULES}
+    rules = {rule: padded_by_rule(rule, vocab_size, world_size) or 0 for rule in RULES}
     if options.json:
-        print_json(_as_json(options, partition, rules, row_bytes))
+        print_json(options.command, _as_dict(options, partition, rules, row_bytes))
         return 0
     console = output()
-    console.print(_ranks(partition, row_bytes))
+    if partition is not None:
+        console.print(_ranks(partition, row_bytes))
+    else:
+        console.print(f"{vocab_size} rows over {world_size} ranks leave {over} over: pad with --padded-vocab-size.")
     if row_bytes:
-        whole = decimal(partition.vocab_size * row_bytes)
+        whole = decimal(vocab_size * row_bytes)
         console.print(f"{options.emb_size} columns of {options.dtype}: the whole table is {whole}.", markup=False)
-    console.print(_rules(partition, rules, row_bytes))
+    console.print(_rules(vocab_size, world_size, rules, row_bytes))
     return 0
 
 
-def _as_json(
-    options: argparse.Namespace, partition: VocabPartition, rules: dict[str, int], row_bytes: int | None
+def _as_dict(
+    options: argparse.Namespace, partition: VocabPartition | None, rules: dict[str, int], row_bytes: int | None
 ) -> dict[str, Any]:
-    ranks = [(rank, partition.owned_range(rank)) for rank in range(partition.world_size)]
     plan: dict[str, Any] = {
-        "vocab_size": partition.vocab_size,
-        "world_size": partition.world_size,
-        "padded_vocab_size": partition.padded_vocab_size,
-        "rows_per_rank": partition.rows_per_rank,
-        "ranks": [{"rank": rank, "start": start, "stop": stop} for rank, (start, stop) in ranks],
+        "vocab_size": options.vocab_size,
+        "world_size": options.world_size,
+        "padded_vocab_size": None,
+        "rows_per_rank": None,
+        "ranks": [],
         "padding_rules": rules,
     }
+    if partition is not None:
+        ranks = [(rank, partition.owned_range(rank)) for rank in range(partition.world_size)]
+        plan |= {
+            "padded_vocab_size": partition.padded_vocab_size,
+            "rows_per_rank": partition.rows_per_rank,
+            "ranks": [{"rank": rank, "start": start, "stop": stop} for rank, (start, stop) in ranks],
+        }
     if row_bytes is not None:
         plan |= {
             "emb_size": options.emb_size,
             "dtype": options.dtype,
-            "table_bytes": partition.vocab_size * row_bytes,
-            "bytes_per_rank": partition.rows_per_rank * row_bytes,
+            "table_bytes": options.vocab_size * row_bytes,
+            "bytes_per_rank": None if partition is None else partition.rows_per_rank * row_bytes,
         }
     return plan
 
@@ -111,13 +124,13 @@ def _ranks(partition: VocabPartition, row_bytes: int | None) -> Table:
     return table
 
 
-def _rules(partition: VocabPartition, rules: dict[str, int], row_bytes: int | None) -> Table:
+def _rules(vocab_size: int, world_size: int, rules: dict[str, int], row_bytes: int | None) -> Table:
     table = Table(title="padded by the rules in use", title_justify="left")
     table.add_column("--padded-vocab-size")
     for column in ("rows in all", "each rank", "padding", *(["padding is"] if row_bytes else [])):
         table.add_column(column, justify="right")
     for rule, size in rules.items():
-        rows = size - partition.vocab_size
+        rows = size - vocab_size
         memory = [decimal(rows * row_bytes)] if row_bytes else []
-        table.add_row(rule, str(size), str(size // partition.world_size), str(rows), *memory)
+        table.add_row(rule, str(size), str(size // world_size), str(rows), *memory)
     return table

@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
         record = record_backend(options.backend, folder, target, begin(options.backend))
     if options.json:
         facts = ("backend", "versions", "vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape")
-        print_json({"record": str(options.output), **{name: getattr(record, name) for name in facts}})
+        print_json("record", {"record": str(options.output), **{name: getattr(record, name) for name in facts}})
     else:
         output().print(
             f"{options.output}: {record.backend}, {record.vocab_size} x {record.emb_size} {record.dtype} over "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
@@ -73,6 +73,7 @@ class CaseFacts:
         dtype: the table's.
         ids_shape: the ids' shape.
         source: where table and ids came from, in words.
+        seed: of all that was made up.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
     """
 
@@ -80,6 +81,7 @@ class CaseFacts:
     dtype: str
     ids_shape: tuple[int, ...]
     source: str
+    seed: int
     checksums: dict[str, str]
 
     if TYPE_CHECKING:  # properties, made below
@@ -104,18 +106,29 @@ class CaseFacts:
         return cls(config=EmbeddingConfig(**known), ids_shape=shape, **stored, **more)
 
     @property
+    def in_chunks(self) -> bool:
+        """Whether each rank's result is for a chunk of the ids: the one that it returns, or passes (all_to_all)."""
+        return self.reduction in ("reduce_scatter", "all_to_all")
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """The shape of the ids that one rank's result is for."""
-        if self.reduction != "reduce_scatter":
+        if not self.in_chunks:
             return self.ids_shape
         return chunk_shape(self.ids_shape, self.seq_dim, self.world_size)
 
     def part_of(self, array: np.ndarray, rank: int) -> np.ndarray:
         """The part of an array, shaped as the ids or as their embedding, that is one rank's result."""
-        if self.reduction != "reduce_scatter":
+        if not self.in_chunks:
             return array
         dim = resolve_seq_dim(len(self.ids_shape), self.seq_dim)
         return np.ascontiguousarray(np.split(array, self.world_size, axis=dim)[rank])
+
+    def whole_of(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Put the ranks' results together; where all are alike, return the first."""
+        if not self.in_chunks:
+            return parts[0]
+        return np.concatenate(parts, axis=resolve_seq_dim(len(self.ids_shape), self.seq_dim))
 
 
 for _name in ("partition", *LOOKUP_OPTIONS):
@@ -184,7 +197,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         )
     else:
         ids_source = f"ids of {(options.ids or options.text or Path()).name}"
-    if config.reduction == "reduce_scatter":
+    if config.reduction in ("reduce_scatter", "all_to_all"):
         chunk_shape(ids.shape, config.seq_dim, config.world_size)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
     batch = folder / "batch.safetensors"
@@ -197,6 +210,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         dtype=table.dtype,
         ids_shape=ids.shape,
         source=f"{table_source}; {ids_source}",
+        seed=options.seed,
         checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
     )
     stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}

@@ -11,7 +11,7 @@ import numpy as np
 from shared.bits import row_hashes, ulp_distance, unsigned_view
 from shared.partition import VocabPartition
 
-__all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows"]
+__all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows", "rows_at_once"]
 
 MAX_ROUNDING_ULP = 4
 """A row whose elements all differ by no more than this counts as rounded differently: a sum in another order, or in
@@ -19,6 +19,7 @@ another precision. A wrong row differs by far more."""
 
 KINDS = {
     "ranks swapped": "the row, or the whole result, that belongs to another rank",
+    "rows swapped": "the row of another id, which has this one's",
     "off by one row": "the row of the next or the previous id",
     "other row": "the row of some other id",
     "subnormal flushed": "zero in place of numbers too small for the dtype's full precision, as some hardware has it",
@@ -27,12 +28,15 @@ KINDS = {
     "padding only": "only what no one should look at: ids outside the vocabulary, or the gradient of padding_idx",
     "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
+    "row missing": "a row that only one of two tables has",
     "NaN": "NaN on one side only, or another NaN",
     "other values": "none of these",
 }
 """What a differing row can look like, and what that means."""
 
-_CHUNK = 1024
+_AT_ONCE = 1 << 16
+"""Elements whose distances are computed at once: their int64 stay in a cache. Two tables of 32768 x 1024 float32 that differ
+throughout took 12.1, 9.6 and 10.8 s with 2**14, 2**16 and 2**18."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
         inside = (near >= 0) & (near < len(known))
         held = np.where(inside & (known[np.where(inside, near, 0)] == hashes), near, held)
     return np.where(unsigned_view(side.values).any(axis=1), held, -1)
+
+
+def rows_at_once(rows: np.ndarray) -> int:
+    """How many of these rows to compute distances of at a time."""
+    return max(1, _AT_ONCE // rows.shape[1])
 
 
 def classify(
@@ -89,34 +98,36 @@ def classify(
     settle("sign of zero", (left == right).all(axis=1))
     held = np.stack([held_rows(ids, side) for side in sides])
     distance = np.where(held >= 0, np.abs(held - ids), 0)
+    across = (distance > 0) & (distance % partition.rows_per_rank == 0)
+    settle("rows swapped", (held[0] == held[1]) & (distance[0] > 0) & ~across[0])
     settle("off by one row", (distance == 1).any(axis=0))
-    settle("ranks swapped", ((distance > 0) & (distance % partition.rows_per_rank == 0)).any(axis=0))
+    settle("ranks swapped", across.any(axis=0))
     settle("other row", (distance > 0).any(axis=0))
     settle("subnormal flushed", _flushed(left, right))
     zero = ~unsigned_view(left).any(axis=1) | ~unsigned_view(right).any(axis=1)
     settle("zeroed", zero & expected)
     settle("hole filled", zero)
-    for start in range(0, len(ids), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        settled, a, b = kinds[part] != "", left[part], right[part]
-        unequal = unsigned_view(a) != unsigned_view(b)
-        ulp = np.where(unequal, ulp_distance(a, b), 0)  # NaN, which compares false below, where either is NaN
+    unsettled, step = np.flatnonzero(kinds == ""), rows_at_once(left)
+    for start in range(0, len(unsettled), step):
+        part = unsettled[start : start + step]
+        a, b = left[part], right[part]
+        ulp = np.where(unsigned_view(a) != unsigned_view(b), ulp_distance(a, b), 0)  # NaN where either is NaN
         looks = np.select(
             [np.isnan(ulp).any(axis=1), (ulp <= MAX_ROUNDING_ULP).all(axis=1)],
             ["NaN", "rounding only"],
             "other values",
         )
-        kinds[part] = np.where(settled, kinds[part], looks.astype(object))
+        kinds[part] = looks.astype(object)
     return kinds
 
 
 def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """True where all that differs in a row is subnormal on one side and zero on the other."""
     smallest_normal = ml_dtypes.finfo(left.dtype).smallest_normal
-    found = np.empty(len(left), bool)
-    for start in range(0, len(left), _CHUNK):
-        a, b = np.abs(left[start : start + _CHUNK]), np.abs(right[start : start + _CHUNK])
+    found, step = np.empty(len(left), bool), rows_at_once(left)
+    for start in range(0, len(left), step):
+        a, b = np.abs(left[start : start + step]), np.abs(right[start : start + step])
         with np.errstate(invalid="ignore"):  # bfloat16 warns where it meets NaN
             flushed = ((a == 0) & (b < smallest_normal)) | ((b == 0) & (a < smallest_normal))
-            found[start : start + _CHUNK] = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
+            found[start : start + step] = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
     return found

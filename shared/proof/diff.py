@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from shared.bits import canonical_nan, row_hashes, ulp_distance, unsigned_view
+from shared.bits import canonical_nan, row_hashes, unsigned_view
 from shared.proof.case import sha256
-from shared.proof.classify import Side, classify, held_rows
+from shared.proof.classify import Side, classify
+from shared.proof.comparison import Comparison, Differences
 from shared.proof.record import Record
 from shared.proof.rows import Rows
 
-__all__ = ["Comparison", "DifferingRow", "compare_records"]
+__all__ = ["compare_records"]
 
-_EXAMPLES = 5
 _CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class DifferingRow:
-    """One row that differs.
-
-    Attributes:
-        index: forward: the position in the ids, of all ranks together; gradient: the row of the whole table.
-        id: the id looked up there.
-        owner: the rank that owns the id; -1 for ids outside the vocabulary.
-        kind: one of ``shared.proof.classify.KINDS``.
-        max_ulp: the largest distance of two elements; None where none can be told, for NaN.
-        note: which other row a side holds, where that is the difference.
-    """
-
-    index: tuple[int, ...]
-    id: int
-    owner: int
-    kind: str
-    max_ulp: float | None
-    note: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One array of one record against the same array of another.
-
-    Attributes:
-        left, right: the backends' names.
-        what: ``"forward"`` or ``"gradient"``.
-        rank: whose; None for the sum over all ranks (of the gradient: the whole table's).
-        rows: rows compared.
-        nonzero: how many of them the left side has that are not zero in every bit.
-        differing: rows that are not equal in every bit.
-        max_ulp, max_abs: over all elements that are not NaN on either side.
-        kinds: how many of the differing rows look like what; the most frequent first.
-        examples: the first few differing rows.
-    """
-
-    left: str
-    right: str
-    what: str
-    rank: int | None
-    rows: int
-    nonzero: int
-    differing: int = 0
-    max_ulp: float = 0.0
-    max_abs: float = 0.0
-    kinds: dict[str, int] = field(default_factory=dict)
-    examples: tuple[DifferingRow, ...] = ()
 
 
 def compare_records(
@@ -114,7 +62,7 @@ class _Pair:
         a, b = (record.rows(name) for record in self.records)
         differing = _differing(a, b, arithmetic=rank is None)
         if not len(differing):
-            return self._comparison("forward", rank, a)
+            return self._no_difference("forward", rank, a)
         positions = np.arange(len(self.ids)).reshape(self.facts.ids_shape)
         if rank is not None:
             positions = self.facts.part_of(positions, rank)
@@ -126,8 +74,9 @@ class _Pair:
         kinds = classify(ids, sides, self.partition, None, expected)
         if self._another_ranks("forward", rank, a, b):
             kinds[:] = "ranks swapped"
-        indices = [np.unravel_index(p, self.facts.ids_shape) for p in positions[:_EXAMPLES]]
-        return self._differences("forward", rank, a, ids, indices, sides, kinds)
+        return self._differences(
+            "forward", rank, a, ids, lambda i: np.unravel_index(positions[i], self.facts.ids_shape), sides, kinds
+        )
 
     def _another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
         """Whether one side has, for this rank, just what the other side has for another rank."""
@@ -150,14 +99,14 @@ class _Pair:
         )
         differing = _differing(a, b, arithmetic=True)
         if not len(differing):
-            return self._comparison("gradient", rank, a)
+            return self._no_difference("gradient", rank, a)
         ids = differing + start
         hashes = [self._gradient_hashes(record) for record in self.records]
         sides = (Side(a.take(differing), hashes[1]), Side(b.take(differing), hashes[0]))
         kinds = classify(ids, sides, self.partition, self.padding_idx, np.isin(ids, self.ids))
         if self._another_ranks("gradient", rank, a, b):
             kinds[:] = "ranks swapped"
-        return self._differences("gradient", rank, a, ids, [(i,) for i in ids[:_EXAMPLES]], sides, kinds)
+        return self._differences("gradient", rank, a, ids, lambda i: (ids[i],), sides, kinds)
 
     def _gradient_hashes(self, record: Record) -> np.ndarray:
         """The hash of every row of the whole gradient that a record has; 0 for zero rows."""
@@ -167,9 +116,9 @@ class _Pair:
             hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
         return hashes
 
-    def _comparison(self, what: str, rank: int | None, a: Rows, **differences: Any) -> Comparison:
+    def _no_difference(self, what: str, rank: int | None, a: Rows) -> Comparison:
         left, right = self.records
-        return Comparison(left.backend, right.backend, what, rank, a.total, len(a.index), **differences)
+        return Comparison(left.backend, right.backend, what, rank, a.total, len(a.index))
 
     def _differences(
         self,
@@ -177,38 +126,14 @@ class _Pair:
         rank: int | None,
         a: Rows,
         ids: np.ndarray,
-        indices: Sequence[tuple[Any, ...]],
+        index_of: Callable[[int], tuple[Any, ...]],
         sides: tuple[Side, Side],
         kinds: np.ndarray,
     ) -> Comparison:
-        ulp, absolute = _distances(sides[0].values, sides[1].values)
-        shown = slice(_EXAMPLES)
-        some = [Side(side.values[shown], side.reference) for side in sides]
-        held = [held_rows(ids[shown], side) for side in some]
-        names = [record.backend for record in self.records]
-        examples = [
-            DifferingRow(
-                index=tuple(map(int, index)),
-                id=int(ids[i]),
-                owner=int(self.partition.owner(ids[i])),
-                kind=str(kinds[i]),
-                max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
-                note="; ".join(
-                    f"{name} has row {h[i]}" for name, h in zip(names, held, strict=True) if h[i] not in (-1, ids[i])
-                ),
-            )
-            for i, index in enumerate(indices)
-        ]
-        return self._comparison(
-            what,
-            rank,
-            a,
-            differing=len(ids),
-            max_ulp=float(np.nanmax(ulp, initial=0)),
-            max_abs=float(np.nanmax(absolute, initial=0)),
-            kinds=dict(Counter(map(str, kinds)).most_common()),
-            examples=tuple(examples),
-        )
+        left, right = self.records
+        found = Differences((left.backend, right.backend), self.partition)
+        found.add(ids, index_of, sides, kinds)
+        return found.comparison(what, rank, a.total, len(a.index))
 
 
 def _equal(a: Rows, b: Rows) -> bool:
@@ -231,19 +156,3 @@ def _differing(a: Rows, b: Rows, arithmetic: bool) -> np.ndarray:
             left, right = canonical_nan(left), canonical_nan(right)
         found.append(some[(unsigned_view(left) != unsigned_view(right)).any(axis=1)])
     return np.concatenate(found)
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's largest distance in representable values and in value; NaN where no element can be compared."""
-    ulp, absolute = np.empty(len(a)), np.empty(len(a))
-    for start in range(0, len(a), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        distance = ulp_distance(a[part], b[part])
-        with np.errstate(invalid="ignore"):  # infinity minus itself
-            difference = np.abs(a[part].astype(np.float64) - b[part].astype(np.float64))
-        comparable = ~np.isnan(distance)
-        none = ~comparable.any(axis=1)
-        ulp[part] = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
-        finite = comparable & ~np.isnan(difference)
-        absolute[part] = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
-    return ulp, absolute

@@ -18,10 +18,10 @@ from shared.proof.case import Case, CaseFacts, sha256
 from shared.proof.rows import Rows
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Record", "RecordWriter", "writable_file"]
+__all__ = ["Record", "RecordWriter", "is_record", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
-_VERSION = 4
+_VERSION = 5
 
 
 def writable_file(path: Path) -> Path:
@@ -124,6 +124,8 @@ class Record(CaseFacts):
         _ = self.output_shape  # a sequence that cannot be split is a ValueError
         if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
             raise ValueError("backend, machine or source is no text")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed {self.seed!r}")
         for facts in (self.versions, self.checksums, self.sha256):
             if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
                 raise ValueError("versions or checksums are no texts by name")
@@ -160,10 +162,23 @@ class Record(CaseFacts):
 
     def same_case(self, other: Record) -> None:
         """Raise ValueError, saying what differs, unless both records are of one case."""
-        for field, mine in self.facts.items():
-            theirs = other.facts[field]
-            if mine != theirs and field not in ("exchange", "source"):  # values do not depend on the exchange
-                what = {"checksums": "weights, ids or gradient"}.get(field, field)
-                raise ValueError(
-                    f"{self.path} and {other.path} are records of different cases: {what} differ ({mine}, {theirs})"
-                )
+        mine, theirs = self.facts, other.facts
+        checksums, their_checksums = mine.pop("checksums"), theirs.pop("checksums")
+        unlike = [name for name in mine if mine[name] != theirs[name] and name not in ("exchange", "source")]
+        differing = [f"{name} {mine[name]} against {name} {theirs[name]}" for name in unlike]
+        names = sorted(checksums.keys() | their_checksums.keys())
+        inputs = [name for name in names if checksums.get(name) != their_checksums.get(name)]
+        if inputs and not differing:
+            differing = [f"{' and '.join(inputs)} differ ({self.source} against {other.source})"]
+        if differing:  # values do not depend on the exchange, nor on what the files were called
+            raise ValueError(f"{self.path} and {other.path} are records of different cases: {', '.join(differing)}")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record, of any version.
+
+    Raises:
+        ValueError: it is no whole safetensors file.
+    """
+    with open_safetensors(path) as file:
+        return (file.metadata() or {}).get("format") == _FORMAT

@@ -1,4 +1,4 @@
-"""Finding a vocabulary table: in a safetensors file, in a checkpoint of several, in a set of shards."""
+"""Finding a vocabulary table: in a safetensors file, a checkpoint of several, or Megatron-style parts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 
 from shared.checks import check_size, printable
 from shared.partition import VocabPartition
-from shared.tables.manifest import MANIFEST_NAME, Manifest, is_shard_name
-from shared.tables.row_checks import FileFacts, read_facts
 from shared.tables.strict_json import load_object
 from shared.tables.table_file import Segment, TableFile
 from shared.tables.tensor_file import STORAGE_CODES, Header, read_header
 
-__all__ = ["PICKLE_SUFFIXES", "Paths", "open_shards", "open_table"]
+__all__ = ["PICKLE_SUFFIXES", "Paths", "open_table"]
 
 _INPUT_EMBEDDING = re.compile(
     r"(^|[./])(embed_tokens|wte|word_embeddings?|tok_embeddings?|token_embeddings?|token_embedder|tok_emb|token_embd"
@@ -32,20 +30,24 @@ Paths = str | Path | Sequence[str | Path]
 """Where a table is: a file, a folder, or the files of Megatron-style parts in rank order."""
 
 
-def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | None = None) -> TableFile:
-    """The vocabulary table that is to be found at ``path``; of its rows, none is read yet.
+def open_table(
+    path: Paths, tensor_name: str | None = None, vocab_size: int | None = None, *, with_padding: bool = False
+) -> TableFile:
+    """Open the vocabulary table at ``path`` without reading its rows.
 
     Args:
-        path: one of: a safetensors file; an ``....index.json`` over several; a set of shards (``pve shard``), as its folder,
-            its ``manifest.json`` or any one of its files; a folder that holds one of these; a folder of Megatron-style
-            parts, ``mp_rank_00`` and so on, each with one safetensors file; or the files of such parts, in rank order.
-        tensor_name: the tensor; left out, the one that looks like an input embedding (``embed_tokens.weight``,
+        path: a safetensors file; a Hugging Face ``*.index.json`` over several; a folder that holds one of these; a folder of
+            Megatron-style parts (``mp_rank_00`` and so on, each with one safetensors file); or a list of the parts' files in
+            rank order.
+        tensor_name: the tensor; None chooses the one that looks like an input embedding (``embed_tokens.weight``,
             ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table there is.
-        vocab_size: the rows that are not padding, which Megatron-style parts do not tell; else it must be the table's.
+        vocab_size: the number of rows without padding. Megatron-style parts need it; otherwise it must match the table.
+        with_padding: count the padding rows of Megatron-style parts as rows of the table; ``vocab_size`` may be None then.
 
     Raises:
-        ValueError: there is no such file or tensor, the choice is not clear, a file is damaged, is no table, or could only
-            be read by unpickling, which is never done.
+        TypeError: an argument is of the wrong kind.
+        ValueError: there is no such file or tensor, the choice is ambiguous, a file is damaged or is a pickle. Pickles are
+            never loaded.
 
     Source: the safetensors format and the index of Hugging Face checkpoints.
 
@@ -66,7 +68,7 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
     if vocab_size is not None:
         vocab_size = check_size("vocab_size", vocab_size)
     try:
-        return _open(path, tensor_name, vocab_size)
+        return _open(path, tensor_name, vocab_size, with_padding)
     except OSError as error:
         raise ValueError(printable(f"{error.filename or path}: cannot be read ({error.strerror})")) from error
     except ValueError as error:  # whose texts hold names out of files
@@ -76,34 +78,27 @@ def open_table(path: Paths, tensor_name: str | None = None, vocab_size: int | No
         raise ValueError(line) from error
 
 
-def _open(path: Paths, tensor_name: str | None, vocab_size: int | None) -> TableFile:
+def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_padding: bool) -> TableFile:
     if isinstance(path, (list, tuple)):
         parts = [Path(part) for part in path]
-        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size)
+        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size, with_padding)
     if not isinstance(path, (str, Path)):
         raise TypeError(f"path must be a path or a list of paths, got {type(path).__name__}")
     found = _what_is_at(Path(path))
     if isinstance(found, list):
-        return _megatron_parts(found, Path(path), tensor_name, vocab_size)
-    if found.name == MANIFEST_NAME:
-        table = open_shards(found, tensor_name)
-    elif found.name.endswith(".json"):
-        table = _one_file(*_in_index(found, tensor_name))
-    else:
-        table = _one_file(found, tensor_name)
+        return _megatron_parts(found, Path(path), tensor_name, vocab_size, with_padding)
+    table = _one_file(*_in_index(found, tensor_name)) if found.name.endswith(".json") else _one_file(found, tensor_name)
     if vocab_size not in (None, table.vocab_size):
         raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {table.vocab_size}")
     return table
 
 
 def _what_is_at(path: Path) -> Path | list[Path]:
-    """The file to open: a manifest, an index, a safetensors file; or the files of Megatron-style parts."""
+    """The file to open: an index or a safetensors file; or the files of Megatron-style parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return _no_pickle(path)
-    if (path / MANIFEST_NAME).is_file():
-        return path / MANIFEST_NAME
     for choices in ([path / "model.safetensors.index.json"], [*sorted(path.glob("*.safetensors.index.json"))]):
         if len(choices) == 1 and choices[0].is_file():
             return choices[0]
@@ -129,10 +124,6 @@ def _in_rank_order(parts: list[Path]) -> list[Path]:
 
 def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
-    if [file for file in files if is_shard_name(file.name)]:
-        raise ValueError(
-            f"{folder}: shards without their {MANIFEST_NAME}: the set was never finished, or it is missing"
-        )
     if len(files) == 1:
         return files[0]
     if folder / "model.safetensors" in files:
@@ -163,28 +154,10 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
 
 def _one_file(path: Path, tensor_name: str | None) -> TableFile:
     header = read_header(path)
-    facts = read_facts(header, str(path))
-    if facts is not None and (is_shard_name(path.name) or not facts.whole):
-        table = open_shards(path.parent / MANIFEST_NAME, tensor_name)  # one of several files
-        if not any(path.samefile(file) for file in table.files):
-            raise ValueError(f"{path}: not one of the files of the {MANIFEST_NAME} beside it")
-        return table
     tensor = _choose(header, tensor_name, path)
-    segment = _segment(path, header, tensor, 0, _of(tensor, facts))
     place = header.tensors[tensor]
+    segment = Segment(path, place.offset, 0, place.shape[0])
     return TableFile(path, tensor, str(place.dtype), place.shape[1], [segment])
-
-
-def _of(tensor: str, facts: FileFacts | None) -> FileFacts | None:
-    """What a file says of this tensor: another program may have put it beside the one that was written."""
-    return facts if facts is not None and facts.tensor == tensor else None
-
-
-def _segment(
-    path: Path, header: Header, tensor: str, start: int, facts: FileFacts | None, stop: int | None = None
-) -> Segment:
-    place = header.tensors[tensor]
-    return Segment(path, place.offset, start, start + place.shape[0] if stop is None else stop, facts)
 
 
 def _choose(header: Header, tensor_name: str | None, path: Path) -> str:
@@ -208,9 +181,9 @@ def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> st
     if len(looks_like) == 1:
         return looks_like[0]
     if looks_like:
-        raise ValueError(f"{path}: name the tensor to use; several look like an input embedding: {_listed(looks_like)}")
+        raise ValueError(f"{path}: pass tensor_name; several look like an input embedding: {_listed(looks_like)}")
     raise ValueError(
-        f"{path}: name the tensor to use; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
+        f"{path}: pass tensor_name; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
     )
 
 
@@ -219,47 +192,9 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
-def open_shards(path: Path, tensor_name: str | None = None) -> TableFile:
-    """The table of a set of shards, once every file is known to be there and to be what the manifest ``path`` says.
-
-    Raises:
-        ValueError: they are not, or the table is not called ``tensor_name``.
-    """
-    manifest = Manifest.load(path)
-    while True:
-        try:
-            return _of_manifest(path, manifest, tensor_name)
-        except ValueError:
-            before, manifest = manifest, Manifest.load(path)
-            if manifest.set_id == before.set_id:
-                raise
-            # Another process has replaced the set meanwhile.
-
-
-def _of_manifest(path: Path, manifest: Manifest, tensor_name: str | None) -> TableFile:
-    if tensor_name not in (None, manifest.tensor):
-        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there is: {manifest.tensor}")
-    segments = []
-    for rank, shard in enumerate(manifest.shards):
-        file = path.parent / shard.file
-        if not file.is_file():
-            raise ValueError(f"{file}: missing, the shard of rank {rank} with rows {shard.start} to {shard.stop - 1}")
-        size = file.stat().st_size
-        if size != shard.bytes:
-            raise ValueError(f"{file}: must have {shard.bytes} bytes, has {size}: damaged, or of another set")
-        header = read_header(file)
-        facts = read_facts(header, str(file))
-        if facts is None or facts.checksum != shard.crc32:
-            raise ValueError(f"{file}: not the file that {path.name} was written with")
-        same = ("tensor", "dtype", "vocab_size", "emb_size", "world_size", "padded_vocab_size", "set_id")
-        agree = all(getattr(facts, name) == getattr(manifest, name) for name in same)
-        if not agree or (facts.cuts[0], facts.cuts[-1]) != (shard.start, shard.stop):
-            raise ValueError(f"{file}: contradicts {path.name}")
-        segments.append(_segment(file, header, manifest.tensor, shard.start, facts))
-    return TableFile(path, manifest.tensor, manifest.dtype, manifest.emb_size, segments, manifest.partition)
-
-
-def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None) -> TableFile:
+def _megatron_parts(
+    paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None, with_padding: bool
+) -> TableFile:
     """The table of which each file has an equal part, the last of it being padding."""
     if not paths:
         raise ValueError("path must name at least one file, got an empty list")
@@ -267,9 +202,6 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
     for path in paths:
         header = read_header(_no_pickle(path))
         tensor = _choose(header, tensor_name, path)
-        facts = read_facts(header, str(path))
-        if facts is not None and not (facts.whole and len(paths) == 1):
-            raise ValueError(f"{path}: one file of several; open all of them by their {MANIFEST_NAME}")
         place = header.tensors[tensor]
         first = first or (tensor, place.dtype, place.shape)
         if first != (tensor, place.dtype, place.shape):
@@ -277,9 +209,11 @@ def _megatron_parts(paths: list[Path], source: Path, tensor_name: str | None, vo
                 f"{path}: the parts must be equal, but this one has {tensor} {place.code} {list(place.shape)}, the first "
                 f"{first[0]} {first[1]} {list(first[2])}"
             )
-        segments.append(_segment(path, header, tensor, start, _of(tensor, facts)))
+        segments.append(Segment(path, place.offset, start, start + place.shape[0]))
         start += place.shape[0]
     assert first is not None
+    if vocab_size is None and with_padding:
+        vocab_size = start
     if vocab_size is None:
         raise ValueError(
             f"vocab_size must be given for parts that may be padded: these {len(paths)} have {start} rows in all and do "

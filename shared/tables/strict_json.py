@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_integer", "load_object", "parse_object"]
+__all__ = ["load_object", "parse_object"]
 
 _LARGEST = 100 << 20
-_LIMIT = 2**62
 
 
 def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
@@ -46,21 +45,11 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
     return value
 
 
-def check_integer(name: str, value: Any, at_least: int = 0) -> None:
-    """Refuse what is no JSON integer, or none that a size or a place can be.
-
-    Raises:
-        ValueError: it is of another type (3.0 and true included), too small, or does not fit 63 bits.
-    """
-    if type(value) is not int or not at_least <= value < _LIMIT:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
-
-
 def load_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: there is no such file, it is larger than any index or manifest, or it holds no such object.
+        ValueError: there is no such file, it is larger than any index, or it holds no such object.
     """
     if not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")

@@ -1,11 +1,11 @@
-"""A vocabulary table in files, of which any rows can be read without the others."""
+"""A vocabulary table in files: read any range of rows without the others."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 
 from shared.bits import STORED_DTYPES, cast, row_hashes
 from shared.partition import VocabPartition
-from shared.tables.row_checks import FileFacts, piece_edges
 from shared.tables.tensor_file import read_exactly
 
 __all__ = ["Segment", "TableFile"]
@@ -31,26 +30,24 @@ class Segment:
     Attributes:
         path: the file.
         offset: the byte at which row ``start`` begins.
-        start, stop: the rows.
-        facts: what the file says of itself, its checksums among that; None for a file of someone else's.
+        start, stop: the half-open range of rows.
     """
 
     path: Path
     offset: int
     start: int
     stop: int
-    facts: FileFacts | None = None
 
 
 class TableFile:
-    """A table in files: its sizes, and its rows on demand. ``shared.tables.find_table.open_table`` makes one of a path.
+    """A table in files, whose rows are read on demand. ``shared.tables.find_table.open_table`` opens one.
 
     Attributes:
-        path: what the table was opened as.
+        path: the path that was opened.
         tensor: the tensor's name.
-        dtype: the name of the dtype it is stored in.
-        vocab_size, emb_size: its shape.
-        partition: how it is split over files, where it is.
+        dtype: the name of the stored dtype.
+        vocab_size, emb_size: its shape, without padding.
+        partition: how Megatron-style parts split it; None for one file.
         files: the files, those without rows included.
     """
 
@@ -66,7 +63,6 @@ class TableFile:
         self.path, self.tensor, self.dtype, self.emb_size, self.partition = path, tensor, dtype, emb_size, partition
         self.files = [segment.path for segment in segments]
         self._segments = [segment for segment in segments if segment.start < segment.stop]
-        self._edges = {id(s): piece_edges(s.facts.cuts, s.facts.block) for s in self._segments if s.facts is not None}
         self.vocab_size = self._segments[-1].stop
 
     @property
@@ -75,99 +71,59 @@ class TableFile:
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` as they are stored; of the rest, nothing is read but what a checksum needs.
+        """Read rows ``[start, stop)`` in the stored dtype, and no others.
 
         Raises:
             IndexError: the range leaves the table.
-            ValueError: a file is truncated, or a checksum does not match.
+            ValueError: a file cannot be read or is truncated.
         """
         self._check_range(start, stop)
         rows = np.empty((stop - start, self.emb_size), STORED_DTYPES[self.dtype])
-        self.read_into(start, stop, rows.view(np.uint8).reshape(-1).data)
+        self._read_into(start, rows)
         return rows
 
     def read_rows(self, start: int, out: np.ndarray) -> None:
-        """Rows from ``start`` on into ``out``, ``[rows, e]``, as many as it has; cast to its dtype.
+        """Read the rows from ``start`` on into ``out``, ``[rows, e]``, cast to its dtype.
 
-        Where nothing is to be cast, they are read straight into its memory; else by way of a mebibyte or so.
+        Rows of the stored dtype are read in place; others pass through one mebibyte of memory.
+
+        Raises:
+            IndexError: the range leaves the table.
+            ValueError: ``out`` has another width or is not C-contiguous; a file cannot be read or is truncated.
         """
         if out.ndim != 2 or out.shape[1] != self.emb_size or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous [rows, {self.emb_size}], got {list(out.shape)}")
         self._check_range(start, start + len(out))
         if out.dtype == STORED_DTYPES[self.dtype]:
-            self.read_into(start, start + len(out), out.reshape(-1).view(np.uint8).data)
+            self._read_into(start, out)
             return
         step = max(1, _CAST_BYTES // self.row_bytes)
         for first in range(0, len(out), step):
             part = out[first : first + step]
             part[...] = cast(self.rows(start + first, start + first + len(part)), out.dtype)
 
-    def read_into(self, start: int, stop: int, buffer: memoryview) -> int | None:
-        """The bytes of rows ``[start, stop)`` into ``buffer``; their CRC-32 where they are just what one checksum is of."""
-        known, width = None, self.row_bytes
+    def _read_into(self, start: int, out: np.ndarray) -> None:
+        buffer, width, stop = out.reshape(-1).view(np.uint8).data, self.row_bytes, start + len(out)
         for segment in self._segments:
             first, last = max(start, segment.start), min(stop, segment.stop)
-            if first < last:
-                part = buffer[(first - start) * width : (last - start) * width]
-                known = self._read_segment(segment, first, last, part)
-                if (first, last) != (start, stop):
-                    known = None
-        return known
-
-    def _read_segment(self, segment: Segment, start: int, stop: int, buffer: memoryview) -> int | None:
-        width, known = self.row_bytes, None
-
-        def read(first: int, last: int, into: memoryview) -> None:
-            read_exactly(descriptor, into, segment.offset + (first - segment.start) * width, segment.path)
-
-        try:
-            # Of a pipe in the file's place no one would wait for the other end.
-            descriptor = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise ValueError(f"{segment.path}: cannot be read ({error.strerror})") from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError(f"{segment.path}: not a file any more")
-            if segment.facts is None:
-                read(start, stop, buffer)
-                return None
-            edges = self._edges[id(segment)]
-            for piece in range(int(np.searchsorted(edges, start, "right")) - 1, int(np.searchsorted(edges, stop))):
-                first, last = int(edges[piece]), int(edges[piece + 1])
-                inside = start <= first and last <= stop
-                if inside:
-                    part = buffer[(first - start) * width : (last - start) * width]
-                else:
-                    part = memoryview(bytearray((last - first) * width))
-                read(first, last, part)
-                known = zlib.crc32(part)
-                if known != segment.facts.crc32[piece]:
-                    raise ValueError(
-                        f"{segment.path}: damaged, the checksum of rows {first} to {last - 1} of the table does not match"
-                    )
-                if not inside:
-                    low, high = max(first, start), min(last, stop)
-                    buffer[(low - start) * width : (high - start) * width] = part[
-                        (low - first) * width : (high - first) * width
-                    ]
-                if (first, last) != (start, stop):
-                    known = None
-            return known
-        finally:
-            os.close(descriptor)
+            if first >= last:
+                continue
+            part = buffer[(first - start) * width : (last - start) * width]
+            with _open_regular(segment.path) as descriptor:
+                read_exactly(descriptor, part, segment.offset + (first - segment.start) * width, segment.path)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.vocab_size:
             raise IndexError(f"rows [{start}, {stop}) leave the table's [0, {self.vocab_size})")
 
     def chunks(self, megabytes: int = 64) -> Iterator[np.ndarray]:
-        """All rows in order, some at a time."""
+        """Yield all rows in order, a chunk at a time."""
         step = max(1, (megabytes << 20) // self.row_bytes)
         for start in range(0, self.vocab_size, step):
             yield self.rows(start, min(start + step, self.vocab_size))
 
     def fingerprint(self) -> tuple[str, np.ndarray]:
-        """The SHA-256 of the tensor's bytes, and each row's hash, uint64 ``[v]``."""
+        """Return the SHA-256 of the tensor's bytes and a hash of each row, uint64 ``[v]``."""
         digest, hashes = hashlib.sha256(), []
         for chunk in self.chunks():
             digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
@@ -175,12 +131,27 @@ class TableFile:
         return digest.hexdigest(), np.concatenate(hashes)
 
     def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """The rows that ``rank`` keeps, ``[n, e]``, cast to ``dtype``; those of padding are zero."""
+        """Read the rows of ``rank``, ``[n, e]``, cast to ``dtype``; padding rows are zero."""
         start, stop = partition.owned_range(rank)
         size = partition.rows_per_rank * self.emb_size * dtype.itemsize
-        # Aligned, so that a framework may take the memory over as it is.
+        # Aligned, so that a framework can adopt the memory without a copy.
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         first = -memory.ctypes.data % _ALIGNMENT
         rows = memory[first : first + size].view(dtype).reshape(partition.rows_per_rank, self.emb_size)
         self.read_rows(start, rows[: stop - start])
         return rows
+
+
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Iterator[int]:
+    """Open a file that is still a regular one; opening a pipe in its place would block."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path}: not a file any more")
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,133 +1,214 @@
-"""Writing the rows of a table to their files, reading them back, and converting a table from one layout to another."""
+"""Writing a table to files: a new table appears whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shared.agreement import disagreement
 from shared.bits import STORED_DTYPES, cast
 from shared.partition import VocabPartition
-from shared.tables.layouts import Layout, TableSpec, layout_named, new_set_id
-from shared.tables.row_checks import block_rows, piece_edges
+from shared.tables.find_table import PICKLE_SUFFIXES, open_table
 from shared.tables.table_file import TableFile
-from shared.tables.tensor_file import read_exactly, write_exactly
+from shared.tables.tensor_file import header_bytes, read_exactly, write_exactly
 
-__all__ = ["Exchange", "Fill", "convert_table", "write_ranks", "write_together"]
+__all__ = ["Exchange", "TableSpec", "convert_table", "write_parts", "write_table"]
 
-Fill = Callable[[int, int, memoryview], int | None]
-"""Puts the bytes of rows ``[start, stop)`` into a buffer; returns their CRC-32 where it knows it."""
+Rows = Callable[[int, int], np.ndarray]
+"""Returns rows ``[start, stop)`` of the table, ``[stop - start, e]``, in the dtype to be stored."""
 
 Exchange = Callable[[Any], list[Any]]
-"""Gives every process what each of them passed, in their order; of what JSON can hold."""
+"""Gathers every process's JSON value, in the order of the processes."""
 
-_PIECES_PER_TASK = 256
+Progress = Callable[[int], None]
+"""Called with the number of rows that were written."""
+
+_PIECE_BYTES = 1 << 24
+_PART = "model.safetensors"
 
 
-def write_ranks(
-    layout: Layout, ranks: Sequence[int], fill: Fill, progress: Callable[[int], None] = lambda rows: None
-) -> list[list[int]]:
-    """Write the rows that some ranks own, and read them back; returns the checksums of each rank's pieces.
+@dataclass(frozen=True)
+class TableSpec:
+    """A table to be written.
 
-    Several processes can write ranks of one layout, once one of them has made its files.
-
-    Args:
-        layout: where they go.
-        ranks: whose rows.
-        fill: where they come from; called in several threads at once.
-        progress: called with how many rows were written.
+    Attributes:
+        tensor: the tensor's name.
+        dtype: the name of the dtype to store.
+        vocab_size, emb_size: its shape, without padding.
 
     Raises:
-        ValueError: what is read back is not what was written.
+        ValueError: no table can be stored in the dtype.
     """
-    spec, sums, tasks = layout.spec, [], []
-    # Twice as many as processors: some wait for the disk.
-    with ThreadPoolExecutor(min(8, 2 * len(os.sched_getaffinity(0)))) as pool:
-        for index, rank in enumerate(ranks):
-            edges = piece_edges(spec.partition.owned_range(rank), block_rows(spec.row_bytes))
-            pieces = [(int(start), int(stop)) for start, stop in pairwise(edges)]
-            sums.append([0] * len(pieces))
-            for first in range(0, len(pieces), _PIECES_PER_TASK):
-                part = pieces[first : first + _PIECES_PER_TASK]
-                tasks.append((index, first, part, pool.submit(_copy, layout, rank, fill, part)))
-        try:
-            for index, first, part, task in tasks:
-                sums[index][first : first + len(part)] = task.result()
-                progress(part[-1][1] - part[0][0])
-            list(pool.map(lambda index: _seal(layout, ranks[index], sums[index]), range(len(ranks))))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return sums
+
+    tensor: str
+    dtype: str
+    vocab_size: int
+    emb_size: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}")
+
+    def header(self, rows: int) -> bytes:
+        """The first bytes of a file of ``rows`` rows."""
+        return header_bytes(self.tensor, self.dtype, (rows, self.emb_size), {"format": "pt"})
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
 
-def _copy(layout: Layout, rank: int, fill: Fill, pieces: Sequence[tuple[int, int]]) -> list[int]:
-    """Write pieces, read them back and return their checksums."""
-    place, row_bytes = layout.place(rank), layout.spec.row_bytes
-    offset = len(layout.header(rank)) - place.start * row_bytes
-    buffers: dict[int, tuple[bytearray, bytearray]] = {}
-    sums = []
-    with open(place.path, "rb+", buffering=0) as file:
-        for start, stop in pieces:
-            size, at = (stop - start) * row_bytes, offset + start * row_bytes
-            if size not in buffers:
-                buffers[size] = bytearray(size), bytearray(size)
-            data, again = buffers[size]
-            known = fill(start, stop, memoryview(data))
-            write_exactly(file.fileno(), memoryview(data), at)
-            read_exactly(file.fileno(), memoryview(again), at, place.path)
-            if data != again:
-                raise ValueError(f"{place.path}: rows {start} to {stop - 1} of the table are not there as written")
-            sums.append(zlib.crc32(data) if known is None else known)
-        # The disk begins on it while the rest is written, or the wait at the end would double the time.
-        first, last = (offset + row * row_bytes for row in (pieces[0][0], pieces[-1][1]))
-        os.posix_fadvise(file.fileno(), first, last - first, os.POSIX_FADV_DONTNEED)
-    return sums
+def write_table(
+    path: str | Path,
+    spec: TableSpec,
+    ranges: Iterable[tuple[int, int]],
+    rows: Rows,
+    *,
+    force: bool = False,
+    process: int = 0,
+    exchange: Exchange = lambda mine: [mine],
+    progress: Progress = lambda count: None,
+) -> Path:
+    """Write one safetensors file, each process its own rows; every process calls this.
+
+    The rows go to a temporary file beside ``path``. They are read back and synced to the disk before it is renamed.
+    Memory does not grow with the table.
+
+    Args:
+        path: the file, which ends in ``.safetensors``; on a file system that all processes see.
+        spec: the table.
+        ranges: half-open ranges of rows that this process writes.
+        rows: where they come from.
+        force: replace an existing file.
+        process: this process's number; process 0 creates and renames the file.
+        exchange: gathers a value from all processes; left out, there is one.
+        progress: called after each piece.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: in every process, if any of them failed, if they disagree about the table, if no process has some row,
+            or if the file exists and ``force`` is False.
+    """
+    path, ranges = Path(path), sorted(ranges)
+    facts = {"path": str(path), "table": str(spec), "force": str(force)}
+    everyones = exchange({"facts": facts, "token": secrets.token_hex(8), "ranges": ranges})
+    found = disagreement([each["facts"] for each in everyones], "process", "processes")
+    if found is not None:
+        raise ValueError(found)
+    _check_cover([tuple(each) for mine in everyones for each in mine["ranges"]], spec.vocab_size)
+    target = path.resolve() if path.is_symlink() else path  # a link stays a link
+    temporary = target.with_name(f".{target.name}.{everyones[0]['token']}.tmp")
+    header = spec.header(spec.vocab_size)
+
+    def create() -> None:
+        if process == 0:
+            _check_target(path, target, force)
+            _create(temporary, header, spec.vocab_size * spec.row_bytes)
+
+    def write() -> None:
+        with open(temporary, "rb+", buffering=0) as file:
+            for start, stop in ranges:
+                _write_rows(file.fileno(), temporary, spec, len(header), start, stop, rows, progress)
+            os.fsync(file.fileno())
+
+    def rename() -> None:
+        if process == 0:
+            open_table(temporary, spec.tensor)
+            _rename(temporary, target, path, force)
+
+    try:
+        for step in (create, write, rename):
+            _in_step(step, exchange)
+    finally:
+        if process == 0:
+            temporary.unlink(missing_ok=True)
+    return path
 
 
-def _seal(layout: Layout, rank: int, sums: Sequence[int]) -> None:
-    """Have a rank's rows reach the disk, and its header too where it has one of its own."""
-    with open(layout.place(rank).path, "rb+", buffering=0) as file:
-        if layout.sums_belong_to_ranks():
-            write_exactly(file.fileno(), layout.header(rank, sums), 0)
-        os.fsync(file.fileno())
+def write_parts(
+    folder: str | Path, spec: TableSpec, partition: VocabPartition, rows: Rows, progress: Progress = lambda count: None
+) -> list[Path]:
+    """Write Megatron-style parts: one safetensors file a rank, each of ``rows_per_rank`` rows, padding rows zero.
+
+    The parts go to a temporary folder beside ``folder``, which is then renamed. An existing folder is never replaced.
+
+    Args:
+        folder: the folder to create; the files in it are ``mp_rank_00/model.safetensors`` and so on.
+        spec: the table.
+        partition: who owns what.
+        rows: where the rows come from.
+        progress: called after each piece.
+
+    Returns:
+        The files, in rank order.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or it cannot be written.
+    """
+    folder = Path(folder)
+    _check_parent(folder)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    names = [f"mp_rank_{rank:02d}" for rank in range(partition.world_size)]
+    header = spec.header(partition.rows_per_rank)
+    try:
+        _refuse_full(folder)
+        temporary.mkdir()
+        for rank, name in enumerate(names):
+            start, stop = partition.owned_range(rank)
+            path = temporary / name / _PART
+            path.parent.mkdir()
+            _create(path, header, partition.rows_per_rank * spec.row_bytes)
+            with open(path, "rb+", buffering=0) as file:
+                offset = len(header) - partition.start(rank) * spec.row_bytes
+                _write_rows(file.fileno(), path, spec, offset, start, stop, rows, progress)
+                os.fsync(file.fileno())
+            _sync_folder(path.parent)
+        open_table([temporary / name / _PART for name in names], spec.tensor, spec.vocab_size)
+        _refuse_full(folder)  # rename() itself refuses a folder that is filled from here on
+        _sync_folder(temporary)
+        os.rename(temporary, folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [folder / name / _PART for name in names]
 
 
 def convert_table(
     table: TableFile,
-    target: Path,
-    layout: str,
-    partition: VocabPartition,
+    target: str | Path,
+    partition: VocabPartition | None = None,
     *,
     tensor: str | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress = lambda count: None,
 ) -> list[Path]:
-    """Write a table anew: other files, another number of ranks, another dtype; in bounded memory.
-
-    The target is there whole or not at all, whenever the process ends; every row is read back after it was written.
+    """Copy a table to one file or to Megatron-style parts, in bounded memory.
 
     Args:
-        table: where the rows come from.
-        target: the file, or the folder of files.
-        layout: ``"file"``, ``"shards"`` or ``"megatron"``.
-        partition: who is to own what.
-        tensor: what to call the tensor; None leaves its name.
-        dtype: the name of the dtype to cast to; None leaves it.
-        force: replace what is there.
-        progress: called with how many rows were written.
+        table: the source.
+        target: the file; with ``partition``, the folder.
+        partition: write one part for each of its ranks; None, one file.
+        tensor: the tensor's new name; None keeps it.
+        dtype: the dtype to cast to, rounding once; None keeps it.
+        force: replace an existing file; an existing folder is never replaced.
+        progress: called after each piece.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: the target exists, cannot be written, or the table is damaged.
+        ValueError: the target exists or cannot be written, the partition is of another vocabulary, or the source is damaged.
 
     Example:
         >>> import tempfile, numpy as np
@@ -138,122 +219,115 @@ def convert_table(
         >>> from shared.tables.table_writer import convert_table
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_file({"wte.weight": np.arange(10.0).reshape(5, 2)}, folder / "model.safetensors")
-        >>> partition = VocabPartition(5, 3, "even")
-        >>> files = convert_table(open_table(folder), folder / "shards", "shards", partition)
-        >>> open_table(folder / "shards").rows(1, 3)
+        >>> files = convert_table(open_table(folder), folder / "parts", VocabPartition(5, 3, "even"))
+        >>> open_table(files, vocab_size=5).rows(1, 3)
         array([[2., 3.],
                [4., 5.]])
     """
-    dtype = _stored_dtype(table.dtype if dtype is None else dtype)
+    spec = TableSpec(tensor or table.tensor, dtype or table.dtype, table.vocab_size, table.emb_size)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return cast(table.rows(start, stop), STORED_DTYPES[spec.dtype])
+
+    if partition is None:
+        return [write_table(target, spec, [(0, spec.vocab_size)], rows, force=force, progress=progress)]
     if partition.vocab_size != table.vocab_size:
         raise ValueError(
             f"partition must be of the table's {table.vocab_size} rows, got one of vocab_size={partition.vocab_size}"
         )
-    spec = TableSpec(
-        Path(target),
-        tensor or table.tensor,
-        dtype,
-        table.emb_size,
-        partition,
-        new_set_id(),
-    )
-    stored = STORED_DTYPES[dtype]
-
-    def fill(start: int, stop: int, buffer: memoryview) -> int | None:
-        if dtype == table.dtype:
-            return table.read_into(start, stop, buffer)
-        rows = cast(table.rows(start, stop), stored)
-        buffer[:] = rows.reshape(-1).view("u1").data
-        return None
-
-    writing = layout_named(layout, spec)
-    try:
-        writing.prepare(force)
-        return writing.finish(write_ranks(writing, range(partition.world_size), fill, progress))
-    except BaseException:
-        writing.abort()
-        raise
+    return write_parts(target, spec, partition, rows, progress)
 
 
-def _stored_dtype(name: str) -> str:
-    if name not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {name!r}")
-    return name
-
-
-def write_together(
-    path: str | Path,
-    tensor: str,
-    dtype: str,
-    emb_size: int,
-    partition: VocabPartition,
-    ranks: Sequence[int],
-    fill: Fill,
-    *,
-    force: bool,
-    process: int = 0,
-    exchange: Exchange = lambda mine: [mine],
+def _write_rows(
+    descriptor: int, path: Path, spec: TableSpec, offset: int, start: int, stop: int, rows: Rows, progress: Progress
 ) -> None:
-    """Write a table whose rows several processes have, each its own; every process calls this with the same arguments.
-
-    Args:
-        path: a file, if it ends in ``.safetensors``; else the folder of a set of shards. All processes must see it.
-        tensor, dtype, emb_size, partition: of the table.
-        ranks: those whose rows this process writes.
-        fill: where they come from.
-        force: replace what is there.
-        process: the number of this process; the first one makes the files and names them in the end.
-        exchange: how processes tell each other what they did; left out, there is one.
-
-    Raises:
-        ValueError: in every process, if any of them could not do its part, or they were asked for different things.
-    """
-    sizes = partition.vocab_size, emb_size, partition.world_size, partition.padded_vocab_size
-    _stored_dtype(dtype)
-    facts = {"path": str(path), "tensor_name": tensor, "dtype": dtype, "sizes": str(sizes), "force": str(force)}
-    everyones = exchange({"facts": facts, "set_id": new_set_id()})
-    found = disagreement([each["facts"] for each in everyones])
-    if found is not None:
-        raise ValueError(found)
-    spec = TableSpec(Path(path), tensor, dtype, emb_size, partition, everyones[0]["set_id"])
-    layout = layout_named("file" if spec.target.suffix == ".safetensors" else "shards", spec)
-    sums: list[list[int]] = [[] for _ in range(partition.world_size)]
-
-    def prepare() -> None:
-        if process == 0:
-            layout.prepare(force)
-
-    def write() -> list[tuple[int, list[int]]]:
-        return list(zip(ranks, write_ranks(layout, ranks, fill), strict=True))
-
-    def finish() -> None:
-        if process == 0:
-            layout.finish(sums)
-
-    try:
-        _in_step(prepare, exchange)
-        for written in _in_step(write, exchange):
-            for rank, part in written:
-                sums[rank] = part
-        _in_step(finish, exchange)
-    except BaseException:
-        if process == 0:
-            layout.abort()
-        raise
+    """Write rows ``[start, stop)`` and read them back; row 0 lies at byte ``offset``."""
+    step = max(1, _PIECE_BYTES // spec.row_bytes)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        data = np.ascontiguousarray(rows(first, last)).view(np.uint8).reshape(-1)
+        again, at = np.empty_like(data), offset + first * spec.row_bytes
+        write_exactly(descriptor, data.data, at)
+        read_exactly(descriptor, again.data, at, path)
+        if not np.array_equal(data, again):
+            raise ValueError(f"{path}: rows {first} to {last - 1} of the table are not there as written")
+        progress(last - first)
 
 
-def _in_step(work: Callable[[], Any], exchange: Exchange) -> list[Any]:
-    """What each process's work returned; an error everywhere, if there was one anywhere."""
+def _create(path: Path, header: bytes, size: int) -> None:
+    with open(path, "xb", buffering=0) as file:
+        os.truncate(file.fileno(), len(header) + size)
+        write_exactly(file.fileno(), header, 0)
+
+
+def _check_parent(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise ValueError(f"{path}: give the file or folder a name of its own")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; create it first")
+
+
+def _check_target(path: Path, target: Path, force: bool) -> None:
+    _check_parent(target)
+    if target.suffix != ".safetensors" or path.suffix in (*PICKLE_SUFFIXES, ".json"):
+        raise ValueError(f"{path}: a table is written to one safetensors file; end its name in .safetensors")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path}: exists and is not a regular file; choose another name")
+    if target.exists() and not force:
+        raise ValueError(_exists(path))
+
+
+def _exists(path: Path) -> str:
+    return f"{path}: exists; pass --force (force=True) to replace it"
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ValueError(f"{folder}: exists; parts are written to a new folder: choose another name or remove it first")
+
+
+def _rename(temporary: Path, target: Path, path: Path, force: bool) -> None:
+    if force:
+        os.replace(temporary, target)
+    else:
+        try:
+            os.link(temporary, target)  # unlike rename(), fails if another process has created the file meanwhile
+        except FileExistsError as error:
+            raise ValueError(_exists(path)) from error
+        except OSError:  # a file system without hard links
+            os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _check_cover(ranges: Sequence[tuple[int, int]], vocab_size: int) -> None:
+    row = 0
+    for start, stop in [*sorted(each for each in ranges if each[0] < each[1]), (vocab_size, vocab_size)]:
+        if start > row:
+            raise ValueError(f"rows [{row}, {start}) belong to no process: every rank must take part")
+        if start < row:
+            raise ValueError(f"rows [{start}, {row}) belong to more than one process")
+        row = stop
+
+
+def _in_step(work: Callable[[], None], exchange: Exchange) -> None:
+    """Do the work; raise in every process if it failed in any."""
     failure: Exception | None = None
-    result = None
     try:
-        result = work()
+        work()
     except Exception as error:
         failure = error
-    everyones = exchange([None if failure is None else str(failure), result])
+    problems = exchange(None if failure is None else str(failure))
     if failure is not None:
         raise failure
-    for number, (problem, _) in enumerate(everyones):
+    for number, problem in enumerate(problems):
         if problem is not None:
             raise ValueError(f"process {number} could not write its part: {problem}")
-    return [result for _, result in everyones]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 import jax_impl.dlpack as to_jax
 import torch_impl.dlpack as to_torch
 from jax_impl import ParallelVocabEmbedding as JaxEmbedding
-from shared.dlpack import COPIES, Memory
 from torch_impl import ParallelVocabEmbedding as TorchEmbedding
 
+COPIES = (None, False, True)
 WIDE = ["float64", "int64", "uint64", "complex128"]
 FLOAT8 = [f"float8_{name}" for name in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")]
 NARROW = [
@@ -67,22 +67,23 @@ def test_there_and_back_bit_for_bit(dtype, copy):
     assert (array.dtype.name, array.shape, back.dtype) == (dtype, tensor.shape, tensor.dtype)
     np.testing.assert_array_equal(jax_bits(array), tensor_bits(tensor))
     np.testing.assert_array_equal(tensor_bits(back), tensor_bits(tensor))
-    shared = copy != "always"
+    shared = copy is not True
     assert [address(each) == address(tensor) for each in (array, back)] == [shared, shared]
 
 
 def test_arrays_of_jax_and_numpy_are_shared(rng):
     array = jax.random.normal(jax.random.key(0), (7, 5), jnp.bfloat16)
-    assert address(to_torch.from_dlpack(array, copy="never")) == address(array)
+    assert address(to_torch.from_dlpack(array, copy=False)) == address(array)
     table = np.zeros((64, 33), ml_dtypes.bfloat16)  # NumPy itself hands no bfloat16 out
-    tensor = to_torch.from_dlpack(table, copy="never")
+    tensor = to_torch.from_dlpack(table, copy=False)
     assert (tensor.dtype, address(tensor)) == (torch.bfloat16, table.ctypes.data)
     tensor[0, 0] = 3
     assert table[0, 0] == 3
     np.testing.assert_array_equal(jax_bits(to_jax.from_dlpack(table)), jax_bits(table))
-    aligned = Memory.of(table).copy()
+    room = np.zeros(64 * 33 * 4 + 64, np.uint8)
+    aligned = room[-room.ctypes.data % 64 :][: 64 * 33 * 4].view(np.float32)
     aligned.flags.writeable = False
-    assert address(to_jax.from_dlpack(aligned, copy="never")) == aligned.ctypes.data
+    assert address(to_jax.from_dlpack(aligned, copy=False)) == aligned.ctypes.data
 
 
 def base():
@@ -90,47 +91,54 @@ def base():
 
 
 UNSHARED = {
-    "transposed": (
-        lambda: base().T,
-        r"strides \(1, 16\) are not row-major, as JAX lays out an array of shape \(16, 24\)",
-    ),
-    "stepped": (lambda: base()[::2], r"strides \(32, 1\) are not row-major"),
-    "columns": (lambda: base()[:, :8], r"strides \(16, 1\) are not row-major"),
-    "expanded": (lambda: base()[:1].expand(9, 16), r"strides \(0, 1\) are not row-major"),
+    "stepped": (lambda: base()[::2], "trivial .compact. striding"),
+    "columns": (lambda: base()[:, :8], "trivial .compact. striding"),
+    "expanded": (lambda: base()[:1].expand(9, 16), "trivial .compact. striding"),
     "one element in": (lambda: base().ravel()[1:], "aligned to 4 bytes, and JAX on a CPU shares 64-byte-aligned"),
     "two rows in": (lambda: base()[:, :4].contiguous()[2:], "aligned to 32 bytes, and JAX on a CPU shares"),
+    "NumPy's columns": (lambda: base().numpy()[:, :8], "not row-major"),
 }
 
 
 @pytest.mark.parametrize("name", UNSHARED)
-def test_what_jax_cannot_share_is_copied_or_refused(name):
+def test_memory_that_jax_cannot_share_is_copied_or_refused(name):
     make, reason = UNSHARED[name]
-    tensor = make()
-    with pytest.raises(ValueError, match=f'^copy must be "auto" or "always" .* got "never", but its .*{reason}'):
-        to_jax.from_dlpack(tensor, copy="never")
-    for copy in ("auto", "always"):
-        array = to_jax.from_dlpack(tensor, copy=copy)
-        expected = tensor.numpy().copy()
-        tensor.add_(1) if name != "expanded" else tensor[0].add_(1)
+    given = make()
+    with pytest.raises(ValueError, match=reason):
+        to_jax.from_dlpack(given, copy=False)
+    for copy in (None, True):
+        array = to_jax.from_dlpack(given, copy=copy)
+        expected = np.asarray(given).copy()
+        (given[0] if name == "expanded" else given)[:] += 1
         np.testing.assert_array_equal(np.asarray(array), expected, strict=True)
         np.testing.assert_array_equal(np.asarray(array + 1), expected + 1)
+
+
+def test_jax_shares_a_transposed_tensor():
+    tensor = base().T
+    array = to_jax.from_dlpack(tensor, copy=False)
+    assert address(array) == address(tensor)
+    np.testing.assert_array_equal(np.asarray(array + 1), tensor.numpy() + 1)
 
 
 READ_ONLY = np.arange(6.0)
 READ_ONLY.flags.writeable = False
 REFUSED_BY_TORCH = {
-    "reversed": (np.arange(6.0)[::-1], r"torch has no negative strides, and its strides are \(-1,\)"),
-    "read-only": (READ_ONLY, "marked read-only, and torch writes to any tensor"),
-    "packed": (np.frombuffer(bytearray(24 + 1), np.uint8)[1:].view(np.float64), "aligned to 1 bytes, and its elements"),
+    "reversed": (np.arange(6.0)[::-1], r"torch has no negative strides, and its strides are \(-8,\)"),
+    "read-only": (READ_ONLY, "it is read-only, and torch writes to any tensor"),
+    "packed": (
+        np.frombuffer(bytearray(24 + 1), np.uint8)[1:].view(np.float64),
+        "not aligned to its elements of 8 bytes",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED_BY_TORCH)
 def test_what_torch_cannot_share_is_copied_or_refused(name):
     array, reason = REFUSED_BY_TORCH[name]
-    with pytest.raises(ValueError, match=f'got "never", but .*{reason}'):
-        to_torch.from_dlpack(array, copy="never")
-    for copy in ("auto", "always"):
+    with pytest.raises(ValueError, match=f"got False, but .*{reason}"):
+        to_torch.from_dlpack(array, copy=False)
+    for copy in (None, True):
         tensor = to_torch.from_dlpack(array, copy=copy)
         expected = array.copy()
         np.testing.assert_array_equal(tensor.numpy(), expected, strict=True)
@@ -147,15 +155,15 @@ def test_unusual_shapes(shape, copy):
     back = to_torch.from_dlpack(array, copy=copy)
     np.testing.assert_array_equal(back.numpy(), np.full(shape, 7, np.float32), strict=True)
     if tensor.numel():
-        assert (address(back) == address(tensor)) == (copy != "always")
+        assert (address(back) == address(tensor)) == (copy is not True)
 
 
 def test_torch_shares_any_strides():
     array = jax.dlpack.from_dlpack(base().T)  # JAX in a layout of its own
-    tensor = to_torch.from_dlpack(array, copy="never")
+    tensor = to_torch.from_dlpack(array, copy=False)
     assert (tensor.stride(), address(tensor)) == ((1, 16), address(array))
     strided = READ_ONLY.copy()[::2]
-    assert address(to_torch.from_dlpack(strided, copy="never")) == strided.ctypes.data
+    assert address(to_torch.from_dlpack(strided, copy=False)) == strided.ctypes.data
 
 
 def test_what_is_written_shows_where_shared_and_nowhere_else():
@@ -163,16 +171,16 @@ def test_what_is_written_shows_where_shared_and_nowhere_else():
         tensor = torch.zeros(4, 4)
         array = to_jax.from_dlpack(tensor, copy=copy)
         tensor[1, 2] = 5
-        assert float(array[1, 2]) == (0 if copy == "always" else 5)
+        assert float(array[1, 2]) == (0 if copy is True else 5)
         source = jax.block_until_ready(jnp.zeros((4, 4)))
         imported = to_torch.from_dlpack(source, copy=copy)
         imported[1, 2] = 5
-        assert float(source[1, 2]) == (0 if copy == "always" else 5)
+        assert float(source[1, 2]) == (0 if copy is True else 5)
 
 
 def test_donated_memory_of_torch_is_not_written_to():
     tensor = torch.zeros(1024)
-    imported = to_jax.from_dlpack(tensor, copy="never")
+    imported = to_jax.from_dlpack(tensor, copy=False)
     result = jax.jit(lambda x: x + 1, donate_argnums=0)(imported)
     assert float(result.sum()) == 1024
     assert not tensor.any()
@@ -180,9 +188,9 @@ def test_donated_memory_of_torch_is_not_written_to():
 
 def test_memory_outlives_its_producer():
     tensor = torch.arange(5000, dtype=torch.float32)
-    array = to_jax.from_dlpack(tensor, copy="never")
+    array = to_jax.from_dlpack(tensor, copy=False)
     source = jnp.arange(5000, dtype=jnp.float32) * 1
-    imported = to_torch.from_dlpack(source, copy="never")
+    imported = to_torch.from_dlpack(source, copy=False)
     part = imported[1000:]
     del tensor, source, imported
     gc.collect()
@@ -201,7 +209,7 @@ def test_memory_is_released_with_its_last_user(importing, copy):
     imported = importing(owner[start : start + 4096].view(np.float32), copy=copy)
     del owner
     gc.collect()
-    assert (gone() is None) == (copy == "always")
+    assert (gone() is None) == (copy is True)
     assert float(imported.sum()) == 0
     del imported
     gc.collect()
@@ -220,7 +228,7 @@ def test_nothing_narrows(dtype, copy):
 
 
 def test_wide_ids_go_through_in_64_bit_mode(x64):
-    array = to_jax.from_dlpack(torch.tensor([2**31 + 5, -1]), copy="never")
+    array = to_jax.from_dlpack(torch.tensor([2**31 + 5, -1]), copy=False)
     assert (array.dtype, array.tolist()) == (np.int64, [2**31 + 5, -1])
 
 
@@ -228,9 +236,9 @@ def test_dtypes_that_only_one_side_has():
     for dtype in ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"):
         with pytest.raises(ValueError, match=f"array must have a dtype that torch has too, got {dtype}"):
             to_torch.from_dlpack(jnp.zeros(3, dtype))
-    with pytest.raises(ValueError, match="array must have a dtype that torch has too, got one that is unknown here"):
+    with pytest.raises(ValueError, match="array must have a dtype that torch has too, got float4_e2m1fn"):
         to_torch.from_dlpack(jnp.zeros(4, "float4_e2m1fn"))
-    with pytest.raises(ValueError, match="array must have a dtype that JAX has too, got one that is unknown here"):
+    with pytest.raises(ValueError, match="array must have a dtype that JAX has too, got float4_e2m1fn_x2"):
         to_jax.from_dlpack(torch.zeros(4, dtype=torch.float4_e2m1fn_x2))
 
 
@@ -241,9 +249,9 @@ def test_what_cannot_be_handed_out():
                 importing(torch.ones(3, requires_grad=True), copy=copy)
             with pytest.raises(ValueError, match=r"call resolve_neg\(\) first"):
                 importing(torch.ones(3, dtype=torch.complex64).conj().imag, copy=copy)
-            with pytest.raises(ValueError, match="got a refusal: Cannot pack tensors on meta"):
+            with pytest.raises(ValueError, match="got a refusal: .*meta"):
                 importing(torch.ones(3, device="meta"), copy=copy)
-            with pytest.raises(ValueError, match="got a refusal: .*torch.strided"):
+            with pytest.raises(ValueError, match="got a refusal: "):
                 importing(torch.eye(3).to_sparse(), copy=copy)
 
 
@@ -252,32 +260,11 @@ def test_what_is_no_array():
         for given in ([1.0], 5, None, np.float32(1)):
             with pytest.raises(TypeError, match="array must have __dlpack__ and __dlpack_device__"):
                 importing(given)
-        with pytest.raises(ValueError, match="copy must be 'auto' or 'never' or 'always', got True"):
-            importing(np.zeros(3), copy=True)
+        for copy in ("never", 1, np.True_):
+            with pytest.raises(TypeError, match="copy must be None, True or False, got "):
+                importing(np.zeros(3), copy=copy)
     with pytest.raises(TypeError, match="traced"):
         jax.jit(lambda x: to_torch.from_dlpack(x))(1.0)
-
-
-def test_an_accelerator_as_far_as_a_cpu_can_play_it(monkeypatch):
-    monkeypatch.setattr(Memory, "on_host", False)
-    monkeypatch.delattr(Memory, "view")
-    waited = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
-    tensor = base()
-    for copy in COPIES:
-        assert (address(to_jax.from_dlpack(tensor, copy=copy)) == address(tensor)) == (copy != "always")
-        assert (address(to_torch.from_dlpack(tensor, copy=copy)) == address(tensor)) == (copy != "always")
-    assert waited == [tensor.device]
-    for given in (tensor.T, tensor[::2], tensor[:, :3], tensor[:1].expand(9, 16)):
-        with pytest.raises(ValueError, match="are not row-major"):
-            to_jax.from_dlpack(given, copy="never")
-        np.testing.assert_array_equal(np.asarray(to_jax.from_dlpack(given)), given.numpy(), strict=True)
-    with pytest.raises(ValueError, match="JAX copied it to cpu:0"):
-        to_jax.from_dlpack(tensor.ravel()[1:], copy="never")
-    with pytest.raises(ValueError, match="JAX copied it to cpu:3"):
-        to_jax.array_from_dlpack([tensor], NamedSharding(mesh_of(1, first=3), P("tp")), copy="never")
-    with pytest.raises(ValueError, match="torch has no negative strides"):
-        to_torch.from_dlpack(np.arange(6.0)[::-1])
 
 
 def mesh_of(*shape, first=0, order=1):
@@ -309,9 +296,9 @@ def test_a_sharded_array_goes_out_by_ranks(mesh, copy):
         np.testing.assert_array_equal(tensor.numpy(), table[rank * 4 : rank * 4 + 4], strict=True)
         device = mesh.devices.reshape(-1, world_size)[0, rank]
         (shard,) = [shard.data for shard in array.addressable_shards if shard.device == device]
-        assert (address(tensor) == address(shard)) == (copy != "always")
+        assert (address(tensor) == address(shard)) == (copy is not True)
     tensors[0].zero_()
-    assert bool((array[0] == 0).all()) == (copy != "always")
+    assert bool((array[0] == 0).all()) == (copy is not True)
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -327,15 +314,15 @@ def test_the_ranks_parts_make_one_sharded_array(mesh, copy):
     assert len(array.addressable_shards) == mesh.size
     for shard in array.addressable_shards:
         rank = (shard.index[0].start or 0) // 4
-        assert (address(shard.data) == address(tensors[rank])) == (copy != "always")
+        assert (address(shard.data) == address(tensors[rank])) == (copy is not True)
     tensors[-1].fill_(100)
-    assert float(array[-1, 0]) == (world_size - 1 if copy == "always" else 100)
+    assert float(array[-1, 0]) == (world_size - 1 if copy is True else 100)
 
 
 @pytest.mark.parametrize("donated", [False, True])
 def test_replicas_that_share_memory_compute_as_others_do(donated):
     tensors = [torch.full((4, 16), float(rank)) for rank in range(4)]
-    array = to_jax.array_from_dlpack(tensors, NamedSharding(mesh_of(2, 4), P("tp", None)), copy="never")
+    array = to_jax.array_from_dlpack(tensors, NamedSharding(mesh_of(2, 4), P("tp", None)), copy=False)
     result = jax.jit(lambda x: x * 2 + x.sum(), donate_argnums=(0,) if donated else ())(array)
     np.testing.assert_array_equal(np.asarray(result)[:, 0], np.repeat(np.arange(4), 4) * 2 + 6 * 64)
     assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
@@ -349,7 +336,7 @@ def test_parts_of_several_kinds_and_parts_that_must_be_copied():
     parts[0].zero_(), parts[2].fill(0)
     np.testing.assert_array_equal(np.asarray(array), expected, strict=True)
     with pytest.raises(ValueError, match="aligned to 4 bytes"):
-        to_jax.array_from_dlpack(parts, sharding, copy="never")
+        to_jax.array_from_dlpack(parts, sharding, copy=False)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3,), (2, 3, 2)])
@@ -364,19 +351,19 @@ def test_parts_of_unusual_shapes(shape):
 def test_rows_split_over_two_axes_of_the_mesh():
     sharding = NamedSharding(mesh_of(2, 4), P(("tp", "dp")))
     tensors = [torch.full((2, 16), float(rank)) for rank in range(8)]
-    array = to_jax.array_from_dlpack(tensors, sharding, copy="never")
+    array = to_jax.array_from_dlpack(tensors, sharding, copy=False)
     np.testing.assert_array_equal(np.asarray(array)[:, 0], np.repeat(np.arange(8), 2))
-    back = to_torch.shards_from_dlpack(array, copy="never")
+    back = to_torch.shards_from_dlpack(array, copy=False)
     assert [address(tensor) for tensor in back] == [address(tensor) for tensor in tensors]
 
 
 def test_a_replicated_array_goes_out_and_comes_in_whole():
     sharding = NamedSharding(mesh_of(2, 4), P())
     for value in (torch.ones(4, 16), torch.tensor(5.0)):
-        array = to_jax.array_from_dlpack([value], sharding, copy="never")
+        array = to_jax.array_from_dlpack([value], sharding, copy=False)
         assert array.sharding.is_fully_replicated
         assert {address(shard.data) for shard in array.addressable_shards} == {address(value)}
-        for tensor in (to_torch.from_dlpack(array, copy="never"), *to_torch.shards_from_dlpack(array, copy="never")):
+        for tensor in (to_torch.from_dlpack(array, copy=False), *to_torch.shards_from_dlpack(array, copy=False)):
             assert torch.equal(tensor, value)
             assert address(tensor) == address(value)
 
@@ -433,13 +420,13 @@ def test_the_weights_of_one_layer_in_the_other(rng, mesh, dtype):
         return np.stack([tensor_bits(emb(torch.from_numpy(ids)).detach()) for emb in ranks])
 
     weights = [emb.weight.detach() for emb in ranks]
-    array = to_jax.array_from_dlpack(weights, NamedSharding(mesh, P("tp", None)), copy="never")
+    array = to_jax.array_from_dlpack(weights, NamedSharding(mesh, P("tp", None)), copy=False)
     given = layer.with_weight(array)
     for shard in given.weight.addressable_shards:
         assert address(shard.data) == address(weights[shard.index[0].start // (48 // world_size)])
     np.testing.assert_array_equal(jax_bits(given(ids)), torch_bits(ranks))
 
-    tensors = to_torch.shards_from_dlpack(layer.weight, copy="always")
+    tensors = to_torch.shards_from_dlpack(layer.weight, copy=True)
     for emb, tensor in zip(ranks, tensors, strict=True):
         emb.weight = torch.nn.Parameter(tensor)
     np.testing.assert_array_equal(torch_bits(ranks), jax_bits(layer(ids)))

@@ -15,10 +15,17 @@ MAY_NOT = {
 }
 
 
-def modules_after(statement):
-    program = f"import sys\n{statement}\nprint(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    return {name.partition(".")[0] for name in done.stdout.split()}
+# Prints what was looked for although it is not installed, and what was imported.
+WITHOUT = """
+import sys
+def find_spec(name, *_):
+    if name in {hidden!r}:
+        print("looked for", name)
+        raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, type("Hidden", (), {{"find_spec": staticmethod(find_spec)}}))
+import {names}
+print(*sorted(sys.modules))
+"""
 
 
 def all_modules(room):
@@ -27,18 +34,22 @@ def all_modules(room):
 
 
 @pytest.mark.parametrize("room", MAY_NOT)
-def test_importing_a_room_leaves_the_others_out(room):
-    loaded = modules_after("import " + ", ".join(all_modules(room)))
-    assert room in loaded
-    assert not loaded & set(MAY_NOT[room])
+def test_room_imports_and_needs_no_other(room):
+    program = WITHOUT.format(hidden=MAY_NOT[room], names=", ".join(all_modules(room)))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    assert "looked for" not in done.stdout
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert {room, *({room.removesuffix("_impl")} - {"shared"})} <= loaded
 
 
-def test_this_test_can_fail():
-    assert {"torch", "jax"} <= modules_after("import torch_impl, jax_impl")
+def test_hidden_module_is_noticed():
+    program = WITHOUT.format(hidden=("json",), names="json")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stdout) == (1, "looked for json\n")
 
 
 @pytest.mark.parametrize("room", MAY_NOT)
-def test_no_import_statement_names_what_the_room_may_not_import(room):
+def test_import_statements_stay_in_the_room(room):
     for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             named = []
@@ -49,14 +60,37 @@ def test_no_import_statement_names_what_the_room_may_not_import(room):
             assert not {name.partition(".")[0] for name in named} & set(MAY_NOT[room]), path
 
 
-@pytest.mark.parametrize(("room", "framework"), [("torch_impl", "jax"), ("jax_impl", "torch")])
-def test_a_room_works_where_the_other_framework_is_not_installed(room, framework):
+UMBRELLA = "parallel_vocab_embedding"
+
+
+def modules_after(program):
+    """The top-level modules that a program has loaded at its end."""
+    program += "\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_umbrella_imports_a_backend_on_use():
+    assert not modules_after(f"import {UMBRELLA}") & {"torch", "jax", "torch_impl", "jax_impl"}
+
+
+@pytest.mark.parametrize(("backend", "framework"), [("torch", "jax"), ("jax", "torch")])
+def test_the_umbrella_needs_one_framework(backend, framework):
     block = f"import sys\nsys.modules[{framework!r}] = None\n"
-    assert room in modules_after(block + f"import {room}, {room}.runner")
+    assert f"{backend}_impl" in modules_after(f"{block}from {UMBRELLA}.{backend} import ParallelVocabEmbedding")
 
 
-def test_the_backends_mirror_each_other_file_for_file():
-    torch_only = {"accumulation", "clipping", "further_split", "host_rows", "process_group", "zero_row"}
+def test_backends_have_the_same_files():
+    torch_only = {
+        "accumulation",
+        "clipping",
+        "data_parallel",
+        "further_split",
+        "host_rows",
+        "mesh",
+        "process_group",
+        "zero_row",
+    }
     jax_only = {"placement"}  # a mesh axis in the place of a group
     names = [{path.stem for path in (ROOT / room).glob("*.py")} for room in ("torch_impl", "jax_impl")]
     assert (names[0] - names[1], names[1] - names[0]) == (torch_only, jax_only)

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.aot import (
     AotCase,
-    abstract_layer,
     float32_scatter,
     forward_and_gradient,
     is_available,
@@ -19,6 +18,7 @@ from benchmarks.aot import (
     ours,
     take,
 )
+from jax_impl import ParallelVocabEmbedding
 
 pytestmark = [
     pytest.mark.aot,
@@ -51,7 +51,7 @@ def test_collectives(topology):
 
 def test_rows_travel_in_their_own_dtype():
     mesh = mesh_of(SMALL.topology)
-    emb = abstract_layer(mesh, VOCAB, 256, dtype="bfloat16", reduction="all_reduce")
+    emb = ParallelVocabEmbedding.abstract(VOCAB, 256, mesh, dtype="bfloat16", reduction="all_reduce")
     ids = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=NamedSharding(mesh, P(None, None)))
     text = jax.jit(lambda emb, ids: emb(ids)).lower(emb, ids).as_text()
     assert re.findall(r"stablehlo.all_reduce.*?-> tensor<\S*x(\w+)>", text, re.DOTALL) == ["bf16"]
@@ -60,7 +60,7 @@ def test_rows_travel_in_their_own_dtype():
 def test_the_sign_of_zero_survives_the_compiler():
     """Foreign rows are -0.0 and those of ids outside the vocabulary +0.0: no simplification takes one for the other."""
     mesh = mesh_of(SMALL.topology)
-    emb = abstract_layer(mesh, VOCAB, 256, dtype="bfloat16", reduction="all_reduce")
+    emb = ParallelVocabEmbedding.abstract(VOCAB, 256, mesh, dtype="bfloat16", reduction="all_reduce")
     ids = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=NamedSharding(mesh, P(None, None)))
     text = jax.jit(lambda emb, ids: emb(ids)).lower(emb, ids).compile().as_text()
     assert {"0", "-0"} <= set(re.findall(r"= (?:bf16|f32)\[\]\S* constant\((-?0)\)", text))
@@ -104,7 +104,7 @@ def test_the_routed_exchange_compiles(topology, dtype):
 def test_nothing_is_gathered_over_data(kind, reduction):
     """Ids split over a data axis, which nobody says inside jit on an Auto mesh: the data ranks' sums are added, once."""
     mesh = mesh_of("v5p:2x2x2", (2, 4), ("dp", "tp"), kind)
-    emb = abstract_layer(mesh, VOCAB, 1024, dtype="bfloat16", reduction=reduction)
+    emb = ParallelVocabEmbedding.abstract(VOCAB, 1024, mesh, dtype="bfloat16", reduction=reduction)
     ids = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, P("dp", None)))
     spec = {"none": P("tp", "dp", None, None), "all_reduce": P("dp", None, None), "reduce_scatter": P("dp", "tp", None)}
     shape = (4, 8, 1024, 1024) if reduction == "none" else (8, 1024, 1024)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_impl import ParallelVocabEmbedding, restore_args
 
@@ -42,7 +43,7 @@ def test_of_another_size(saved, world_size, padded, abstract):
     path, table = saved
     target = make((world_size,), padded)
     if abstract:
-        target = jax.eval_shape(lambda: make((world_size,), padded))
+        target = ParallelVocabEmbedding.abstract(10, 3, target.mesh, dtype=jnp.bfloat16, padded_vocab_size=padded)
     how = ocp.args.PyTreeRestore({"emb": target, "step": 0}, {"emb": restore_args(target), "step": ocp.RestoreArgs()})
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(path, how)["emb"]
@@ -56,3 +57,57 @@ def test_of_another_size(saved, world_size, padded, abstract):
 def test_without_these_arguments_another_size_is_refused(saved):
     with ocp.StandardCheckpointer() as checkpointer, pytest.raises(ValueError, match="shape"):
         checkpointer.restore(saved[0], {"emb": make((3,), 30), "step": 0})
+
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+
+
+@jax.jit
+def train(model, moments, ids):
+    def loss(model):
+        return jnp.sin(model["emb"](ids).sum(0) @ model["head"]).sum()
+
+    updates, moments = OPTIMIZER.update(jax.grad(loss)(model), moments, model)
+    return optax.apply_updates(model, updates), moments
+
+
+def training_state(emb, head):
+    model = {"emb": emb, "head": head}
+    abstract = not isinstance(head, jax.Array)
+    moments = jax.eval_shape(OPTIMIZER.init, model) if abstract else OPTIMIZER.init(model)
+    return {"model": model, "moments": moments, "step": 7, "key": jax.random.key(3)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "padded", "abstract"), [(8, "even", True), pytest.param(3, 30, False, marks=pytest.mark.slow)]
+)
+def test_a_training_state_goes_on_elsewhere_as_it_would_have_here(tmp_path, world_size, padded, abstract):
+    ids, head = np.array([0, 9, 9, 4]), jnp.ones((3, 2), jnp.bfloat16)
+    state = training_state(make((4,), "even", init="global"), head)
+    state["model"], state["moments"] = train(state["model"], state["moments"], ids)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", state)
+    target = make((world_size,), padded)
+    if abstract:
+        target = ParallelVocabEmbedding.abstract(10, 3, target.mesh, dtype=jnp.bfloat16, padded_vocab_size=padded)
+        head = jax.ShapeDtypeStruct(head.shape, head.dtype)
+    target = training_state(target, head)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        how = ocp.args.PyTreeRestore(target, restore_args(target))
+        restored = checkpointer.restore(tmp_path / "checkpoint", how)
+    assert restored["step"] == 7
+    assert restored["key"] == state["key"]
+    split = NamedSharding(restored["model"]["emb"].mesh, PartitionSpec("tp", None))
+    assert restored["moments"][1][0].mu["emb"].weight.sharding == split
+    results = [train(each["model"], each["moments"], ids) for each in (state, restored)]
+    for here, there in zip(*map(jax.tree.leaves, results), strict=True):
+        assert here.shape[1:] == there.shape[1:]
+        padding = np.asarray(there)[10:] if there.ndim == 2 else np.zeros(0)
+        assert not padding.any()
+        rows = slice(10) if there.ndim == 2 else ...
+        np.testing.assert_array_equal(np.asarray(here)[rows], np.asarray(there)[rows])
+
+
+def test_a_tree_without_a_layer_is_refused():
+    with pytest.raises(ValueError, match="tree must hold a ParallelVocabEmbedding"):
+        restore_args({"step": 0})

@@ -101,3 +101,20 @@ def test_a_padded_size_that_will_not_do_is_refused():
         ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=14)
     with pytest.raises(ValueError, match=r"below 2\*\*31, got 2147483648"):
         ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=2**31)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_head_of_the_callers_own(jitted):
+    """It trains padding rows, and no others that it should not, unless their gradient is removed."""
+    emb = ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=16, padding_idx=9)
+
+    def gradient(emb, removed):
+        grads = jax.grad(lambda emb: (emb(IDS) ** 2).sum() + jax.nn.logsumexp(jnp.ones(3) @ emb.weight.T))(emb)
+        return emb.zero_padding_grad(grads) if removed else grads
+
+    given, kept = ((jax.jit(gradient, static_argnums=1) if jitted else gradient)(emb, each) for each in (False, True))
+    assert np.asarray(given.weight)[9:].all()
+    np.testing.assert_allclose(np.asarray(kept.weight)[:10], np.asarray(given.weight)[:10], rtol=1e-6)
+    assert not np.asarray(kept.weight)[10:].any()
+    assert jax.tree.structure(kept) == jax.tree.structure(emb)
+    np.testing.assert_array_equal(emb.zero_padding_grad(given).weight[:10], given.weight[:10])  # which is still there

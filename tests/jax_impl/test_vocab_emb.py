@@ -1,6 +1,10 @@
 """Building the layer: what it holds, how it is drawn, what it refuses."""
 
+import copy
 import inspect
+import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +46,7 @@ def test_the_signature_is_the_promised_one():
         "init": "per_rank",
         "seq_dim": -1,
         "check": False,
+        "key": None,
     }
 
 
@@ -63,6 +68,14 @@ def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
         expected = mean + 0.02 * jax.random.normal(jax.random.key(7 + rank), (48, 5), dtype)
         assert table.dtype == dtype
         np.testing.assert_array_equal(table[48 * rank : 48 * rank + 48], np.asarray(expected))
+
+
+def test_a_random_key_takes_the_place_of_the_seed(mesh_of):
+    key = jax.random.key(5)
+    emb = ParallelVocabEmbedding(24, 5, mesh_of((3,)), init_std=0.5, key=key)
+    expected = [0.5 * jax.random.normal(jax.random.fold_in(key, rank), (8, 5)) for rank in range(3)]
+    np.testing.assert_array_equal(emb.weight, np.concatenate(expected))
+    np.testing.assert_array_equal(emb(np.arange(3), key=key), emb(np.arange(3)))
 
 
 def test_each_device_holds_its_own_rows(mesh_of):
@@ -129,6 +142,20 @@ def test_shapes_without_computing_anything(mesh_of):
     assert (out.shape, out.dtype) == ((8, 4, 2048, 8192), jnp.bfloat16)
 
 
+def test_an_abstract_layer_has_all_but_the_table(mesh_of, rng):
+    mesh = mesh_of((4,))
+    arguments = (10, 5, mesh, "tp", 0.0, 0.02, 7, jnp.bfloat16)
+    emb = ParallelVocabEmbedding.abstract(*arguments, padded_vocab_size="even", reduction="all_reduce", init="global")
+    real = ParallelVocabEmbedding(*arguments, padded_vocab_size="even", reduction="all_reduce", init="global")
+    assert emb.weight == jax.ShapeDtypeStruct((12, 5), jnp.bfloat16, sharding=real.weight.sharding)
+    assert jax.tree.structure(emb) == jax.tree.structure(real)
+    assert emb.config.as_dict() == real.config.as_dict()
+    program = jax.jit(lambda emb, ids: emb(ids)).lower(emb, jax.ShapeDtypeStruct((3,), jnp.int32)).compile()
+    np.testing.assert_array_equal(program(real, np.arange(3, dtype=np.int32)), np.asarray(real.weight)[:3])
+    np.testing.assert_array_equal(emb.with_weight(real.weight)(np.arange(10)), np.asarray(real.weight)[:10])
+    assert ParallelVocabEmbedding.abstract(12, 5).mesh == mesh  # the one that is set
+
+
 @pytest.mark.parametrize("padding_idx", [0, 9, 23])
 def test_the_row_of_padding_idx_starts_as_zero(mesh_of, padding_idx):
     mesh = mesh_of((3,))
@@ -147,6 +174,42 @@ def test_another_table(mesh_of, rng):
     for bad in (table[:-1], table.astype(np.float16)):
         with pytest.raises(ValueError, match=r"weight must have shape \(24, 5\) and dtype float32, got"):
             emb.with_weight(bad)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda emb: pickle.loads(pickle.dumps(emb))])
+def test_copies(mesh_of, again):
+    emb = ParallelVocabEmbedding(10, 5, mesh_of((2, 4), ("dp", "tp")), dtype=jnp.bfloat16, padded_vocab_size="even")
+    other = again(emb)
+    assert jax.tree.structure(other) == jax.tree.structure(emb)
+    assert other.weight.sharding == emb.weight.sharding
+    np.testing.assert_array_equal(other.weight, emb.weight)
+    np.testing.assert_array_equal(other(np.arange(10)), emb(np.arange(10)))
+
+
+def test_what_cannot_be_pickled(mesh_of, tmp_path):
+    mesh = mesh_of((4,))
+    emb = ParallelVocabEmbedding(12, 5, mesh)
+    for other in (ParallelVocabEmbedding.abstract(12, 5, mesh), jax.tree.map(lambda _: None, emb)):
+        with pytest.raises(TypeError, match=r"keep others with Orbax .* or emb.save_table\(path\)"):
+            pickle.dumps(other)
+    (tmp_path / "emb.pickle").write_bytes(pickle.dumps(emb))
+    program = f"import pickle; pickle.load(open({str(tmp_path / 'emb.pickle')!r}, 'rb'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)  # it has one device
+    assert "ValueError: this process must have the 4 cpu devices" in done.stderr
+    assert "lacks those with ids [1, 2, 3]" in done.stderr
+
+
+@pytest.mark.parametrize("transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())])
+def test_a_table_on_one_device_or_of_another_shape_names_with_weight(mesh_of, transform):
+    emb = ParallelVocabEmbedding(12, 5, mesh_of((4,)))
+    structure, ids = jax.tree.structure(emb), np.arange(12)
+    misplaced = jax.tree.unflatten(structure, [jax.device_put(emb.weight, jax.devices()[0])])
+    with pytest.raises(ValueError, match=r"must lie on the devices of the layer's mesh, {'tp': 4}: emb.with_weight"):
+        transform(misplaced, ids)
+    np.testing.assert_array_equal(emb.with_weight(misplaced.weight)(ids), emb(ids))
+    short = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(emb.weight)[:8])])
+    with pytest.raises(ValueError, match=r"weight must be \[12, 5\], got \[8, 5\]: emb.with_weight"):
+        transform(short, ids)
 
 
 def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
@@ -177,8 +240,10 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', got 'ones'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
+        ({"key": jax.random.key(0), "init": "global"}, ValueError, "key takes the place of init_base_seed"),
+        ({"key": jax.random.key(0), "init_base_seed": 7}, ValueError, "got init_base_seed=7 .*: leave these two out"),
     ],
 )
 def test_bad_arguments_are_refused(mesh_of, arguments, error, match):
@@ -203,3 +268,39 @@ def test_from_a_table_in_memory(mesh_of, make):
         ParallelVocabEmbedding.from_embedding(np.ones(4, np.float32), mesh)
     with pytest.raises(ValueError, match="divisible"):
         ParallelVocabEmbedding.from_embedding(table, mesh)
+
+
+@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((2, 4), ("dp", "tp"))])
+def test_a_callable_is_asked_for_each_devices_rows(mesh_of, shape, names):
+    asked = []
+
+    def init(rows):
+        asked.append(rows.shape)
+        return jnp.stack([rows, 10 * rows], 1)
+
+    mesh = mesh_of(shape, names)
+    emb = ParallelVocabEmbedding(10, 2, mesh, init=init, padding_idx=7, padded_vocab_size="even")
+    assert set(asked) == {(emb.partition.rows_per_rank,)}
+    expected = np.zeros((emb.padded_vocab_size, 2), np.float32)
+    expected[:10] = np.stack([np.arange(10), 10 * np.arange(10)], 1)
+    expected[7] = 0
+    np.testing.assert_array_equal(emb.weight, expected)
+    assert emb.weight.sharding == NamedSharding(mesh, P("tp", None))
+    plain = ParallelVocabEmbedding(10, 2, mesh, padding_idx=7, padded_vocab_size="even")
+    assert jax.tree.structure(emb) == jax.tree.structure(plain)
+    other = jax.jit(lambda: type(emb)(10, 2, mesh, init=lambda rows: -init(rows), padded_vocab_size="even"))()
+    np.testing.assert_array_equal(np.asarray(other.weight)[:7], -expected[:7])  # equal configurations, another callable
+
+
+def test_without_first_numbers_it_is_zero(mesh_of):
+    emb = ParallelVocabEmbedding(10, 2, mesh_of((4,)), init=None, init_mean=3.0, padded_vocab_size="even")
+    assert emb.weight.shape == (12, 2)
+    assert not np.asarray(emb.weight).any()
+
+
+def test_a_callable_of_one_value_and_one_that_returns_no_rows(mesh_of):
+    mesh = mesh_of((4,))
+    emb = ParallelVocabEmbedding(8, 2, mesh, dtype=jnp.bfloat16, init=lambda rows: np.full((2, 2), 0.5))
+    np.testing.assert_array_equal(emb.weight, np.full((8, 2), 0.5))
+    with pytest.raises(ValueError, match=r"a row for each of the row numbers that it is given, \[2, 2\], got \[2\]"):
+        ParallelVocabEmbedding(8, 2, mesh, init=lambda rows: rows)

@@ -38,7 +38,7 @@ def test_rows_outside_the_table_are_refused(table):
 
 def test_an_unclear_choice_of_tensor_names_the_candidates(tmp_path):
     save_file({"a": np.ones((2, 2)), "b": np.ones((2, 2))}, tmp_path / "two")
-    with pytest.raises(ValueError, match="name the tensor to use; .* in it: a, b"):
+    with pytest.raises(ValueError, match="pass tensor_name; .* in it: a, b"):
         open_table(tmp_path / "two")
     assert open_table(tmp_path / "two", "b").tensor == "b"
     with pytest.raises(ValueError, match="no tensor 'c' in it; there are: a, b"):
@@ -50,7 +50,7 @@ def test_a_tensor_that_is_no_table_is_refused(table, tmp_path):
         with pytest.raises(ValueError, match=f"tensor '{name}' must be a 2-D table"):
             open_table(table[0], name)
     save_file({"none": np.ones((0, 4))}, tmp_path / "empty")
-    with pytest.raises(ValueError, match="name the tensor"):
+    with pytest.raises(ValueError, match="pass tensor_name"):
         open_table(tmp_path / "empty")
 
 

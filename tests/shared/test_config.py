@@ -23,7 +23,7 @@ def test_what_only_construction_needs_takes_no_part_in_equality():
         "init_mean": 2.0,
         "init_std": 0.1,
         "init_base_seed": 0,
-        "init": "global",
+        "init": print,
         "check": True,
     }.items():
         other = dataclasses.replace(config, **{name: value})
@@ -56,6 +56,14 @@ def test_the_text_reads_back(options):
     assert again.text == config.text
 
 
+@pytest.mark.parametrize("init", [None, len])
+def test_what_is_no_word_is_kept_beside_the_text(init):
+    config = EmbeddingConfig(12, 4, init=init)
+    assert (config.init, config.changes()) == (init, {"init": init})
+    again = EmbeddingConfig.from_text(config.text)
+    assert (again, again.init) == (config, None)
+
+
 def test_words_become_plain_ones():
     config = EmbeddingConfig(12, 4, reduction=np.str_("all_reduce"))
     assert type(config.reduction) is str
@@ -73,7 +81,11 @@ def test_ranks_agree_on_what_a_lookup_depends_on():
     [
         ({"vocab_size": 13}, ValueError, "vocab_size=13 over world_size=3 .* next size that divides is 15"),
         ({"emb_size": 0}, ValueError, "emb_size must be at least 1"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
+        (
+            {"reduction": "sum"},
+            ValueError,
+            "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'",
+        ),
         ({"exchange": "p2p"}, ValueError, "exchange must be"),
         ({"seq_dim": 1.0}, TypeError, "seq_dim must be an integer"),
         ({"invalid_ids": "wrap"}, ValueError, "invalid_ids must be"),
@@ -83,7 +95,7 @@ def test_ranks_agree_on_what_a_lookup_depends_on():
         ({"sparse": True, "gradient_accumulation_fusion": True}, ValueError, "must be False with sparse=True"),
         ({"init_std": -1}, ValueError, "init_std must not be negative"),
         ({"init_base_seed": 2**63}, ValueError, "init_base_seed must keep"),
-        ({"init": "ones"}, ValueError, "init must be"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, error, match):

@@ -218,6 +218,7 @@ def test_rounding_only_and_other_values(make_record):
 def test_every_kind_is_explained_and_tested():
     assert set(KINDS) == {
         "ranks swapped",
+        "rows swapped",
         "off by one row",
         "other row",
         "subnormal flushed",
@@ -226,6 +227,7 @@ def test_every_kind_is_explained_and_tested():
         "padding only",
         "rounding only",
         "sign of zero",
+        "row missing",
         "NaN",
         "other values",
     }

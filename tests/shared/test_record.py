@@ -149,7 +149,7 @@ def test_other_versions_and_missing_headers_are_refused(make_record):
     rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
     with pytest.raises(ValueError, match="a record of version 2"):
         Record.open(path)
-    rewrite(path, lambda tensors, metadata: (metadata.update(version="4"), metadata.pop("header")))
+    rewrite(path, lambda tensors, metadata: (metadata.update(version="5"), metadata.pop("header")))
     with pytest.raises(ValueError, match="damaged record"):
         Record.open(path)
 

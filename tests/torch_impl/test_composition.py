@@ -1,5 +1,6 @@
 """With what else a training run is made of: torch.compile, activation checkpointing, DDP and FSDP2, over gloo."""
 
+import contextlib
 import itertools
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from torch_impl import ParallelVocabEmbedding
@@ -109,8 +111,6 @@ def check_data_parallel(wrapper):
                 warnings.simplefilter("ignore")  # of the reducer's own making
                 wrapped = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         else:
-            from torch.distributed.fsdp import fully_shard
-
             fully_shard(emb, mesh=mesh["dp"])
             wrapped = fully_shard(model, mesh=mesh["dp"])
         output = wrapped(batches[data_rank])
@@ -131,6 +131,35 @@ def test_ddp(world):
 
 def test_fsdp2(world):
     world(4)(check_data_parallel, "fsdp")
+
+
+def check_data_parallel_over_the_own_ranks(wrapper, compiled):
+    """With a group and without one; what leaves the table out works."""
+    ids = torch.arange(8)
+    for group in (dist.group.WORLD, None):
+        numbers = {} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        for leave_out in (False, True):
+            emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=group, **numbers)
+            model, before = Model(emb), emb.weight.detach().clone()
+            refused = contextlib.nullcontext() if leave_out else pytest.raises(ValueError, match="hold the same rows")
+            if wrapper == "ddp":
+                if leave_out:
+                    ddp = nn.parallel.DistributedDataParallel
+                    ddp._set_params_and_buffers_to_ignore_for_model(model, ["emb.weight"])
+                wrapped = nn.parallel.DistributedDataParallel(model)
+                with refused:
+                    (torch.compile(wrapped, backend="aot_eager") if compiled else wrapped)(ids).sum().backward()
+            else:
+                with refused:
+                    fully_shard(model, ignored_params={emb.weight} if leave_out else None)(ids).sum().backward()
+            assert not leave_out or torch.equal(emb.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "compiled"), [("ddp", False), pytest.param("ddp", True, marks=pytest.mark.slow), ("fsdp", False)]
+)
+def test_data_parallelism_over_the_own_ranks_is_refused(world, wrapper, compiled):
+    world(2)(check_data_parallel_over_the_own_ranks, wrapper, compiled)
 
 
 def check_autocast():

@@ -1,5 +1,6 @@
 """Ranks that disagree, and ranks that die: every rank gets an error that says what happened; none waits for ever."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -95,6 +96,33 @@ def check_few_ids_without_a_gradient():
 
 def test_few_ids_without_a_gradient(world):
     world(2)(check_few_ids_without_a_gradient)
+
+
+def check_same_rows(how, alike):
+    emb = embedding(vocab_size=46, padded_vocab_size=48)  # the last rank has two rows of padding
+    if how == "broadcast":
+        dist.broadcast(emb.weight.detach(), 0)
+    elif how == "of rank 1 on rank 2":
+        rows = ParallelVocabEmbedding(48, 4, 1, 4).weight
+        emb.weight.data = rows.detach() if emb.rank == 2 else emb.weight.data
+    elif how == "constant":
+        torch.nn.init.ones_(emb.weight)
+    else:  # one row for all unused tokens, but for a token here and there
+        torch.nn.init.ones_(emb.weight)
+        emb.weight.data[emb.rank] = 2
+    for call in (emb, torch.compile(emb, fullgraph=True, backend="aot_eager")):
+        refused = pytest.raises(
+            ValueError, match=f"ranks {alike} hold the same rows, where each rank must hold its own"
+        )
+        with refused if alike else contextlib.nullcontext():
+            call(torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("how", "alike"), [("broadcast", "0 and 1"), ("of rank 1 on rank 2", "1 and 2"), ("constant", ""), ("unused", "")]
+)
+def test_ranks_with_the_same_rows(world, how, alike):
+    world(4)(check_same_rows, how, alike)
 
 
 def check_switch():

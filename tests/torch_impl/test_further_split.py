@@ -20,7 +20,12 @@ def mesh_of_four():
     return dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
 
+def whole_numbers(rows):
+    return torch.stack([rows, rows + 1, rows + 2], 1)
+
+
 def check_numbers(init):
+    init = whole_numbers if init == "callable" else init
     mesh = mesh_of_four()
     expected = layer(mesh, init=init).weight.detach().clone()
     emb = layer(mesh, init=init, init_base_seed=42)
@@ -31,9 +36,24 @@ def check_numbers(init):
     assert torch.equal(emb.weight.full_tensor(), expected)
 
 
-@pytest.mark.parametrize("init", ["per_rank", pytest.param("global", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("init", ["per_rank", "callable", pytest.param("global", marks=pytest.mark.slow)])
 def test_reset_parameters_draws_the_same_numbers(world, init):
     world(4)(check_numbers, init)
+
+
+def check_padding_grad():
+    mesh = mesh_of_four()
+    emb = layer(mesh)
+    fully_shard(emb, mesh=mesh["dp"])
+    emb.weight.grad = torch.ones_like(emb.weight)
+    emb.zero_padding_grad()
+    expected = torch.ones(11, EMB)
+    expected[11 - emb.rank :] = 0
+    assert torch.equal(emb.weight.grad.full_tensor(), expected)
+
+
+def test_the_gradient_of_padding_is_removed(world):
+    world(4)(check_padding_grad)
 
 
 def check_meta_init():
@@ -66,11 +86,11 @@ def test_dcp_saves_and_loads_the_right_rows(world, tmp_path):
     world(4)(check_checkpoint, str(tmp_path))
     table = ParallelVocabEmbedding(VOCAB, EMB, init="global", padding_idx=13).weight.detach()
     other = ParallelVocabEmbedding(VOCAB, EMB)
-    dcp.load(other.sharded_state_dict("emb."), checkpoint_id=str(tmp_path), no_dist=True)
+    dcp.load(other.sharded_state_dict("emb."), checkpoint_id=str(tmp_path))
     assert torch.equal(other.weight, table)
     for rank in range(3):  # another number of ranks
         other = ParallelVocabEmbedding(VOCAB, EMB, rank, 3)
-        dcp.load(other.sharded_state_dict("emb."), checkpoint_id=str(tmp_path), no_dist=True)
+        dcp.load(other.sharded_state_dict("emb."), checkpoint_id=str(tmp_path))
         assert torch.equal(other.weight, table[7 * rank : 7 * rank + 7])
 
 

@@ -61,7 +61,7 @@ def test_ids_that_are_no_tensor_are_refused(ids):
         (
             {"weight": torch.ones(24, 5)},
             ValueError,
-            r"weight must hold the rank's own rows, \[8, emb_size\], got \(24, 5\)",
+            r"weight must hold the rank's own rows, \[8, 5\], got \[24, 5\]",
         ),
         ({"weight": torch.ones(8, 5, dtype=torch.int64)}, TypeError, "weight must be of a floating dtype"),
         ({"invalid_ids": "wrap"}, ValueError, "invalid_ids must be"),

@@ -161,3 +161,25 @@ def check_disagreement():
 def test_ranks_that_pad_differently_are_told(world):
     for message in world(4)(check_disagreement):
         assert "the ranks disagree about padded_vocab_size: 12 on ranks 0, 2, 3; 16 on rank 1" in message
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_of_the_callers_own(compiled):
+    """It trains padding rows, and no others that it should not, unless their gradient is removed."""
+    layer = ParallelVocabEmbedding(10, 4, 3, 4, padded_vocab_size=12, padding_idx=9)
+    layer.weight.main_grad = torch.ones(3, 4)
+    optimizer = torch.optim.AdamW([layer.weight], lr=0.1)
+
+    def loss(hidden):
+        return (layer(IDS).sum() + (hidden @ layer.weight.T).logsumexp(-1).sum()).square()
+
+    (torch.compile(loss, backend="aot_eager") if compiled else loss)(torch.ones(2, 4)).backward()
+    assert layer.weight.grad[1:].all()
+    layer.zero_padding_grad()
+    for gradient in (layer.weight.grad, layer.weight.main_grad):
+        assert gradient[0].all()
+        assert not gradient[1:].any()
+    optimizer.step()
+    assert layer.weight[0].all()
+    assert not layer.weight[1:].any()
+    ranks(10, 4, 12)[3].zero_padding_grad()  # has no gradient

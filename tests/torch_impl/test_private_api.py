@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.parallel import DistributedDataParallel
 
 import torch_impl
 from torch_impl import private_api
@@ -31,7 +30,7 @@ def test_who_waits_for_the_gradient():
     handle.remove()
     weight.register_post_accumulate_grad_hook(lambda parameter: None)
     assert "gradient hooks" in private_api.who_waits_for_the_gradient(weight)
-    assert DistributedDataParallel._get_active_ddp_module() is None
+    assert private_api.active_data_parallel() is None
 
 
 def test_modules_are_told_when_they_move():

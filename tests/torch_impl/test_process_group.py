@@ -1,11 +1,14 @@
 """Rank and world size from real process groups: four gloo processes, their sub-groups, and a device mesh."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from torch_impl import ParallelVocabEmbedding
+from torch_impl import ParallelVocabEmbedding, partial_lookup, reduced_lookup
 from torch_impl.process_group import resolve_rank
 
 
@@ -57,3 +60,26 @@ def _member(rank, rendezvous):
 
 def test_with_real_groups(tmp_path):
     mp.spawn(_member, (tmp_path / "rendezvous",), nprocs=4)
+
+
+def check_dtensors():
+    mesh = dist.init_device_mesh("cpu", (2,))
+    checked, emb = (ParallelVocabEmbedding(24, 4, process_group=dist.group.WORLD, check=c) for c in (True, False))
+    ids = distribute_tensor(torch.arange(8), mesh, [Shard(0)])
+    weight = DTensor.from_local(emb.weight.detach(), mesh, [Shard(0)])
+    for call in (emb, checked, torch.compile(emb, backend="aot_eager")):
+        with pytest.raises(
+            TypeError, match=r"ids must be a plain tensor, got a DTensor \(Shard.* pass full_tensor\(\)"
+        ):
+            call(ids)
+    options = {"process_group": dist.group.WORLD, "reduction": "all_reduce"}
+    for look_up in (partial(partial_lookup, rank=emb.rank), partial(reduced_lookup, **options)):
+        with pytest.raises(TypeError, match=r"weight must be a plain tensor, got a DTensor .* pass to_local\(\) of it"):
+            look_up(weight, ids.full_tensor(), emb.partition)
+        with pytest.raises(TypeError, match="ids must be a plain tensor"):
+            look_up(emb.weight, ids, emb.partition)
+        assert look_up(weight.to_local(), ids.full_tensor(), emb.partition).shape == (8, 4)
+
+
+def test_dtensors_where_plain_tensors_are_meant(world):
+    world(2)(check_dtensors)

@@ -31,6 +31,7 @@ def test_the_signature_is_the_promised_one():
         "init_base_seed": 42,
         "dtype": None,
         "device": None,
+        "device_mesh": None,
         "reduction": "none",
         "exchange": "auto",
         "invalid_ids": "zero",
@@ -168,8 +169,8 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter', got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', got 'ones'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'"),
+        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, match):
@@ -228,3 +229,75 @@ def test_a_table_in_memory_that_will_not_do_is_refused():
         build(nn.Embedding(4, 2, max_norm=1.0))
     with pytest.raises(ValueError, match="divisible"):
         build(torch.ones(5, 2), 0, 2)
+
+
+def test_the_names_of_nn_embedding():
+    emb = ParallelVocabEmbedding(10, 4, 0, 2)
+    emb.num_embeddings = 10  # as libraries do that found nothing to resize
+    assert (emb.num_embeddings, emb.embedding_dim) == (10, 4)
+    with pytest.raises(
+        ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the whole"
+    ):
+        emb.num_embeddings = 5
+
+
+def row_numbers(rows):
+    return torch.stack([rows, 10 * rows], 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "padded"), [(1, None), (4, "even"), (4, 24)]
+)  # of 24, two ranks have padding only
+def test_a_callable_is_asked_for_the_ranks_rows(world_size, padded):
+    asked = []
+
+    def init(rows):
+        asked.extend(rows.tolist())
+        return row_numbers(rows)
+
+    ranks = [
+        ParallelVocabEmbedding(10, 2, r, world_size, padded_vocab_size=padded, init=init, padding_idx=7)
+        for r in range(world_size)
+    ]
+    assert asked == list(range(10))
+    table = torch.cat([emb.weight for emb in ranks])
+    expected = torch.zeros_like(table)
+    expected[:10] = row_numbers(torch.arange(10))
+    expected[7] = 0
+    assert torch.equal(table, expected)
+    with torch.no_grad():
+        ranks[0].weight.zero_()
+    ranks[0].reset_parameters()
+    copied = copy.deepcopy(ranks[0])
+    copied.reset_parameters()
+    assert torch.equal(copied.weight, expected[: len(copied.weight)])
+    assert torch.equal(
+        torch.compile(copied, fullgraph=True, backend="aot_eager")(torch.arange(2)), copied(torch.arange(2))
+    )
+
+
+def test_a_layer_is_pickled_with_the_name_of_its_callable():
+    emb = ParallelVocabEmbedding(10, 1, init=torch.atleast_2d, rank=9, world_size=10)
+    assert pickle.loads(pickle.dumps(emb)).init is torch.atleast_2d
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(ParallelVocabEmbedding(10, 1, init=lambda rows: rows[:, None]))
+
+
+def test_without_first_numbers_only_padding_is_written():
+    emb = ParallelVocabEmbedding(10, 2, 3, 4, padded_vocab_size="even", init=None, init_std=5.0)
+    assert not emb.weight[1:].any()
+    nn.init.ones_(emb.weight)
+    emb.reset_parameters()
+    assert emb.weight.tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "match"),
+    [
+        ([0.0], TypeError, "init must return a tensor, got list"),
+        (torch.ones(2), ValueError, r"a row for each of the row numbers that it is given, \[5, 2\], got \[2\]"),
+    ],
+)
+def test_a_callable_that_does_not_return_rows_is_refused(result, error, match):
+    with pytest.raises(error, match=match):
+        ParallelVocabEmbedding(10, 2, 1, 2, init=lambda rows: result)

@@ -1,0 +1,24 @@
+"""The devices that JAX sees, for ``pve env``."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+
+__all__ = ["devices"]
+
+
+def devices() -> list[str]:
+    """Every device of the default platform, with its name.
+
+    Example:
+        >>> from jax_impl.devices import devices
+        >>> ":0, " in devices()[0]
+        True
+    """
+    return [f"{device.platform}:{device.id}, {device.device_kind}" for device in jax.devices()]
+
+
+if __name__ == "__main__":
+    print(json.dumps(devices()))

@@ -1,0 +1,110 @@
+"""``pve env``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+import shared
+from shared.cli.console import output, print_json
+from shared.proof.launch import FRAMEWORKS, is_installed
+
+__all__ = ["add_parser"]
+
+_PACKAGES = (
+    "parallel-vocab-embedding",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "rich",
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformers",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "equinox",
+    "optax",
+    "orbax-checkpoint",
+    "tokenizers",
+)
+_SECONDS = 120
+
+_DESCRIPTION = """\
+Say what is installed, what it runs on, and which devices each backend sees: what a report of a fault should begin with.
+
+example:
+  pve env
+  pve env --json
+
+exit status: 0"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``pve env`` to the commands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "env",
+        help="versions, platform, and the devices that each backend sees",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "package_folder": str(Path(shared.__file__).parents[1]),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "backends": {name: _backend(name) for name in FRAMEWORKS},
+    }
+    if options.json:
+        print_json(options.command, found)
+        return 0
+    lines = {name.replace("_", " "): str(value) for name, value in found.items() if not isinstance(value, dict)}
+    lines |= {name: version or "not installed" for name, version in found["packages"].items()}
+    for name, backend in found["backends"].items():
+        lines[f"{name} sees"] = "; ".join(backend["devices"]) or str(backend["error"])
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        output().print(Text(f"{name:{width}}  {value}"), soft_wrap=True)
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> dict[str, Any]:
+    """The devices that a backend sees, found in a process of its own: one that crashes is an answer too."""
+    if not is_installed(name):
+        return {"devices": [], "error": "not installed"}
+    command = [sys.executable, "-m", f"{name}_impl.devices"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # else what lies in the current folder would run
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"devices": [], "error": f"no answer within {_SECONDS} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"devices": [], "error": f"exit status {done.returncode}: {last}"}
+    return {"devices": json.loads(done.stdout.strip().splitlines()[-1]), "error": None}

@@ -1,0 +1,79 @@
+"""A comparison on a terminal: a table of the results, the differing rows, and the verdict."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.proof.classify import KINDS
+from shared.proof.comparison import Comparison
+from shared.proof.report import Report, describe_number, describe_row
+
+__all__ = ["print_report"]
+
+_SHOWN = 3
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Print what was compared, a table of the results, the differing rows, and the verdict."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style), soft_wrap=True)
+
+    say(report.title, "bold")
+    for note in report.notes:
+        say(note)
+    for name, found in report.sides.items():
+        say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
+    console.print(_overview(report))
+    kinds: dict[str, None] = {}
+    for comparison in report.comparisons:
+        if comparison.differing:
+            say(_heading(comparison, report.rank_cells(comparison.rank)[0]), "bold")
+            console.print(_rows(comparison))
+            kinds |= dict.fromkeys(comparison.kinds)
+    for kind in kinds:
+        say(f"{kind}: {KINDS[kind]}", "dim")
+    for line in report.advice:
+        say(line, "yellow")
+    say(report.verdict, "bold red" if report.different else "bold green")
+
+
+def _overview(report: Report) -> Table:
+    """A row a rank: what it owns, how many rows are not zero, and whether each pair of sides agrees."""
+    pairs, table = report.pairs(), Table()
+    for column in ("rank", "owns ids", *report.arrays.values()):
+        table.add_column(column, justify="right")
+    for pair in pairs:
+        table.add_column(Text(f"{pair.left} = {pair.right}"))
+    for rank, comparisons in pairs[0].ranks.items():
+        if rank is None:
+            table.add_section()
+        counts = (f"{part.nonzero} of {part.rows}" for part in comparisons)
+        table.add_row(*report.rank_cells(rank), *counts, *(_cell(pair.ranks[rank]) for pair in pairs))
+    return table
+
+
+def _cell(comparisons: list[Comparison]) -> Text:
+    different = [f"{part.what} {part.differing}" for part in comparisons if part.differing]
+    return Text("differ: " + ", ".join(different), "red") if different else Text("equal", "green")
+
+
+def _heading(comparison: Comparison, rank: str) -> str:
+    where = rank if comparison.rank is None else f"rank {rank}"
+    counts = ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
+    distances = f"max {describe_number(comparison.max_ulp)} ULP, max abs {describe_number(comparison.max_abs)}"
+    return f"{comparison.left} against {comparison.right}, {comparison.what}, {where}: {counts}; {distances}"
+
+
+def _rows(comparison: Comparison) -> Table:
+    """The first differing rows, a line each, without any frame."""
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    shown = comparison.examples[:_SHOWN]
+    for row in shown:
+        place, *cells = describe_row(comparison.what, row)
+        table.add_row(f" {place}", *map(Text, cells))
+    if comparison.differing > len(shown):
+        table.add_row(f" and {comparison.differing - len(shown)} more")
+    return table

@@ -1,0 +1,215 @@
+"""Comparing two tables in files, row by row, in memory that does not grow with them beyond a few bytes a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
+from shared.checks import check_size
+from shared.partition import VocabPartition
+from shared.proof.classify import Side, classify
+from shared.proof.comparison import Comparison, Differences
+from shared.proof.report import Report
+from shared.tables.table_file import TableFile
+
+__all__ = ["compare_tables"]
+
+_BATCH = 1 << 21
+"""Elements in memory at a time, of each table; classifying them takes some eight times as many bytes as int64."""
+
+
+def compare_tables(
+    left: TableFile,
+    right: TableFile,
+    vocab_size: int | None = None,
+    world_size: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Report:
+    """Compare the rows of two tables bit by bit.
+
+    Of two dtypes, the wider one's numbers are rounded once to the narrower. Padding is described and takes no part in the
+    verdict.
+
+    Args:
+        left, right: the tables, opened with their padding.
+        vocab_size: rows to compare; what follows is padding. Left out, all rows, except that rows which only the taller
+            table has are padding if they are all alike, as zeros are; else they are missing from the other.
+        world_size: ranks by which rows are attributed; left out, those of the files, else one.
+        progress: called with what is being done, how many rows are done, and of how many.
+
+    Raises:
+        ValueError: the tables differ in their number of columns, one has less than ``vocab_size`` rows, or a file is
+            damaged.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> from shared.proof.table_diff import compare_tables
+        >>> from shared.tables.find_table import open_table
+        >>> folder = tempfile.mkdtemp()
+        >>> table = np.arange(8, dtype=np.float32).reshape(4, 2) + 1
+        >>> save_file({"emb": table}, f"{folder}/a.safetensors")
+        >>> save_file({"emb": np.roll(table, 1, axis=0)}, f"{folder}/b.safetensors")
+        >>> tables = [open_table(f"{folder}/{name}.safetensors") for name in "ab"]
+        >>> compare_tables(*tables, world_size=2).comparisons[-1].kinds
+        {'off by one row': 4}
+    """
+    pair = _Pair(left, right, vocab_size, world_size)
+    found = pair.differences(pair.fingerprint(progress), progress)
+    return pair.report(found)
+
+
+class _Pair:
+    """Two tables, read as rows of one dtype."""
+
+    def __init__(self, left: TableFile, right: TableFile, vocab_size: int | None, world_size: int | None) -> None:
+        self.tables, self.names = (left, right), _names(left, right)
+        widths = [table.emb_size for table in self.tables]
+        if widths[0] != widths[1]:
+            sizes = (f"{name} has {width} columns" for name, width in zip(self.names, widths, strict=True))
+            raise ValueError(f"tables must have the same number of columns to be compared: {', '.join(sizes)}")
+        heights = [table.vocab_size for table in self.tables]
+        if vocab_size is not None:
+            vocab_size = check_size("vocab_size", vocab_size)
+        for name, height in zip(self.names, heights, strict=True):
+            if vocab_size is not None and vocab_size > height:
+                raise ValueError(f"vocab_size must be at most the {height} rows that {name} has, got {vocab_size}")
+        self.shorter = min(heights)
+        least = self.shorter if vocab_size is None else vocab_size
+        self.padding = [_padding(table, least) for table in self.tables]
+        irregular = vocab_size is None and "other values" in self.padding
+        self.vocab_size = max(heights) if irregular else least
+        if irregular:
+            self.padding = ["none", "none"]
+        self.dtypes = [STORED_DTYPES[table.dtype] for table in self.tables]
+        self.dtype = min(self.dtypes, key=_precision)
+        self.partition = self._partition(world_size)
+        self.step = max(1, _BATCH // left.emb_size)
+
+    def _partition(self, world_size: int | None) -> VocabPartition:
+        stored = next((table.partition for table in self.tables if table.partition is not None), None)
+        if world_size is None and stored is not None and stored.padded_vocab_size >= self.vocab_size:
+            return VocabPartition(self.vocab_size, stored.world_size, stored.padded_vocab_size)
+        return VocabPartition(self.vocab_size, 1 if world_size is None else world_size, "even")
+
+    def rows(self, side: int, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of a table, zeros where it ends before."""
+        table = self.tables[side]
+        rows = np.zeros((stop - start, table.emb_size), self.dtype)
+        if start < table.vocab_size:
+            table.read_rows(start, rows[: table.vocab_size - start])
+        return rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows)
+
+    def fingerprint(self, progress: Callable[[str, int, int], None]) -> np.ndarray:
+        """Each row's hash in both tables, and whether it differs and is not zero in the left one; structured ``[v]``."""
+        facts = np.zeros(self.vocab_size, [("hash", np.uint64, 2), ("differs", bool), ("nonzero", bool)])
+        for start in range(0, self.vocab_size, self.step):
+            stop = min(start + self.step, self.vocab_size)
+            progress("reading", start, self.vocab_size)
+            values = [self.rows(side, start, stop) for side in (0, 1)]
+            bits = [unsigned_view(rows) for rows in values]
+            facts["hash"][start:stop] = np.stack([row_hashes(rows) for rows in values], axis=1)
+            facts["differs"][start:stop] = (bits[0] != bits[1]).any(axis=1)
+            facts["nonzero"][start:stop] = bits[0].any(axis=1)
+        facts["differs"][self.shorter :] = True
+        return facts
+
+    def differences(self, facts: np.ndarray, progress: Callable[[str, int, int], None]) -> list[Comparison]:
+        """The comparison of each rank's rows, and of all of them."""
+        ranks = range(self.partition.world_size)
+        references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
+        total, results = Differences(self.names, self.partition), []
+        for rank in ranks:
+            found, (first, last) = Differences(self.names, self.partition), self.partition.owned_range(rank)
+            for start, stop in self._batches(first, last):
+                ids = start + np.flatnonzero(facts["differs"][start:stop])
+                if not len(ids):
+                    continue
+                progress("describing", start, self.vocab_size)
+                values = [self.rows(side, start, stop)[ids - start] for side in (0, 1)]
+                sides = (Side(values[0], references[0]), Side(values[1], references[1]))
+                kinds = classify(ids, sides, self.partition, None, np.ones(len(ids), bool))
+                kinds[ids >= self.shorter] = "row missing"
+                found.add(ids, ids[:, None].__getitem__, sides, kinds)
+            total.merge(found)
+            nonzero = int(facts["nonzero"][first:last].sum())
+            results.append(found.comparison("table", rank, last - first, nonzero))
+        whole = total.comparison("table", None, self.vocab_size, int(facts["nonzero"].sum()))
+        return [*results, whole] if len(ranks) > 1 else [whole]
+
+    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        for start in range(first, last, self.step):
+            yield start, min(start + self.step, last)
+
+    def report(self, comparisons: list[Comparison]) -> Report:
+        facts = [
+            {
+                "path": str(table.path),
+                "tensor": table.tensor,
+                "dtype": table.dtype,
+                "rows": table.vocab_size,
+                "padding_rows": max(0, table.vocab_size - self.vocab_size),
+                "padding": padding,
+            }
+            for table, padding in zip(self.tables, self.padding, strict=True)
+        ]
+        notes = []
+        for name, table, each in zip(self.names, self.tables, facts, strict=True):
+            if table.dtype != self.dtype.name:
+                notes.append(f"{name}: {table.dtype} rounded to {self.dtype.name} to be compared")
+            if each["padding_rows"]:
+                notes.append(f"{name}: {each['padding_rows']} rows of padding ({each['padding']}), not compared")
+            if table.vocab_size < self.vocab_size:
+                missing = self.vocab_size - table.vocab_size
+                notes.append(f"{name}: lacks the last {missing} rows, which are no padding in the other table")
+        ranks = f" over {self.partition.world_size} ranks" if self.partition.world_size > 1 else ""
+        emb_size = self.tables[0].emb_size
+        return Report(
+            title=f"{self.vocab_size} x {emb_size} {self.dtype.name}{ranks}",
+            notes=tuple(notes),
+            sides={
+                name: {fact: str(value) for fact, value in each.items() if fact not in ("padding_rows", "padding")}
+                for name, each in zip(self.names, facts, strict=True)
+            },
+            partition=self.partition,
+            arrays={"table": "not zero"},
+            comparisons=comparisons,
+            facts={
+                "tables": [{"name": name, **each} for name, each in zip(self.names, facts, strict=True)],
+                "vocab_size": self.vocab_size,
+                "emb_size": emb_size,
+                "world_size": self.partition.world_size,
+                "compared_as": self.dtype.name,
+            },
+        )
+
+
+def _precision(dtype: np.dtype[Any]) -> tuple[int, int]:
+    return dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)
+
+
+def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
+    """Names for two tables: their paths without what these begin and end with alike, else the tensors' names."""
+    parts = [list(table.path.parts) for table in (left, right)]
+    for end in (-1, 0):
+        while min(map(len, parts)) > 1 and parts[0][end] == parts[1][end]:
+            for each in parts:
+                each.pop(end)
+    choices = ("/".join(parts[0]), "/".join(parts[1])), (left.tensor, right.tensor), ("A", "B")
+    return next(names for names in choices if names[0] != names[1])
+
+
+def _padding(table: TableFile, start: int) -> str:
+    """What the rows from ``start`` on hold: ``none``, ``zeros``, ``one row repeated`` or ``other values``."""
+    if start >= table.vocab_size:
+        return "none"
+    first = unsigned_view(table.rows(start, start + 1))
+    step = max(1, _BATCH // table.emb_size)
+    for begin in range(start, table.vocab_size, step):
+        if (unsigned_view(table.rows(begin, min(begin + step, table.vocab_size))) != first).any():
+            return "other values"
+    return "one row repeated" if first.any() else "zeros"

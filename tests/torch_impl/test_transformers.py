@@ -1,0 +1,165 @@
+"""The layer in a Hugging Face model: the recipe, and what that library does with a rank's rows."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from torch_impl import ParallelVocabEmbedding, clip_grad_norm_
+
+VOCAB = 21  # over two ranks 11 rows each, one of padding
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+
+
+class ParallelHead(nn.Module):
+    """All logits, from the rows that each rank has of a tied table."""
+
+    def __init__(self, emb, mesh):
+        super().__init__()
+        self.weight, self.vocab_size, self.mesh = emb.weight, emb.vocab_size, mesh
+
+    def forward(self, hidden):
+        rows = DTensor.from_local(self.weight, self.mesh, [Shard(0)], run_check=False)
+        hidden = DTensor.from_local(hidden, self.mesh, [Replicate()], run_check=False)
+        return nn.functional.linear(hidden, rows).full_tensor()[..., : self.vocab_size]
+
+
+def shard(model, mesh):
+    """Split a model's table, and the head that is tied to it, over the ranks of a mesh."""
+    emb = ParallelVocabEmbedding.from_embedding(
+        model.get_input_embeddings(),
+        process_group=mesh.get_group(),
+        reduction="all_reduce",
+        padded_vocab_size="even",
+    )
+    model.set_input_embeddings(emb)
+    if model.config.tie_word_embeddings:
+        model.set_output_embeddings(ParallelHead(emb, mesh))
+    return model
+
+
+def save(model, folder, mesh):
+    """Write a model that ``shard`` has split as one that was not."""
+    emb, state = model.get_input_embeddings(), model.state_dict()
+    table = DTensor.from_local(emb.weight.detach(), mesh, [Shard(0)], run_check=False).full_tensor()[: emb.vocab_size]
+    state = {name: table if rows.data_ptr() == emb.weight.data_ptr() else rows for name, rows in state.items()}
+    if mesh.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def new_model(kind, tied):
+    import transformers
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCAB, "tie_word_embeddings": tied, "eos_token_id": None, "bos_token_id": None}
+    if kind == "GPT2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, **sizes)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **sizes
+        )
+    return getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
+
+
+def check_model(*arguments):
+    with warnings.catch_warnings(action="ignore"):  # of the library's own
+        compare_models(*arguments)
+
+
+def compare_models(kind, tied, folder):
+    mesh = dist.init_device_mesh("cpu", (2,))
+    whole, split = new_model(kind, tied), shard(new_model(kind, tied), mesh)
+    whole_emb, emb = whole.get_input_embeddings(), split.get_input_embeddings()
+    owned = slice(*emb.partition.owned_range(emb.rank))
+    rows = owned.stop - owned.start
+    split.tie_weights()  # as the library does when it likes
+    ids = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(emb(ids), whole_emb(ids))
+    outputs = [model(ids, labels=ids) for model in (whole, split)]
+    for output in outputs:
+        output.loss.backward()
+    for name in ("logits", "loss"):
+        torch.testing.assert_close(outputs[1][name], outputs[0][name])
+    torch.testing.assert_close(emb.weight.grad[:rows], whole_emb.weight.grad[owned])
+    norms = nn.utils.clip_grad_norm_(whole.parameters(), 0.1), clip_grad_norm_(split, 0.1)
+    torch.testing.assert_close(*norms)
+    for model in (whole, split):
+        torch.optim.SGD(model.parameters(), 1.0).step()
+    expected = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+    for name, parameter in split.named_parameters():
+        of_table = parameter is emb.weight
+        found, wanted = (parameter[:rows], expected[name][owned]) if of_table else (parameter, expected[name])
+        torch.testing.assert_close(found.detach(), wanted, msg=name)
+    assert not emb.weight[rows:].any()
+    tokens = [model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (whole, split)]
+    assert torch.equal(*tokens)
+
+    save(split, folder, mesh)
+    dist.barrier()
+    loaded = type(whole).from_pretrained(folder)
+    assert torch.equal(loaded.get_input_embeddings().weight[owned], emb.weight[:rows])
+    torch.testing.assert_close(loaded(ids).logits, split(ids).logits)
+    again = shard(loaded, mesh).get_input_embeddings()
+    from_file = ParallelVocabEmbedding.from_table(folder, process_group=mesh.get_group(), padded_vocab_size="even")
+    assert torch.equal(again.weight, emb.weight)
+    assert torch.equal(from_file.weight, emb.weight)
+
+
+@pytest.mark.slow  # to import the library takes seconds
+@pytest.mark.parametrize(("kind", "tied"), [("Llama", True), ("Llama", False), ("GPT2", True)])
+def test_a_model_split_trained_saved_and_loaded(world, tmp_path, kind, tied):
+    world(2)(check_model, kind, tied, str(tmp_path / "model"))
+
+
+@pytest.mark.slow
+def test_one_rank_needs_no_recipe(tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        whole, model = new_model("Llama", True), new_model("Llama", True)
+        emb = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings())
+        model.set_input_embeddings(emb)
+        assert model.lm_head.weight is not emb.weight  # the library leaves the head with the old table
+        model.tie_weights()
+        assert model.lm_head.weight is emb.weight
+        model.save_pretrained(tmp_path)
+        state = type(model).from_pretrained(tmp_path).state_dict()
+    assert state.keys() == whole.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
+
+
+@pytest.fixture
+def alone():
+    """A model whose input embedding is replaced by rank 0's rows of two, and nothing else is done."""
+    with warnings.catch_warnings(action="ignore"):
+        model = new_model("Llama", True)
+        whole = model.get_input_embeddings()
+        model.set_input_embeddings(ParallelVocabEmbedding.from_embedding(whole, 0, 2, padded_vocab_size="even"))
+        yield model
+
+
+@pytest.mark.slow
+def test_resizing_is_refused_afterwards(alone):
+    with pytest.raises(TypeError, match=r"not an instance of .*Embedding"):  # the library's own error
+        alone.resize_token_embeddings(VOCAB + 4)
+    for options in ({"new_num_tokens": 11}, {"pad_to_multiple_of": 11}):  # as many as the rank has rows
+        with pytest.raises(
+            ValueError, match=r"num_embeddings must stay 21, got 11 .*build this layer by from_embedding"
+        ):
+            alone.resize_token_embeddings(**options)
+    assert alone.config.vocab_size == VOCAB
+
+
+@pytest.mark.slow
+def test_without_the_recipe_the_library_refuses_a_ranks_rows(alone, tmp_path):
+    alone.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        type(alone).from_pretrained(tmp_path)
+    alone.tie_weights()
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises((ValueError, RuntimeError), match="shape|size"):
+        alone(ids, labels=ids)

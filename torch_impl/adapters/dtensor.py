@@ -1,0 +1,133 @@
+"""A parallel style for ``parallelize_module``: an ``nn.Embedding`` that is there becomes the layer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torch_impl.files import options_of
+from torch_impl.vocab_emb import ParallelVocabEmbedding
+
+__all__ = ["VocabParallel"]
+
+
+class VocabParallel(ParallelStyle):
+    """Split an ``nn.Embedding`` over the vocabulary, in place, in a plan of ``parallelize_module``.
+
+    The module stays an ``nn.Embedding``, of its own class and under its own names, and becomes a
+    ``ParallelVocabEmbedding`` built with ``device_mesh``. Its weight ``[v, e]`` becomes a DTensor, ``Shard(0)``; where
+    the ranks do not divide ``v``, the last ones have fewer rows. The rows are those of ``src_data_rank``'s weight, or each
+    rank's own where ``parallelize_module`` is given None. A weight on the meta device stays there; after ``to_empty``,
+    ``reset_parameters`` draws its numbers. Tie the output layer's weight to it afterwards, and call ``fully_shard`` last.
+
+    Args:
+        input_layouts: of ids that are plain tensors: ``Replicate()``, the same on all ranks; ``Shard(d)``, each rank's
+            equal part along dimension d.
+        output_layouts: ``Replicate()``, the embedding on every rank; ``Shard(d)``, each rank's equal part along
+            dimension d of the ids, such as ``Shard(1)`` for the sequence of ``[b, s]``.
+        use_local_output: return a plain tensor; else a DTensor of ``output_layouts``.
+
+    Raises:
+        TypeError: the module is not an ``nn.Embedding``.
+        ValueError: a layout is another; the weight is a DTensor already; the ``nn.Embedding`` has ``max_norm``,
+            ``scale_grad_by_freq`` or ``sparse``; the mesh has several dimensions.
+
+    Source: RowwiseParallel of PyTorch.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.tensor import Shard
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from torch_impl.adapters import VocabParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        >>> model = torch.nn.ModuleDict({"tok_embeddings": torch.nn.Embedding(10, 4)})
+        >>> model = parallelize_module(model, mesh["tp"], {"tok_embeddings": VocabParallel(output_layouts=Shard(1))})
+        >>> model["tok_embeddings"].weight.placements
+        (Shard(dim=0),)
+        >>> model["tok_embeddings"](torch.tensor([[3, 9]])).shape
+        torch.Size([1, 2, 4])
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_layouts = _checked("input_layouts", input_layouts)
+        self.output_layouts = _checked("output_layouts", output_layouts)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, nn.Embedding) or isinstance(module, ParallelVocabEmbedding):
+            raise TypeError(
+                f"VocabParallel must be given an nn.Embedding, got {type(module).__name__}; "
+                f"a ParallelVocabEmbedding is built with device_mesh instead"
+            )
+        weight = module.weight
+        if isinstance(weight, DTensor):
+            raise ValueError("VocabParallel must come first, got a weight that is a DTensor: call fully_shard after it")
+        shard = self.output_layouts if isinstance(self.output_layouts, Shard) else None
+        options = options_of(module) | {"device_mesh": device_mesh, "dtype": weight.dtype, "device": "meta"}
+        options |= (
+            {"reduction": "all_reduce"} if shard is None else {"reduction": "reduce_scatter", "seq_dim": shard.dim}
+        )
+        layer = ParallelVocabEmbedding(*weight.shape, **options)
+        # parallelize_module goes on with the module that it has: it is to be the layer, with its hooks and attributes.
+        module.__class__ = _class_from(type(module))  # type: ignore[arg-type]
+        vars(module).update({name: value for name, value in vars(layer).items() if name not in vars(module)})
+        assert isinstance(module, _VocabParallelEmbedding)
+        module.style = self
+        module.allocate(weight.dtype, weight.device)
+        if not weight.is_meta:
+            whole = distribute_tensor(weight.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
+            module.own_rows()[0].copy_(whole.to_local())
+        module.weight.requires_grad_(weight.requires_grad)
+        return module
+
+    def __repr__(self) -> str:
+        names = ("input_layouts", "output_layouts", "use_local_output")
+        return f"VocabParallel({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+
+
+class _VocabParallelEmbedding(ParallelVocabEmbedding, nn.Embedding):  # type: ignore[override]
+    """The layer under the name of ``nn.Embedding``."""
+
+    weight: nn.Parameter
+    style: VocabParallel
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding has for it
+        style, mesh = self.style, self.device_mesh
+        if not isinstance(input, DTensor) and not style.input_layouts.is_replicate():
+            input = DTensor.from_local(input, mesh, [style.input_layouts], run_check=False)
+        if isinstance(input, DTensor):
+            input = input.redistribute(placements=[Replicate()]).to_local()
+        output = super().forward(input)
+        if style.use_local_output:
+            return output
+        return DTensor.from_local(output, mesh, [style.output_layouts], run_check=False)
+
+
+@lru_cache
+def _class_from(cls: type[nn.Embedding]) -> type[nn.Embedding]:
+    """A class of that name whose ``super().forward`` is the layer's."""
+    if cls is nn.Embedding:
+        return _VocabParallelEmbedding
+    return type(f"VocabParallel{cls.__name__}", (cls, _VocabParallelEmbedding), {})
+
+
+def _checked(name: str, layout: Placement | None) -> Placement:
+    if layout is None:
+        return Replicate()
+    if not isinstance(layout, Replicate) and not (isinstance(layout, Shard) and layout.dim >= 0):
+        raise ValueError(f"{name} must be Replicate() or Shard(d) of a dimension d >= 0 of the ids, got {layout!r}")
+    return layout

@@ -1,0 +1,72 @@
+"""A table as a DTensor: its rows on the ranks of a one-dimensional DeviceMesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # half a second to import, for those who need it
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["as_dtensor", "local_rows", "resolve_mesh"]
+
+
+def resolve_mesh(device_mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group of the mesh's ranks; ``process_group`` where there is no mesh.
+
+    Raises:
+        TypeError: ``device_mesh`` is no DeviceMesh.
+        ValueError: it has several dimensions, or this process is not in it; a group is given beside it.
+    """
+    if device_mesh is None:
+        return process_group
+    if process_group is not None:
+        raise ValueError("process_group must be left out with device_mesh, which has a group of its own")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(device_mesh, DeviceMesh):
+        raise TypeError(
+            f"device_mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(device_mesh).__name__}; "
+            f"init_device_mesh makes one"
+        )
+    if device_mesh.ndim != 1:
+        raise ValueError(
+            f"device_mesh must have one dimension, got {device_mesh.ndim}, {device_mesh.mesh_dim_names}: slice it by the "
+            f'name of the one that splits the vocabulary, as in mesh["tp"]'
+        )
+    if device_mesh.get_coordinate() is None:
+        raise ValueError(f"device_mesh must hold this process, got {device_mesh}")
+    return device_mesh.get_group()
+
+
+def as_dtensor(rows: Tensor, device_mesh: DeviceMesh, table_rows: int) -> Tensor:
+    """Return the ranks' rows as one DTensor ``[table_rows, e]``, ``Shard(0)``; the memory is shared.
+
+    Args:
+        rows: this rank's, contiguous: ``ceil(table_rows / w)`` of them, fewer or none on the last ranks.
+        device_mesh: the ranks.
+        table_rows: rows of all ranks together.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = torch.Size([table_rows, rows.shape[1]])
+    return DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False, shape=shape, stride=(rows.shape[1], 1))
+
+
+def local_rows(weight: Any) -> Tensor:
+    """This rank's rows of a DTensor, a plain tensor that autograd follows: their gradient is ``Shard(0)`` as they are.
+
+    Raises:
+        ValueError: ``weight`` is not a DTensor ``Shard(0)`` over one dimension.
+    """
+    placements = getattr(weight, "placements", None)
+    if placements is None or len(placements) != 1 or not placements[0].is_shard(0):
+        found = "a plain tensor" if placements is None else f"{placements} over {weight.device_mesh}"
+        raise ValueError(
+            f"weight must be a DTensor Shard(0) over the layer's device_mesh, got {found}: leave to fully_shard's hooks "
+            f"what it has split, and give new values by weight.copy_(...) or load_state_dict"
+        )
+    return weight.to_local()
