@@ -302,11 +302,11 @@ def finite_shift(maximum: jax.Array) -> jax.Array:
 def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
     """The leaves of the tree, from statistics ``[S, groups * pieces, *]``; empty ones where there are too few pieces."""
     rest = statistics.shape[2:]
-    by_group = statistics.reshape(-1, blocks.groups, blocks.pieces, *rest)
+    by_group = statistics.reshape(len(statistics), blocks.groups, blocks.pieces, *rest)
     widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]
     nothing = [-jnp.inf, *[0.0] * (len(by_group) - 1)]
     leaves = [jnp.pad(each, widths, constant_values=value) for each, value in zip(by_group, nothing, strict=True)]
-    return [each.reshape(-1, *rest) for each in leaves]
+    return [each.reshape(each.shape[0] * each.shape[1], *rest) for each in leaves]
 
 
 def merge_levels(leaves: list[jax.Array]) -> list[list[jax.Array]]:
@@ -332,11 +332,11 @@ def rank_levels(local_ST: jax.Array, plan: Plan) -> list[list[jax.Array]]:
 
 def _over_ranks(local_SKC: jax.Array, targets: jax.Array, plan: Plan) -> jax.Array:
     """The statistics of all ranks' columns, ``[2 or 3, *targets.shape]``, from each rank's."""
-    local_ST = local_SKC.reshape(len(local_SKC), -1)[:, : targets.size]
+    local_ST = local_SKC.reshape(len(local_SKC), local_SKC.shape[1] * local_SKC.shape[2])[:, : targets.size]
     root = rank_levels(local_ST, plan)[-1]
     maximum, exponentials, *others = [each[0] for each in root]
     lse = finite_shift(maximum) + jnp.log(exponentials)
-    return jnp.stack([lse, *others]).reshape(-1, *targets.shape)
+    return jnp.stack([lse, *others]).reshape(1 + len(others), *targets.shape)
 
 
 def _logits_gradient(

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, N columns of the rank, K candidates, B columns of a bl
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -101,7 +102,7 @@ def parallel_top_k(
     """
     _check_logits(logits, partition, axis_name)
     k, n, plan = check_top_k(k, partition.vocab_size), partition.rows_per_rank, Plan(partition, axis_name)
-    logits_TN = jax.lax.stop_gradient(logits).reshape(-1, n)
+    logits_TN = jax.lax.stop_gradient(logits).reshape(math.prod(logits.shape[:-1]), n)
     # top_k orders by sign bit, where -0.0 is below 0.0 and a negative NaN below all.
     logits_TN = jnp.where(logits_TN == 0, 0, jnp.where(jnp.isnan(logits_TN), jnp.nan, logits_TN))
     logits_TN = jnp.where(jnp.arange(n) < owned_columns(plan), logits_TN, -jnp.inf)
@@ -160,7 +161,7 @@ def parallel_sample(
     check_same_on_ranks("uniform", uniform, axis_name)
     check_targets_shape(uniform.shape, logits.shape[:-1], "logits", "uniform")
     plan, wide = Plan(partition, axis_name), wide_dtype(logits.dtype)
-    logits_TN = jax.lax.stop_gradient(logits).reshape(uniform.size, -1).astype(wide)
+    logits_TN = jax.lax.stop_gradient(logits).reshape(uniform.size, partition.rows_per_rank).astype(wide)
     uniform_T = jax.lax.stop_gradient(uniform).reshape(-1).astype(wide)
     edges = jnp.asarray(block_edges(partition))
 

@@ -1,13 +1,24 @@
 """Logits, cross entropy and decoding over a split vocabulary, against the float64 oracle."""
 
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_impl import linear_cross_entropy, parallel_argmax, parallel_cross_entropy, parallel_logits, parallel_top_k
+from jax_impl import (
+    linear_cross_entropy,
+    parallel_argmax,
+    parallel_cross_entropy,
+    parallel_logits,
+    parallel_sample,
+    parallel_top_k,
+)
 from shared import VocabPartition
 from shared.head import LossOptions
 from shared.proof import head_oracle
@@ -109,3 +120,182 @@ def test_decoding(world_size):
 def test_gathered_logits_are_refused():
     with pytest.raises(ValueError, match="24"):
         mapped(lambda logits: parallel_argmax(logits, VocabPartition(V, 4, 24), "tp"), 4, P(), P())(jnp.zeros((2, 24)))
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 8])
+def test_sampling(world_size):
+    rng, partition = np.random.default_rng(0), VocabPartition(V, world_size, 24)
+    logits = (3 * rng.standard_normal((500, 24))).astype(np.float32)
+    uniform = rng.random(500, np.float32)
+    uniform[:2], logits[2:8, :12], logits[:, 14] = (0, 1 - 2**-24), -np.inf, -np.inf
+    logits[8, 3], logits[9, 20], logits[10, :V] = np.nan, np.inf, -np.inf
+    logits[11, :V], logits[11, 17] = -1e4, 80  # exponentials below the maximum vanish
+
+    def draw(logits, uniform):
+        return parallel_sample(logits, partition, "tp", uniform=uniform)
+
+    found = np.asarray(mapped(draw, world_size, (P(None, "tp"), P()), P())(logits, uniform))
+    np.testing.assert_array_equal(found, head_oracle.sample(logits, uniform, V))
+    assert (found[8:11] == -1).all()
+
+
+SPECIAL = {
+    "a target that cannot occur": lambda x: x.__setitem__((0, 3), -np.inf),
+    "an id that cannot occur": lambda x: x.__setitem__((0, 5), -np.inf),
+    "nothing can occur": lambda x: x.__setitem__(0, -np.inf),
+    "NaN": lambda x: x.__setitem__((0, 20), np.nan),
+    "infinity": lambda x: x.__setitem__((0, 20), np.inf),
+    "padding": lambda x: x.__setitem__((slice(None), slice(V, None)), np.nan),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_logits(kind):
+    """As the oracle, whose table is the logits: hidden states are the rows of a unit matrix."""
+    logits = np.random.default_rng(0).standard_normal((3, 24)).astype(np.float32)
+    SPECIAL[kind](logits)
+    targets, partition = np.array([3, -100, 7], np.int32), VocabPartition(V, 4, 24)
+    with np.errstate(all="ignore"):
+        x = logits[:, :V].astype(np.float64)
+        top = np.where(x.max(1) == -np.inf, 0, x.max(1))
+        lse = top + np.log(np.exp(x - top[:, None]).sum(1))
+        expected = np.where(targets < 0, 0, lse - x[np.arange(3), targets.clip(0)])
+
+    def step(logits):
+        def loss(logits):
+            return parallel_cross_entropy(logits, targets, partition, "tp", reduction="none")
+
+        found, pull_back = jax.vjp(loss, logits)
+        return found, *pull_back(jnp.ones_like(found))
+
+    loss, grad = map(np.asarray, mapped(step, 4, P(None, "tp"), (P(), P(None, "tp")))(logits))
+    np.testing.assert_allclose(loss, expected, rtol=2e-5)
+    assert not grad[1].any()
+    assert not grad[:, V:].any()
+    assert np.isfinite(grad[2]).all()
+
+
+def test_tokens_that_are_ignored_reach_nothing():
+    """All ignored: a mean of 0 and a count of 0; NaN in their hidden states stays there. No tokens at all: the same."""
+    hidden, weight, targets, partition = case(np.float32, 4)
+    hidden[0, 0] = np.nan
+
+    def step(hidden, weight, targets):
+        def loss(hidden, weight):
+            options = {"z_loss": 0.1, "label_smoothing": 0.1, "returns": ("count",)}
+            return linear_cross_entropy(hidden, weight, targets, partition, "tp", **options)
+
+        (found, count), pull_back = jax.vjp(loss, hidden, weight)
+        return found, count, *pull_back((jnp.ones_like(found), np.zeros((), jax.dtypes.float0)))
+
+    run = mapped(step, 4, (P(), P("tp"), P()), (P(), P(), P(), P("tp")))
+    loss, count, *grads = run(hidden, weight, np.full_like(targets, -100))
+    assert (loss, count) == (0, 0)
+    assert not any(np.asarray(grad).any() for grad in grads)
+    loss, count, *grads = run(hidden, weight, targets)
+    assert np.isfinite(loss)
+    assert count == (targets >= 0).sum()
+    assert all(np.isfinite(grad).all() for grad in grads)
+    loss, count, *grads = run(hidden[:, :0], weight, targets[:, :0])
+    assert (loss, count) == (0, 0)
+    assert not np.asarray(grads[1]).any()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "uint32", "int64"])
+def test_targets_of_any_integer_dtype(dtype):
+    """An unsigned id that would wrap to the ignored one is not ignored."""
+    hidden, weight, targets, partition = case(np.float32, 1)
+    targets = np.abs(targets) % V
+    limits = np.iinfo(dtype)
+    with jax.enable_x64(dtype == "int64"):
+        given = jnp.asarray(targets.astype(dtype)).at[0, 0].set(limits.max - 99 if limits.min == 0 else -100)
+
+        def step(hidden, weight, given):
+            return linear_cross_entropy(hidden, weight, given, partition, "tp", returns=("count",))
+
+        loss, count = mapped(step, 1, (P(), P("tp"), P()), P())(hidden, weight, given)
+    assert count == targets.size - 1
+    assert np.isnan(loss) == (limits.min == 0)
+
+
+def bits_of_a_step(world_size, size, dtype, options):
+    rng, partition = np.random.default_rng(0), VocabPartition(size, world_size, -(-size // 8) * 8)
+    hidden, targets = rng.standard_normal((40, 32)).astype(dtype), rng.integers(0, size, 40).astype(np.int32)
+    weight = (0.3 * rng.standard_normal((partition.padded_vocab_size, 32))).astype(dtype)
+
+    def step(hidden, weight):
+        def loss(weight):
+            return linear_cross_entropy(hidden, weight, targets, partition, "tp", returns=("lse",), **options)
+
+        (found, lse), pull_back = jax.vjp(loss, weight)
+        return found, lse, *pull_back((jnp.ones_like(found), jnp.zeros_like(lse)))
+
+    return [
+        np.asarray(each).tobytes()
+        for each in mapped(step, world_size, (P(), P("tp")), (P(), P(), P("tp")))(hidden, weight)
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (5003, OPTIONS[3] | {"reduction": "mean"}),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(5003, {}), (32000, {})]),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_number_of_ranks(size, options, dtype):
+    """Loss, lse and the table's gradient; 5003 ids over 8 ranks are one block each, 32000 are four."""
+    whole = bits_of_a_step(1, size, dtype, options)
+    for world_size in (2, 4, 8):
+        assert bits_of_a_step(world_size, size, dtype, options) == whole
+
+
+def abstract_step(world_size, tokens, size, width, dtype, seq_dim=None):
+    """The compiled forward, and the compiled loss with both gradients."""
+    mesh = jax.make_mesh((world_size,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:world_size])
+    partition = VocabPartition(size, world_size)
+    split = P() if seq_dim is None else P("tp")
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((tokens, width), dtype, split),
+            ((size, width), dtype, P("tp")),
+            ((tokens,), "int32", P()),
+        )
+    ]
+
+    def loss(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets, partition, "tp", seq_dim=seq_dim)
+
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(split, P("tp"), P()), out_specs=P())
+    return [jax.jit(each).lower(*given).compile() for each in (mapped, jax.value_and_grad(mapped, (0, 1)))]
+
+
+def collectives(program):
+    pattern = r"= \(?(\w+)\[\S* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    return dict(Counter(f"{kind} {dtype}" for dtype, kind in re.findall(pattern, program.as_text())))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_collectives(dtype):
+    forward, gradient = map(collectives, abstract_step(4, 64, 4096, 32, dtype))
+    assert forward == {"all-gather f32": 1}
+    assert gradient == {"all-gather f32": 1, "all-reduce f32": 1}
+    forward, gradient = abstract_step(4, 64, 4096, 32, dtype, seq_dim=0)
+    assert sum(collectives(forward).values()) == 2  # hidden states, statistics
+    found = collectives(gradient)
+    assert found.pop("reduce-scatter f32") == 1
+    assert sum(found.values()) == 2
+    assert all(name.startswith("all-gather") for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_never_whole(world_size, dtype):
+    """8192 tokens, 131072 ids: the logits would take 4 GiB."""
+    for program in abstract_step(world_size, 8192, 131072, 1024, dtype):
+        assert program.memory_analysis().temp_size_in_bytes <= 64 * 2**20
+        assert not re.search(rf"\[8192,(?:131072|{131072 // world_size})\]", program.as_text())

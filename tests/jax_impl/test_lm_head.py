@@ -1,0 +1,170 @@
+"""The head as a pytree: tied and not, in Auto and Explicit meshes, beside data axes, and under transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_impl import ParallelLMHead, ParallelVocabEmbedding, linear_cross_entropy
+from shared.head import LossOptions
+from shared.proof import head_oracle
+
+V, E = 21, 8
+SHAPES = {(4,): ("tp",), (2, 4): ("dp", "tp")}
+
+
+def case():
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((V, E)).astype(np.float32)
+    hidden, targets = rng.standard_normal((4, 8, E)).astype(np.float32), rng.integers(0, V, (4, 8))
+    targets[0, :5], targets[3, 0] = -100, -100
+    return hidden, table, targets
+
+
+def head_of(mesh, table, **options):
+    return ParallelLMHead(ParallelVocabEmbedding.from_embedding(table, mesh, padded_vocab_size=24), **options)
+
+
+def padded(table):
+    return np.pad(table, ((0, 24 - V), (0, 0)))
+
+
+def close(found, expected):
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=2e-5, atol=2e-5)
+
+
+OPTIONS = [{"label_smoothing": 0.1, "softcap": 2.0}, {"reduction": "none", "z_loss": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("shape", "seq_dim", "options"),
+    [
+        ((2, 4), None, OPTIONS[0]),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [((4,), None, OPTIONS[1]), ((4,), -1, OPTIONS[0]), ((2, 4), -1, OPTIONS[1])]
+        ),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients(mesh_of, shape, seq_dim, options):
+    """Eagerly and under jit, whatever is known of how tokens are split over data."""
+    mesh = mesh_of(shape, SHAPES[shape])
+    hidden, table, targets = case()
+    head = head_of(mesh, table, seq_dim=seq_dim, **options)
+    known = LossOptions(**options)
+    upstream = np.float32(0.5) if known.reduction == "mean" else np.full((4, 8), 0.5, np.float32)
+    expected = head_oracle.loss(hidden, padded(table), targets, V, known, upstream)
+    spec = P("dp" if len(shape) > 1 else None, None if seq_dim is None else "tp", None)
+    given = jax.device_put(hidden, NamedSharding(mesh, spec))
+
+    def step(head, hidden):
+        (loss, count), pull_back = jax.vjp(lambda head, h: head(h, targets, returns=("count",)), head, hidden)
+        return loss, count, pull_back((jnp.full_like(loss, 0.5), np.zeros((), jax.dtypes.float0)))
+
+    for run in (step, jax.jit(step)):
+        loss, count, (of_head, of_hidden) = run(head, given)
+        close(loss, expected.loss)
+        assert count == expected.count
+        close(of_hidden, expected.hidden_grad)
+        close(of_head.embedding.weight, expected.weight_grad)
+    close(head(given, targets), expected.loss)
+
+
+@pytest.mark.slow
+def test_scan_and_checkpoint(mesh_of):
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    hidden, table, targets = case()
+    head = head_of(mesh, table)
+    expected = head_oracle.loss(hidden, padded(table), targets, V)
+
+    def in_a_scan(head, hidden):
+        total, _ = jax.lax.scan(lambda total, h: (total + jax.checkpoint(head)(h, targets), None), 0.0, hidden)
+        return total
+
+    gradient = jax.jit(jax.grad(in_a_scan))(head, jnp.stack([hidden, hidden]))
+    close(gradient.embedding.weight, 2 * expected.weight_grad)
+
+
+@pytest.mark.parametrize("shape", [pytest.param((4,), marks=pytest.mark.slow), (2, 4)])
+def test_logits_and_decoding(mesh_of, shape):
+    mesh = mesh_of(shape, SHAPES[shape])
+    hidden, table, _ = case()
+    head = head_of(mesh, table, softcap=3.0)
+    logits = head(hidden)
+    assert logits.sharding.spec[-1] == "tp"
+    expected = head_oracle.logits(hidden, padded(table), V, 3.0)
+    close(logits, expected)
+    logits_there = np.asarray(logits)
+    values, ids = head_oracle.top_k(logits_there, 5, V)
+    uniform = np.random.default_rng(1).random((4, 8), np.float32)
+    for wrap in (
+        lambda function, *arguments: function(*arguments),
+        lambda function, *arguments: jax.jit(function)(*arguments),
+    ):
+        np.testing.assert_array_equal(wrap(head.argmax, logits), ids[..., 0])
+        found = wrap(lambda logits: head.top_k(logits, 5), logits)
+        np.testing.assert_array_equal(found[0], values)
+        np.testing.assert_array_equal(found[1], ids)
+        np.testing.assert_array_equal(wrap(head.sample, logits, uniform), head_oracle.sample(logits_there, uniform, V))
+
+
+def test_a_tied_table_gets_both_gradients(mesh_of):
+    mesh = mesh_of((4,))
+    _, table, targets = case()
+    emb = ParallelVocabEmbedding.from_embedding(table, mesh, padded_vocab_size=24, reduction="all_reduce")
+    ids = np.abs(targets) % V
+
+    def tied(emb):
+        return ParallelLMHead(emb)(emb(ids), targets)
+
+    apart = jax.grad(lambda emb, head: head(emb(ids), targets), (0, 1))(emb, ParallelLMHead(emb))
+    gradient = jax.jit(jax.grad(tied))(emb)
+    assert jax.tree.structure(gradient) == jax.tree.structure(emb)
+    close(gradient.weight, np.asarray(apart[0].weight) + np.asarray(apart[1].embedding.weight))
+
+
+def test_invalid_targets():
+    mesh = jax.make_mesh((4,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    hidden, table, targets = case()
+    head = head_of(mesh, table, reduction="none")
+    bad = targets.copy()
+    bad[1, 2], bad[2, 2] = 2**32 + 5, V  # neither another id nor a row of padding
+    with pytest.raises(IndexError, match=r"targets\[1, 2\] = 4294967301 is outside the vocabulary \[0, 21\)"):
+        head(hidden, bad)
+    narrow = jnp.asarray(np.where(bad > V, -7, bad).astype(np.int32))
+    loss = np.asarray(jax.jit(head)(hidden, narrow))
+    assert np.array_equal(np.isnan(loss), (narrow < 0) & (targets >= 0) | (narrow == V))
+    error, _ = jax.jit(checkify.checkify(head))(hidden, narrow)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"targets\[1, 2\] = -7 is outside the vocabulary \[0, 21\)"):
+        error.throw()
+    lenient = ParallelLMHead(head.embedding, invalid_targets="ignore", reduction="none")
+    np.testing.assert_array_equal(lenient(hidden, bad) == 0, (bad < 0) | (bad >= V))
+
+
+def test_refusals(mesh_of):
+    mesh = mesh_of((2, 2), ("dp", "tp"))
+    hidden, table, targets = case()
+    head = head_of(mesh, table)
+    assert repr(ParallelLMHead(head.embedding, softcap=2.0)).endswith(", softcap=2.0)")
+    with pytest.raises(TypeError, match="embedding must be a ParallelVocabEmbedding, got ndarray"):
+        ParallelLMHead(table)
+    with pytest.raises(ValueError, match="targets must be one a token"):
+        head(hidden, targets[:2])
+    with pytest.raises(ValueError, match="returns must be empty without targets"):
+        head(hidden, returns=("lse",))
+    with pytest.raises(TypeError, match="hidden must be of the weight's dtype float32, got bfloat16"):
+        head(jnp.asarray(hidden, jnp.bfloat16), targets)
+    with pytest.raises(TypeError, match="targets must be an array of an integer dtype, got dtype float32"):
+        head(hidden, targets.astype(np.float32))
+    with pytest.raises(ValueError, match="check_vma must be True"):
+        jax.shard_map(
+            lambda h, w: linear_cross_entropy(h, w, jnp.zeros(h.shape[:-1], int), head.partition),
+            mesh=mesh,
+            in_specs=(P(), P("tp")),
+            out_specs=P(),
+            check_vma=False,
+        )(hidden, head.embedding.weight)
