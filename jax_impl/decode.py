@@ -111,7 +111,8 @@ def parallel_top_k(
     # In the order of the ranks: of equal logits top_k prefers the first, which has the lowest id. Padding comes last.
     gathered = [jax.lax.all_gather(each, axis_name, axis=1, tiled=True, to="invarying") for each in (values_TK, ids_TK)]
     values_TK, places_TK = jax.lax.top_k(gathered[0], k)
-    ids_TK = jax.vmap(lambda ids_K, places_K: ids_K.at[places_K].get(mode="promise_in_bounds"))(gathered[1], places_TK)
+    tokens_T1 = jnp.arange(len(places_TK))[:, None]
+    ids_TK = gathered[1].at[tokens_T1, places_TK].get(mode="promise_in_bounds")
     shape = *logits.shape[:-1], k
     return values_TK.reshape(shape), ids_TK.reshape(shape)
 

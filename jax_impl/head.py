@@ -196,20 +196,12 @@ def block_of(edges: jax.Array, plan: Plan) -> Block:
 def part_of(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """``size`` entries along the first axis, of an array that a loop does not change.
 
-    XLA:CPU computes with 16-bit floats as float32, and widens all of the array before the loop: 512 MiB for a table of
-    131072 x 1024. It does not where the array seems to depend on the iteration (jax 0.10.2).
+    XLA:CPU computes with 16-bit floats as float32, and would widen all of the array before the loop: 512 MiB for a table of
+    131072 x 1024. It does not where the array seems to depend on the iteration. The TPU's compiler drops the barrier late,
+    and still narrows a float32 table to bfloat16 before the loop at the default precision of products (jax 0.10.2).
     """
-
-    def seemingly_changing(array: jax.Array, start: jax.Array) -> jax.Array:
-        array, start = jax.lax.optimization_barrier((array, start))
-        return jax.lax.dynamic_slice_in_dim(array, start, size)
-
-    def unchanging(array: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, size)
-
-    if array.dtype.itemsize != 2:
-        return unchanging(array, start)
-    return jax.lax.platform_dependent(array, start, cpu=seemingly_changing, default=unchanging)
+    array, start = jax.lax.optimization_barrier((array, start))
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
 
 
 def rows_of(weight_NE: jax.Array, block: Block) -> jax.Array:
@@ -283,7 +275,7 @@ def backward_products(
     hidden_grad = _join_tokens(hidden_KCE, whole.shape[:-1])
     if plan.split_dim is not None:
         hidden_grad = jax.lax.psum_scatter(hidden_grad, plan.axis_name, scatter_dimension=plan.split_dim, tiled=True)
-    return _sum_as(hidden_grad, hidden).astype(hidden.dtype), _sum_as(weight_grad, weight).astype(weight.dtype)
+    return _sum_as(hidden_grad, hidden), _sum_as(weight_grad, weight)
 
 
 def _join_tokens(array_KC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -293,13 +285,14 @@ def _join_tokens(array_KC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _sum_as(array: jax.Array, primal: jax.Array) -> jax.Array:
-    """Sum over the mesh axes over which ``primal`` does not vary."""
+    """Sum over the mesh axes over which ``primal`` does not vary, and round to its dtype after that."""
     axes = sorted(varying_axes(array) - varying_axes(primal))
-    for axis in [axis for axis in axes if jax.lax.axis_size(axis) == 1]:
-        # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1).
+    single = [axis for axis in axes if jax.lax.axis_size(axis) == 1]
+    several = tuple(axis for axis in axes if axis not in single)
+    array = (jax.lax.psum(array, several) if several else array).astype(primal.dtype)
+    for axis in single:  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
         array = jax.lax.all_gather(array, axis, tiled=True, to="invarying")
-        axes.remove(axis)
-    return jax.lax.psum(array, tuple(axes)) if axes else array
+    return array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

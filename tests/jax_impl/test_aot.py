@@ -8,6 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_impl import linear_cross_entropy
+from shared import VocabPartition
+
 from benchmarks.aot import (
     AotCase,
     float32_scatter,
@@ -121,3 +124,28 @@ def test_nothing_is_gathered_over_data(kind, reduction):
     assert sum(found.values()) == over_tensor
     sequence = {"all-gather": 1} if reduction == "reduce_scatter" else {}
     assert back == {"all-reduce": 1, **sequence}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("seq_dim", [None, 0])
+def test_the_loss_takes_no_memory_of_the_logits_size(ranks, dtype, seq_dim):
+    """8192 tokens, 131072 ids: the logits would take 4 GiB. One all-gather of statistics forward, one reduction backward."""
+    mesh = mesh_of("v5p:2x2x2", (ranks,))
+    partition, split = VocabPartition(VOCAB, ranks), P() if seq_dim is None else P("tp")
+
+    def loss(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets, partition, "tp", seq_dim=seq_dim)
+
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(split, P("tp"), P()), out_specs=P())
+    shapes = ((8192, 1024), dtype, split), ((VOCAB, 1024), dtype, P("tp")), ((8192,), "int32", P())
+    given = [jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec)) for shape, kind, spec in shapes]
+    forward, backward = (judge(jax.jit(each), *given) for each in (mapped, jax.value_and_grad(mapped, (0, 1))))
+    # Products of float32 take bfloat16 operands by default: the compiler narrows the table once, before the loop.
+    narrowed = VOCAB // ranks * 1024 * 2 if dtype == "float32" else 0
+    assert max(forward.temporary, backward.temporary) <= 64 * 2**20 + narrowed
+    gathers = 0 if ranks == 1 else 1 if seq_dim is None else 2
+    assert forward.collectives == ({"all-gather": gathers} if gathers else {})
+    assert backward.collectives.get("all-gather", 0) == gathers
+    # The compiler makes an all-reduce and a permutation of a reduce-scatter.
+    assert backward.collectives.get("all-reduce", 0) == (0 if ranks == 1 else 1)

