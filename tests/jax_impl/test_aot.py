@@ -8,9 +8,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_impl import linear_cross_entropy
-from shared import VocabPartition
-
 from benchmarks.aot import (
     AotCase,
     float32_scatter,
@@ -21,7 +18,8 @@ from benchmarks.aot import (
     ours,
     take,
 )
-from jax_impl import ParallelVocabEmbedding
+from jax_impl import ParallelVocabEmbedding, linear_cross_entropy
+from shared import VocabPartition
 
 pytestmark = [
     pytest.mark.aot,
