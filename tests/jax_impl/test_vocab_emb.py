@@ -240,7 +240,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
         ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
         ({"key": jax.random.key(0), "init": "global"}, ValueError, "key takes the place of init_base_seed"),
         ({"key": jax.random.key(0), "init_base_seed": 7}, ValueError, "got init_base_seed=7 .*: leave these two out"),
