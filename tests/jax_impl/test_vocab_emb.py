@@ -199,7 +199,9 @@ def test_what_cannot_be_pickled(mesh_of, tmp_path):
     assert "lacks those with ids [1, 2, 3]" in done.stderr
 
 
-@pytest.mark.parametrize("transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())])
+@pytest.mark.parametrize(
+    "transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())], ids=["forward", "gradient"]
+)
 def test_a_table_on_one_device_or_of_another_shape_names_with_weight(mesh_of, transform):
     emb = ParallelVocabEmbedding(12, 5, mesh_of((4,)))
     structure, ids = jax.tree.structure(emb), np.arange(12)
