@@ -64,10 +64,10 @@ define environment
 endef
 
 $(ENVIRONMENTS)/oldest-jax:
-	$(call environment,$(PYTHON311),PYTHON311,jax,jax==0.8.2 jaxlib==0.8.2 'numpy==2.0.*' orbax-checkpoint)
+	$(call environment,$(PYTHON311),PYTHON311,jax,jax==0.8.2 jaxlib==0.8.2 'numpy==2.0.*' orbax-checkpoint flax equinox)
 
 $(ENVIRONMENTS)/newest-jax:
-	$(call environment,$(PYTHON313),PYTHON313,jax,flax orbax-checkpoint)
+	$(call environment,$(PYTHON313),PYTHON313,jax,flax equinox orbax-checkpoint)
 
 $(ENVIRONMENTS)/torch-2.6:
 	$(call environment,$(PYTHON311),PYTHON311,torch,torch==2.6.0 'numpy==2.0.*')

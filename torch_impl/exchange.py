@@ -245,10 +245,12 @@ def _dense_reduce_scatter(
 ) -> Tensor:
     keys_T = row_keys(ids_WC.reshape(-1), config, group.rank(), num_rows)
     partial_TE = gather(table, keys_T, num_rows, cpu.gather)
-    output = table.new_empty(ids_WC.shape[1], table.shape[1])
+    whole = math.prod(shape) == ids_WC.shape[1]
+    # No view where nothing is filled up: FSDP2 warns of an operator that returns one.
+    output = table.new_empty(*(shape if whole else ids_WC.shape[1:]), table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
         reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
-    return output[: math.prod(shape)].view(*shape, table.shape[1])
+    return output if whole else output[: math.prod(shape)].clone().view(*shape, table.shape[1])
 
 
 def _routed_reduce_scatter(

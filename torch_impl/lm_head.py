@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.checks import check_flag
@@ -22,7 +23,7 @@ class ParallelLMHead(nn.Module):
 
     Args:
         embedding: the layer whose table and process group the head uses; its ``reduction`` plays no part. With
-            ``world_size`` above 1 it must have been built with a ``process_group``.
+            ``world_size`` above 1 it must have been built with a ``process_group`` or ``device_mesh``.
         tied: True: the embedding is the model's own and stays a module of the model alone. The head then holds no parameter
             and no entry of ``state_dict``, and the gradients of lookup and head add up in the one table. False: the head has
             the embedding as its submodule ``table``, of whose initialisation, files and checkpoints it makes use.
@@ -108,16 +109,17 @@ class ParallelLMHead(nn.Module):
                 ValueError.
         """
         embedding, options = self.embedding, self.options
+        weight = embedding.rank_weight()
+        if missing := embedding.partition.rows_per_rank - len(weight):  # what DTensor leaves out of the last ranks
+            weight = F.pad(weight, (0, 0, 0, missing))
         group_name = (embedding.group_name or "") if embedding.partition.world_size > 1 else ""
         if targets is not None:
             asked = replace(options, returns=tuple(returns)) if returns else options
-            return linear_loss(
-                hidden, embedding.weight, targets, embedding.partition, asked, embedding.rank, group_name
-            )
+            return linear_loss(hidden, weight, targets, embedding.partition, asked, embedding.rank, group_name)
         if returns:
             raise ValueError(f"returns must be empty without targets, got {tuple(returns)}")
         return logits_over_group(
-            hidden, embedding.weight, embedding.partition, embedding.rank, options.softcap, options.seq_dim, group_name
+            hidden, weight, embedding.partition, embedding.rank, options.softcap, options.seq_dim, group_name
         )
 
     def extra_repr(self) -> str:

@@ -246,11 +246,9 @@ class ParallelVocabEmbedding(TableInFiles):
             RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
         """
         config = self.config
-        weight: Tensor = self.weight
+        weight = self.rank_weight()
         if config.world_size > 1 and (problem := active_data_parallel_problem()) is not None:
             raise ValueError(problem)
-        if self.device_mesh is not None:
-            weight = local_rows(weight)
         if config.check and self._group_name is not None:
             ids = agreed_ids(ids, weight, config, self._group_name)
         ids = checked_ids(ids, config)
@@ -270,6 +268,11 @@ class ParallelVocabEmbedding(TableInFiles):
             return lookup(weight, ids, config, rank, zero_padded, sparse)
         assert self._group_name is not None
         return reduced_lookup(weight, ids, config, self._group_name, zero_padded, sparse)
+
+    def rank_weight(self) -> Tensor:
+        """The rank's rows as a plain tensor that autograd follows: ``weight``, or with ``device_mesh`` its part here."""
+        weight: Tensor = self.weight
+        return weight if self.device_mesh is None else local_rows(weight)
 
     @property
     def embedding_dim(self) -> int:

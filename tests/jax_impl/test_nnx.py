@@ -123,7 +123,7 @@ def test_a_training_state_is_restored_onto_another_mesh(tmp_path, world_size, pa
         model = sharded(world_size, padded)
         return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
 
-    graphdef, state = nnx.split(nnx.as_abstract(nnx.eval_shape(make)))
+    graphdef, state = nnx.get_abstract_model(make, make_mesh("Auto", (world_size,)))
     with ocp.PyTreeCheckpointer() as checkpointer:
         how = ocp.args.PyTreeRestore(state, restore_args(state))
         restored, optimizer = nnx.merge(graphdef, checkpointer.restore(tmp_path / "checkpoint", how))

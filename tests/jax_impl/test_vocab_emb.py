@@ -199,7 +199,9 @@ def test_what_cannot_be_pickled(mesh_of, tmp_path):
     assert "lacks those with ids [1, 2, 3]" in done.stderr
 
 
-@pytest.mark.parametrize("transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())])
+@pytest.mark.parametrize(
+    "transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())], ids=["forward", "gradient"]
+)
 def test_a_table_on_one_device_or_of_another_shape_names_with_weight(mesh_of, transform):
     emb = ParallelVocabEmbedding(12, 5, mesh_of((4,)))
     structure, ids = jax.tree.structure(emb), np.arange(12)
@@ -240,11 +242,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        (
-            {"reduction": "sum"},
-            ValueError,
-            "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'",
-        ),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
         ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
         ({"key": jax.random.key(0), "init": "global"}, ValueError, "key takes the place of init_base_seed"),
         ({"key": jax.random.key(0), "init_base_seed": 7}, ValueError, "got init_base_seed=7 .*: leave these two out"),

@@ -7,13 +7,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 
 from shared import VocabPartition
-from torch_impl import ParallelVocabEmbedding, clip_grad_norm_, partial_lookup, reduced_lookup
+from torch_impl import (
+    ParallelLMHead,
+    ParallelVocabEmbedding,
+    clip_grad_norm_,
+    local_state_dict,
+    partial_lookup,
+    reduced_lookup,
+    sharded_state_dict,
+)
 
 EMB, STEPS = 4, 30
 IDS = torch.tensor([[0, 4, 2, 6, 4, 1], [6, 7, -1, 3, 5, 0]])
@@ -153,6 +161,26 @@ def test_rows_of_another_rank_or_height_are_refused():
     ):
         with pytest.raises(ValueError, match="weight must hold the rank's own rows, " + rule):
             partial_lookup(torch.zeros(rows, EMB), IDS, part, rank)
+
+
+def check_own_ids(exchange):
+    """Each rank its own ids, of its own number."""
+    mesh, table, rank = mesh_of(4), table_of(5), dist.get_rank()
+    emb = layer_of(mesh, 5, reduction="all_to_all", exchange=exchange)
+    whole = nn.Embedding.from_pretrained(table, freeze=False)
+    for each in range(4):
+        expected = expected_embedding(whole.weight, IDS[:, each : each + 2 + each % 2])
+        expected.sum().backward()
+        if each == rank:
+            found = emb(IDS[:, each : each + 2 + each % 2])
+            assert torch.equal(found, expected)
+    found.sum().backward()
+    assert torch.equal(emb.weight.grad.full_tensor(), whole.weight.grad)
+
+
+def test_all_to_all(world):
+    for exchange in ("dense", "routed"):
+        world(4)(check_own_ids, exchange)
 
 
 def check_one_row_path():
@@ -391,6 +419,47 @@ def test_tables_in_files_and_in_memory(world, tmp_path, padded):
         plain = ParallelVocabEmbedding(7, EMB)
         dcp.load(plain.sharded_state_dict("emb."), checkpoint_id=f"{path}.{folder}", no_dist=True)
         assert torch.equal(plain.weight, table_of(7))
+
+
+def check_head(vocab_size, tied):
+    mesh, ids = mesh_of(4), IDS.clamp(0, vocab_size - 1)
+    hidden = torch.randn(*ids.shape, EMB, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    results = []
+    for place in ({"device_mesh": mesh}, {"process_group": dist.group.WORLD, "padded_vocab_size": "even"}):
+        emb = ParallelVocabEmbedding(vocab_size, EMB, init="global", reduction="all_reduce", **place)
+        head = ParallelLMHead(emb, tied=tied)
+        loss, logits = head(emb(ids) + hidden if tied else hidden, targets=ids), head(hidden)
+        hidden.grad = None
+        loss.backward()
+        start, stop = emb.partition.owned_range(emb.rank)
+        grad = emb.own_rows(emb.weight.grad)[0][: stop - start]
+        results.append((loss.detach(), logits.detach(), hidden.grad, grad))
+    for with_mesh, plain in zip(*results, strict=True):
+        assert torch.equal(with_mesh, plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_dtensor_is_that_of_a_plain_table(world, tied):
+    for vocab_size in (8, 7, 5):
+        world(4)(check_head, vocab_size, tied)
+
+
+def check_own_state_dicts(folder):
+    mesh = mesh_of(4)
+    for padded in (None, 16):
+        emb = layer_of(mesh, 7, padded_vocab_size=padded)
+        dcp.save(sharded_state_dict(emb, get_model_state_dict(emb)), checkpoint_id=f"{folder}/{padded}")
+        other = layer_of(mesh, 7, padded_vocab_size=padded, init_base_seed=1)
+        dcp.load(state := sharded_state_dict(other, get_model_state_dict(other)), checkpoint_id=f"{folder}/{padded}")
+        other.load_state_dict(local_state_dict(state))
+        assert torch.equal(other.weight.full_tensor(), emb.weight.full_tensor())
+        emb.weight.grad = torch.ones_like(emb.weight)
+        emb.zero_padding_grad()
+        assert emb.weight.grad.full_tensor().sum() == 7 * EMB
+
+
+def test_what_plain_tables_need_does_dtensors_no_harm(world, tmp_path):
+    world(4)(check_own_state_dicts, str(tmp_path))
 
 
 def check_copies():

@@ -169,7 +169,7 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
         ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
         ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
-        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or 'reduce_scatter' or 'all_to_all', got 'sum'"),
+        ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
         ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
     ],
 )
