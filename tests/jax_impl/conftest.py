@@ -3,20 +3,15 @@
 import contextlib
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType
+from meshes import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-def make_mesh(kind, shape=(8,), names=("tp",)):
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, names, (getattr(AxisType, kind),) * len(shape), devices=devices)
-
-
-@pytest.fixture(params=["Auto", "Explicit"])
+@pytest.fixture(params=["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def kind(request):
+    """Tests for which the kind matters parametrize it themselves, and run both by default."""
     return request.param
 
 
@@ -26,7 +21,7 @@ def mesh_of(kind):
     with contextlib.ExitStack() as stack:
 
         def make(shape=(8,), names=("tp",)):
-            mesh = make_mesh(kind, shape, names)
+            mesh = make_mesh(shape, names, kind)
             stack.enter_context(jax.set_mesh(mesh))
             return mesh
 
