@@ -5,8 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import pickle
 import pkgutil
+import signal
 import subprocess
 import sys
 import types
@@ -24,8 +26,15 @@ def pytest_report_header() -> str | None:
     return f"without {', '.join(sorted(WITHOUT))}: leaves out {', '.join(collect_ignore)}" if WITHOUT else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "world" in getattr(item, "fixturenames", ()):
+            # One worker runs them all, so that each world of processes is started once.
+            item.add_marker(pytest.mark.multiprocess)
+            item.add_marker(pytest.mark.xdist_group("world"))
+        if "compile" in item.name or "torch.compile" in inspect.getsource(item.function):
+            item.add_marker(pytest.mark.compile)
         if reason := reason_to_skip(item.nodeid):
             item.add_marker(pytest.mark.skip(reason))
 
@@ -77,8 +86,8 @@ class World:
         with Listener(str(folder / "socket"), "AF_UNIX") as listener:
             script = str(Path(__file__).with_name("rank.py"))
             ends = [str(folder / "socket"), str(folder / "rendezvous")]
-            command = [sys.executable, "-P", script, *ends]
-            self.processes = [subprocess.Popen([*command, str(r), str(world_size)]) for r in range(world_size)]
+            command = [sys.executable, "-P", script, *ends, str(world_size)]
+            self.process = subprocess.Popen(command, start_new_session=True)
             pipes = [listener.accept() for _ in range(world_size)]
         self.pipes = [pipe for _rank, pipe in sorted((pipe.recv(), pipe) for pipe in pipes)]
         self.broken = False
@@ -100,13 +109,13 @@ class World:
         return pickle.loads(pipe.recv_bytes()) if pipe.poll(180) else ("no answer within three minutes", None)
 
     def end(self):
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            if self.broken:
-                process.kill()
-            else:
+        if self.broken:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pipe in self.pipes:
+            if not self.broken:
                 pipe.send_bytes(pickle.dumps(None))
-            process.wait(30)
             pipe.close()
+        self.process.wait(30)
 
 
 @pytest.fixture(scope="session")

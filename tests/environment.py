@@ -23,7 +23,7 @@ SINCE = [
         "jax",
         (0, 9),
         "vmap of a psum inside a shard_map raises a TypeError",
-        ["jax_impl/test_16_bit_gradients.py::test_per_sample_gradients_scan_and_checkpoint[Auto]"],
+        ["jax_impl/test_gradients.py::test_16_bit_vmap_scan_and_checkpoint[Auto]"],
     ),
     (
         "jax",

@@ -1,6 +1,10 @@
-"""One rank of a test's world of torch processes: runs the functions that it is sent, until there are no more."""
+"""The ranks of a test's world of torch processes: each runs the functions that it is sent, until there are no more.
+
+They are forked from one process, because importing torch takes seconds.
+"""
 
 import importlib.util
+import os
 import pickle
 import sys
 import traceback
@@ -9,7 +13,10 @@ from datetime import timedelta
 from multiprocessing.connection import Client
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+
+import torch_impl  # noqa: F401
 
 
 def load(path, loaded={}):  # noqa: B006
@@ -21,7 +28,19 @@ def load(path, loaded={}):  # noqa: B006
 
 
 def main():
-    address, rendezvous, rank, world_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    world_size = int(sys.argv[3])
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if not child:
+            run_rank(*sys.argv[1:3], rank, world_size)
+            return
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run_rank(address, rendezvous, rank, world_size):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for category in (DeprecationWarning, FutureWarning):  # torch's use of what torch deprecates

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cli.schema import SCHEMA, faults
+from marks import slower
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from table_files import save_parts
@@ -20,11 +21,6 @@ from shared.cli import main
 from shared.proof.launch import BACKENDS
 
 SMALL = ["--vocab-size", "96", "--emb-size", "16", "--world-size", "3"]
-
-
-def slower(*values):
-    """The values of a case that is left out of the default run."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def pve(*arguments):

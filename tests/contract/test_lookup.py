@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from contract.backends import DTYPES
+from marks import pairwise, slower
 
 from shared.bits import unsigned_view
 from shared.partition import VocabPartition
@@ -40,8 +41,10 @@ def assert_is_right(layer, table, ids, world_size, padded=None):
         assert_bits(partial, expected(table, ids, rank, world_size, padded))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("dtype", "world_size"),
+    pairwise([("float16", 1), ("bfloat16", 8), ("float32", 3), ("float64", 2)], DTYPES, [1, 2, 3, 8]),
+)
 def test_own_rows_are_bits_and_all_else_is_plus_zero(backend, dtype, world_size, rng):
     table = table_of(dtype)
     ids = np.concatenate([np.arange(-2, V + 2), rng.integers(0, V, 60), [2**40, -(2**62)]]).reshape(2, -1)
@@ -60,8 +63,9 @@ def test_any_share_of_owned_ids(backend, share, rng):
     assert_is_right(backend(table, 3), table, ids, 3)
 
 
-@pytest.mark.parametrize("emb_size", [1, 5, 64])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("emb_size", "dtype"), pairwise([(1, "bfloat16"), (5, "float16"), (64, "float32")], [1, 5, 64], DTYPES)
+)
 def test_any_number_of_columns(backend, dtype, emb_size):
     table = table_of(dtype, (12, emb_size))
     assert_is_right(backend(table, 3), table, np.arange(-1, 13), 3)
@@ -78,8 +82,10 @@ def test_no_integer_dtype_of_ids_narrows(backend, dtype):
     assert_is_right(backend(table, 3), table, np.array(values, dtype), 3)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3, 4, 5)])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "world_size"),
+    pairwise([((), 3), ((3, 0, 2), 3), ((2, 3, 4, 5), 1)], [(), (0,), (3, 0, 2), (5,), (2, 3, 4, 5)], [1, 3]),
+)
 def test_any_shape(backend, shape, world_size, rng):
     table, ids = table_of(), np.array(rng.integers(0, V, shape))
     layer = backend(table, world_size)
@@ -93,14 +99,17 @@ def test_a_rank_may_own_one_row(backend):
     assert_is_right(backend(table, 8), table, np.arange(-1, 9), 8)
 
 
-@pytest.mark.parametrize(("world_size", "padded"), [(1, 12), (3, "even"), (4, "even"), (4, 24), (8, "even")])
+@pytest.mark.parametrize(
+    ("world_size", "padded"),
+    [(4, 24), (8, "even"), *(slower(*each) for each in ((1, 12), (3, "even"), (4, "even")))],
+)
 def test_padding_belongs_to_no_id(backend, world_size, padded):
     table = table_of(shape=(10, 4))
     layer = backend(table, world_size, padded_vocab_size=padded)
     assert_is_right(layer, table, np.arange(-2, 30), world_size, padded)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [3, slower(1), slower(2)])
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

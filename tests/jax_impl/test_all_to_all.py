@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import pairwise
 
 from jax_impl import ParallelVocabEmbedding, reduced_lookup
 from shared import VocabPartition
@@ -42,20 +43,33 @@ def assert_bits(found, expected):
     np.testing.assert_array_equal(found.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("exchange", ["dense", "routed"])
+BATCHES = [
+    ((1,), AxisType.Auto, (5,), P("tp")),
+    ((4,), AxisType.Auto, (8, 3), P("tp")),
+    ((8,), AxisType.Explicit, (16,), P("tp")),
+    ((2, 4), AxisType.Auto, (8, 2, 3), P(("dp", "tp"))),
+    ((2, 4), AxisType.Explicit, (16, 3), P(("dp", "tp"))),
+    ((2, 2), AxisType.Auto, (4, 6), P("tp", "dp")),
+]
+
+
 @pytest.mark.parametrize(
-    ("mesh", "kind", "shape", "split"),
-    [
-        ((1,), AxisType.Auto, (5,), P("tp")),
-        ((4,), AxisType.Auto, (8, 3), P("tp")),
-        ((8,), AxisType.Explicit, (16,), P("tp")),
-        ((2, 4), AxisType.Auto, (8, 2, 3), P(("dp", "tp"))),
-        ((2, 4), AxisType.Explicit, (16, 3), P(("dp", "tp"))),
-        ((2, 2), AxisType.Auto, (4, 6), P("tp", "dp")),
-    ],
+    ("batch", "exchange", "dtype"),
+    pairwise(
+        [
+            (1, "dense", ml_dtypes.bfloat16),
+            (2, "routed", np.float32),
+            (3, "routed", ml_dtypes.bfloat16),
+            (4, "dense", np.float32),
+            (5, "routed", ml_dtypes.bfloat16),
+        ],
+        range(6),
+        ["dense", "routed"],
+        [np.float32, ml_dtypes.bfloat16],
+    ),
 )
-def test_rows_and_gradients_of_the_whole_batch(mesh, kind, shape, split, exchange, dtype):
+def test_rows_and_gradients_of_the_whole_batch(batch, exchange, dtype):
+    mesh, kind, shape, split = BATCHES[batch]
     mesh = mesh_of(mesh, kind)
     table, ids, rows, upstream, gradient = case(shape, dtype, 5)
     options = {"reduction": "all_to_all", "exchange": exchange, "padding_idx": 5, "padded_vocab_size": "even"}

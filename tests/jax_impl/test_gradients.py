@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slower
 from meshes import on
 
 from jax_impl import ParallelVocabEmbedding
@@ -16,10 +17,6 @@ from shared.proof.oracle import weight_grad
 VOCAB, EMB = 2048, 6
 # Repeated ids, neighbours at the ranks' borders, and ids that nobody has.
 IDS = np.concatenate([[-1, 0, 0, 1, 511, 512, 513, 2047, 2048, 2**31 - 1], np.full(22, 700), np.arange(1020, 1028)])
-
-
-def slower(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def layer(mesh, **options):

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from marks import slower
 from meshes import assert_same_bits, make_mesh, on
 
 from jax_impl import ParallelVocabEmbedding, as_ids
 from jax_impl.lookup import gather
 from shared.proof.oracle import partial_lookup, sum_partials
-
-
-def slower(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def call(emb, ids):

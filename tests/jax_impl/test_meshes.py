@@ -1,29 +1,15 @@
 """What the compiler makes of it: collectives counted in the compiled program, and how results are laid out."""
 
-import re
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import pairwise, slower
+from meshes import collectives, on
 
 from jax_impl import ParallelVocabEmbedding
-
-_COLLECTIVE = re.compile(
-    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
-    r"(?:-start)?\("
-)
-
-
-def collectives(function, *arguments):
-    return dict(Counter(_COLLECTIVE.findall(jax.jit(function).lower(*arguments).compile().as_text())))
-
-
-def on(mesh, array, *spec):
-    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
 
 
 def test_the_counter_sees_collectives(mesh_of):
@@ -32,8 +18,10 @@ def test_the_counter_sees_collectives(mesh_of):
     assert collectives(summed, on(mesh, np.ones(8, np.float32), "tp")) == {"all-reduce": 1}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (3,), (8,)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    pairwise([(jnp.float32, (3,)), (jnp.bfloat16, (8,))], [jnp.float32, jnp.bfloat16], [(1,), (3,), (8,)]),
+)
 def test_no_collective_forward_or_backward(mesh_of, shape, dtype):
     mesh = mesh_of(shape)
     emb = ParallelVocabEmbedding(48, 6, mesh, dtype=dtype, padding_idx=4)
@@ -58,7 +46,9 @@ def test_ids_split_over_data_stay_so(mesh_of):
     assert 1 <= sum(used.values()) <= 2, "data ranks add their gradients up once, or gather what to add"
 
 
-@pytest.mark.parametrize("spec", [(), ("dp",), (None, "sp"), ("dp", "sp"), (("dp", "sp"),), ("tp",), (("dp", "tp"),)])
+@pytest.mark.parametrize(
+    "spec", [("dp", "sp"), (("dp", "tp"),), *map(slower, [(), ("dp",), (None, "sp"), (("dp", "sp"),), ("tp",)])]
+)
 def test_ids_split_in_any_way_give_the_same(mesh_of, spec):
     mesh = mesh_of((2, 2, 2), ("dp", "sp", "tp"))
     emb = ParallelVocabEmbedding(48, 6, mesh)
@@ -86,7 +76,7 @@ def test_axes_whose_names_contain_each_other(mesh_of, rng):
     np.testing.assert_array_equal(np.asarray(emb(ids)).sum(0), np.asarray(emb.weight)[np.asarray(ids)])
 
 
-@pytest.mark.parametrize("axis_name", ["dp", "sp"])
+@pytest.mark.parametrize("axis_name", ["dp", slower("sp")])
 def test_the_vocabulary_may_lie_on_any_axis(mesh_of, axis_name):
     mesh = mesh_of((2, 4), ("dp", "sp"))
     emb = ParallelVocabEmbedding(48, 6, mesh, axis_name)
@@ -129,7 +119,7 @@ def test_another_mesh_in_force_is_refused():
     ("shape", "seq_dim"),
     [
         ((4, 3), 0),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (((8, 3), 0), ((8,), 0), ((2, 8), -1), ((3, 8), 1))),
+        *(slower(*each) for each in (((8, 3), 0), ((8,), 0), ((2, 8), -1), ((3, 8), 1))),
     ],
 )
 def test_the_sequence_inside_jit_beside_data(shape, seq_dim):

@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from marks import pairwise, slower
+from meshes import make_mesh
 
 from jax_impl import ParallelVocabEmbedding
 
 IDS = np.array([[0, 9, 10, 11], [2, 3, 3, -1], [12, 5, 9, 8], [8, 8, 0, 1]])  # 10 and 11 may be padding, 12 is past it
-
-
-def of_four():
-    return jax.make_mesh((4,), ("tp",), (AxisType.Auto,), devices=jax.devices()[:4])
 
 
 def unsharded(table, ids):
@@ -28,7 +25,7 @@ def gradient_of(table, upstream, padding_idx=None):
     return gradient
 
 
-@pytest.mark.parametrize(("world_size", "padded"), [(1, 12), (4, "even"), (8, 32)])
+@pytest.mark.parametrize(("world_size", "padded"), [slower(1, 12), (4, "even"), slower(8, 32)])
 def test_the_sum_is_the_unsharded_lookup(mesh_of, world_size, padded):
     emb = ParallelVocabEmbedding(10, 3, mesh_of((world_size,)), padded_vocab_size=padded, padding_idx=3)
     table = np.asarray(emb.weight)
@@ -42,11 +39,15 @@ def test_the_sum_is_the_unsharded_lookup(mesh_of, world_size, padded):
     np.testing.assert_array_equal(np.asarray(back(cotangent)[0].weight), gradient_of(table, upstream, 3))
 
 
-@pytest.mark.parametrize("reduction", ["all_reduce", "reduce_scatter"])
-@pytest.mark.parametrize("exchange", ["dense", "routed"])
+@pytest.mark.parametrize(
+    ("reduction", "exchange"),
+    pairwise(
+        [("all_reduce", "dense"), ("reduce_scatter", "routed")], ["all_reduce", "reduce_scatter"], ["dense", "routed"]
+    ),
+)
 def test_every_reduction_with_padding(reduction, exchange):
     """On 4 ranks, of which the last has padding only."""
-    mesh = of_four()
+    mesh = make_mesh()
     emb = ParallelVocabEmbedding(10, 3, mesh, padded_vocab_size=16, reduction=reduction, exchange=exchange)
     table = np.asarray(emb.weight)
     output, back = jax.vjp(lambda emb: emb(IDS), emb)
@@ -57,7 +58,7 @@ def test_every_reduction_with_padding(reduction, exchange):
 
 
 def test_padding_holds_nothing_whatever_its_rows_hold():
-    emb = ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=16)
+    emb = ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=16)
     emb = emb.with_weight(np.full((16, 3), np.nan, np.float32))
     assert not np.asarray(emb(np.array([10, 15, 16, -1]))).any()
     checked = ParallelVocabEmbedding(10, 3, emb.mesh, padded_vocab_size=16, invalid_ids="error")
@@ -67,7 +68,7 @@ def test_padding_holds_nothing_whatever_its_rows_hold():
 
 def test_padding_stays_zero_while_the_rest_is_trained():
     """Adam with decoupled weight decay, written out."""
-    emb = ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=16)
+    emb = ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=16)
     first, second, weight = 0.0, 0.0, emb
     for _ in range(3):
         gradient = jax.grad(lambda emb: (emb(IDS) ** 2).sum())(weight).weight
@@ -98,15 +99,15 @@ def test_a_padded_size_that_will_not_do_is_refused():
     with pytest.raises(
         ValueError, match="padded_vocab_size must be at least vocab_size=10 and divisible by world_size=4"
     ):
-        ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=14)
+        ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=14)
     with pytest.raises(ValueError, match=r"below 2\*\*31, got 2147483648"):
-        ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=2**31)
+        ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=2**31)
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [slower(False), True])
 def test_a_head_of_the_callers_own(jitted):
     """It trains padding rows, and no others that it should not, unless their gradient is removed."""
-    emb = ParallelVocabEmbedding(10, 3, of_four(), padded_vocab_size=16, padding_idx=9)
+    emb = ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=16, padding_idx=9)
 
     def gradient(emb, removed):
         grads = jax.grad(lambda emb: (emb(IDS) ** 2).sum() + jax.nn.logsumexp(jnp.ones(3) @ emb.weight.T))(emb)

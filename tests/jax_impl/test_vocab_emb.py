@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import pairwise, slower
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
@@ -51,16 +52,16 @@ def test_the_signature_is_the_promised_one():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [
-        pytest.param(jnp.float32, 0.0, marks=pytest.mark.slow),
-        (jnp.float32, 0.5),
-        (jnp.bfloat16, 0.5),
-        pytest.param(jnp.float16, 0.5, marks=pytest.mark.slow),
-    ],
+    ("dtype", "mean", "mesh"),
+    pairwise(
+        [(jnp.float32, 0.5, ((3,), ("tp",))), (jnp.bfloat16, 0.5, ((2, 4), ("dp", "tp")))],
+        [jnp.float16, jnp.bfloat16, jnp.float32],
+        [0.0, 0.5],
+        [((1,), ("tp",)), ((3,), ("tp",)), ((2, 4), ("dp", "tp"))],
+    ),
 )
-@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((3,), ("tp",)), ((2, 4), ("dp", "tp"))])
-def test_each_rank_draws_from_its_own_key(mesh_of, dtype, shape, names, mean):
+def test_each_rank_draws_from_its_own_key(mesh_of, dtype, mean, mesh):
+    shape, names = mesh
     mesh = mesh_of(shape, names)
     emb = ParallelVocabEmbedding(48 * shape[-1], 5, mesh, "tp", mean, 0.02, 7, dtype)
     table = np.asarray(emb.weight)
@@ -156,7 +157,7 @@ def test_an_abstract_layer_has_all_but_the_table(mesh_of, rng):
     assert ParallelVocabEmbedding.abstract(12, 5).mesh == mesh  # the one that is set
 
 
-@pytest.mark.parametrize("padding_idx", [0, 9, 23])
+@pytest.mark.parametrize("padding_idx", [9, slower(0), slower(23)])
 def test_the_row_of_padding_idx_starts_as_zero(mesh_of, padding_idx):
     mesh = mesh_of((3,))
     expected = np.array(ParallelVocabEmbedding(24, 5, mesh).weight)
@@ -272,7 +273,7 @@ def test_from_a_table_in_memory(mesh_of, make):
         ParallelVocabEmbedding.from_embedding(table, mesh)
 
 
-@pytest.mark.parametrize(("shape", "names"), [((1,), ("tp",)), ((2, 4), ("dp", "tp"))])
+@pytest.mark.parametrize(("shape", "names"), [slower((1,), ("tp",)), ((2, 4), ("dp", "tp"))])
 def test_a_callable_is_asked_for_each_devices_rows(mesh_of, shape, names):
     asked = []
 

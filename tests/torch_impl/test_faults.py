@@ -11,6 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from marks import slower
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -146,10 +147,6 @@ def test_check_needs_a_group():
         ParallelVocabEmbedding(48, 4, 0, 2, check=True)
     with pytest.raises(TypeError, match="check must be True or False"):
         ParallelVocabEmbedding(48, 4, check="yes")
-
-
-def slower(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # The last rank dies before it joins in; the others are told by the operation that they were in.
