@@ -177,7 +177,7 @@ RANK = """
 @pytest.mark.parametrize(
     ("reduction", "exchange", "where", "operation"),
     [
-        ("all_reduce", "dense", "forward", "all_reduce of the embedding's forward (dense) failed on rank"),
+        slower("all_reduce", "dense", "forward", "all_reduce of the embedding's forward (dense) failed on rank"),
         slower(
             "all_reduce", "routed", "forward", "broadcast of the embedding's forward (routed all_reduce) failed on rank"
         ),

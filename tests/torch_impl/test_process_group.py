@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torch_impl import ParallelVocabEmbedding, partial_lookup, reduced_lookup
@@ -19,47 +18,34 @@ def test_without_a_group():
         resolve_rank(None, 3, None)
 
 
-def _refused(match, **arguments):
-    with pytest.raises(ValueError, match=match):
-        ParallelVocabEmbedding(24, 4, **arguments)
+def check_groups():
+    rank, world = dist.get_rank(), dist.group.WORLD
+    table = torch.cat([ParallelVocabEmbedding(24, 4, r, 4).weight.detach() for r in range(4)])
+    emb = ParallelVocabEmbedding(24, 4, process_group=world)
+    assert (emb.rank, emb.world_size) == (rank, 4)
+    ids = torch.tensor([[0, 23, 5], [6, -1, 24]])
+    total = emb(ids).detach()
+    dist.all_reduce(total)
+    assert torch.equal(total, table[ids.clamp(0, 23)] * ((ids >= 0) & (ids < 24)).unsqueeze(-1))
+
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    emb = ParallelVocabEmbedding(24, 4, process_group=pairs[rank % 2])
+    assert (emb.rank, emb.world_size, emb.weight.shape) == (rank // 2, 2, (12, 4))
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    emb = ParallelVocabEmbedding(24, 4, process_group=mesh.get_group("tp"))
+    assert (emb.rank, emb.world_size) == (rank % 2, 2)
+    assert ParallelVocabEmbedding(24, 4, rank, 4, world).rank == rank
+    for error, match, arguments in (
+        (TypeError, "member of", {"process_group": pairs[1 - rank % 2]}),
+        (ValueError, "rank must agree with process_group", {"rank": (rank + 1) % 4, "process_group": world}),
+        (ValueError, "got world_size=2, the group says 4", {"world_size": 2, "process_group": world}),
+    ):
+        with pytest.raises(error, match=match):
+            ParallelVocabEmbedding(24, 4, **arguments)
 
 
-def _member(rank, rendezvous):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=4)
-    try:
-        table = torch.cat([ParallelVocabEmbedding(24, 4, r, 4).weight.detach() for r in range(4)])
-        emb = ParallelVocabEmbedding(24, 4, process_group=dist.group.WORLD)
-        assert (emb.rank, emb.world_size) == (rank, 4)
-        ids = torch.tensor([[0, 23, 5], [6, -1, 24]])
-        total = emb(ids).detach()
-        dist.all_reduce(total)
-        expected = table[ids.clamp(0, 23)] * ((ids >= 0) & (ids < 24)).unsqueeze(-1)
-        assert torch.equal(total, expected)
-
-        pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        emb = ParallelVocabEmbedding(24, 4, process_group=pairs[rank % 2])
-        assert (emb.rank, emb.world_size, emb.weight.shape) == (rank // 2, 2, (12, 4))
-        with pytest.raises(TypeError, match="member of"):
-            ParallelVocabEmbedding(24, 4, process_group=pairs[1 - rank % 2])
-
-        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        emb = ParallelVocabEmbedding(24, 4, process_group=mesh.get_group("tp"))
-        assert (emb.rank, emb.world_size) == (rank % 2, 2)
-
-        world = dist.group.WORLD
-        assert ParallelVocabEmbedding(24, 4, rank, 4, world).rank == rank
-        _refused("rank must agree with process_group", rank=(rank + 1) % 4, process_group=world)
-        _refused(
-            "world_size must agree with process_group: got world_size=2, the group says 4",
-            world_size=2,
-            process_group=world,
-        )
-    finally:
-        dist.destroy_process_group()
-
-
-def test_with_real_groups(tmp_path):
-    mp.spawn(_member, (tmp_path / "rendezvous",), nprocs=4)
+def test_rank_and_world_size_come_from_groups(world):
+    world(4)(check_groups)
 
 
 def check_dtensors():

@@ -389,6 +389,7 @@ def test_auto_is_routed_on_cpus_and_dense_on_accelerators():
     assert choose_exchange("dense", "cpu") == "dense"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeated", [1, 2])
 def test_auto_on_a_large_batch(world, repeated):
     ids = np.random.default_rng(0).permutation(4100)[: 2048 // repeated] - 2
