@@ -442,6 +442,7 @@ class ParallelVocabEmbedding:
                 ``world_size``; with ``check``, the processes disagree.
         """
         config = self.config
+        free_axes(self.mesh, self.axis_name)  # in the caller's own shard_map the table is a rank's part: say so first
         if self.weight.shape != (config.padded_vocab_size, config.emb_size):
             raise ValueError(
                 f"weight must be [{config.padded_vocab_size}, {config.emb_size}], got {list(self.weight.shape)}: "
