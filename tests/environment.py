@@ -36,8 +36,8 @@ SINCE = [
         (0, 10),
         "device_put does not split an array of one device over the Explicit mesh that is set",
         [
-            "jax_impl/test_vocab_emb.py::test_a_table_on_one_device_or_of_another_shape_names_with_weight[Explicit-forward]",
-            "jax_impl/test_vocab_emb.py::test_a_table_on_one_device_or_of_another_shape_names_with_weight[Explicit-gradient]",
+            "jax_impl/test_vocab_emb.py::test_misplaced_table_names_with_weight[Explicit-forward]",
+            "jax_impl/test_vocab_emb.py::test_misplaced_table_names_with_weight[Explicit-gradient]",
         ],
     ),
     (
@@ -57,9 +57,9 @@ SINCE = [
         (2, 13),
         "inductor writes C++ that does not compile for a view of bfloat16 as integers",
         [
-            "torch_impl/test_transforms.py::test_compiled_without_a_graph_break_forward_and_backward[0-None-dtype1]",
-            "torch_impl/test_transforms.py::test_compiled_without_a_graph_break_forward_and_backward[1-None-dtype1]",
-            "torch_impl/test_transforms.py::test_compiled_without_a_graph_break_forward_and_backward[1-5-dtype1]",
+            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[0-None-dtype1]",
+            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[1-None-dtype1]",
+            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[1-5-dtype1]",
             "torch_impl/test_transforms.py::test_compiled_gradients_of_16_bit_tables_do_not_saturate",
             "torch_impl/test_transforms.py::test_compiled_rows_are_bits",
         ],
@@ -76,7 +76,7 @@ SINCE = [
         "torch.compile does not hand on the message of an error",
         [
             "torch_impl/test_accumulation.py::test_what_is_not_eager_is_refused",
-            "torch_impl/test_transforms.py::test_sparse_gradients_are_refused_by_a_compiler_and_lookups_are_not",
+            "torch_impl/test_transforms.py::test_compiled_sparse_gradients_are_refused",
         ],
     ),
     (

@@ -37,7 +37,7 @@ def test_every_candidate_is_measured(framework):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_every_local_candidate_is_measured_once_its_output_is_right(framework):
+def test_every_local_candidate_is_checked_and_measured(framework):
     case = Case("none", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
     with Progress(disable=True) as progress:
         (result,) = _run_local(framework, [case], 2, progress)

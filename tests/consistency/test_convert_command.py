@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cli.schema import SCHEMA, faults
 from safetensors.numpy import load_file, save_file
+from table_files import contents
 
 from shared.bits import cast
 from shared.cli import main
@@ -32,10 +33,6 @@ def place(tmp_path, values, monkeypatch, capsys):
     assert main(["convert", "model.safetensors", "parts", "--world-size", "4", "--padded-vocab-size", "8*w"]) == 0
     capsys.readouterr()
     return tmp_path
-
-
-def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 def printed(capsys, *arguments):

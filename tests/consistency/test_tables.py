@@ -284,7 +284,7 @@ print(peak() - before)
     ("backend", "dtype"),
     [("torch", "float32"), pytest.param("torch", "bfloat16", marks=pytest.mark.slow), ("jax", "float32")],
 )
-def test_memory_is_little_more_than_the_rows_themselves(tmp_path, backend, dtype):
+def test_memory_of_loading_is_that_of_the_rows(tmp_path, backend, dtype):
     """A file of 8 ranks' rows: torch reads one rank's, this one JAX process all of its devices' and no more than once."""
     rows, emb_size = 8 * 8192, 1024
     path = tmp_path / "table.safetensors"

@@ -85,7 +85,7 @@ def training_state(emb, head):
 @pytest.mark.parametrize(
     ("world_size", "padded", "abstract"), [(8, "even", True), pytest.param(3, 30, False, marks=pytest.mark.slow)]
 )
-def test_a_training_state_goes_on_elsewhere_as_it_would_have_here(tmp_path, world_size, padded, abstract):
+def test_restored_training_state_continues(tmp_path, world_size, padded, abstract):
     ids, head = np.array([0, 9, 9, 4]), jnp.ones((3, 2), jnp.bfloat16)
     state = training_state(make((4,), "even", init="global"), head)
     state["model"], state["moments"] = train(state["model"], state["moments"], ids)

@@ -65,7 +65,7 @@ def test_the_gradient_is_local(mesh_of, reduction, dtype):
         ["none", "all_reduce", "reduce_scatter"],
     ),
 )
-def test_a_16_bit_gradient_sends_16_bits_and_adds_32(mesh_of, reduction, dtype):
+def test_16_bit_gradient_sends_16_bits_and_adds_in_32(mesh_of, reduction, dtype):
     emb, ids = layer(mesh_of, reduction=reduction, seq_dim=0, dtype=dtype), IDS.reshape(60)
     lowered = jax.jit(gradient).lower(emb, ids).as_text()
     short = {"float16": "f16", "bfloat16": "bf16"}[dtype]

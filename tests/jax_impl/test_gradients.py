@@ -132,7 +132,7 @@ def test_sums_round_once_over_data_ranks(mesh_of, shape):
 
 
 @pytest.mark.parametrize("reduction", ["all_reduce", slower("none")])
-def test_not_a_number_reaches_only_its_row(mesh_of, rng, reduction):
+def test_nan_reaches_only_its_row(mesh_of, rng, reduction):
     emb = layer(mesh_of((4,)), dtype=jnp.bfloat16, reduction=reduction)
     upstream = integers(rng, jnp.bfloat16).at[3].set(jnp.nan).at[0].set(jnp.inf)  # of id 1, and of nobody's
     found = np.asarray(pull_back(emb, IDS, upstream)).astype(np.float32)

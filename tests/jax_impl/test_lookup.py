@@ -32,7 +32,7 @@ def oracle(emb, ids):
         slower((8,), ("tp",), jnp.bfloat16),
     ],
 )
-def test_partials_are_the_oracles_and_sum_to_the_unsharded_lookup(mesh_of, rng, dtype, shape, names):
+def test_partials_are_the_oracles_and_sum_to_the_lookup(mesh_of, rng, dtype, shape, names):
     emb = ParallelVocabEmbedding(48, 6, mesh_of(shape, names), dtype=dtype)
     ids = np.concatenate([np.arange(-2, 50), rng.integers(0, 48, 60)]).reshape(4, -1)
     partials, expected = emb(ids), oracle(emb, ids)
@@ -61,7 +61,7 @@ def test_no_integer_dtype_narrows_in_jit(mesh_of, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, slower(np.uint64)])
-def test_64_bit_jax_ids_do_not_narrow_where_64_bit_mode_is_off(mesh_of, dtype):
+def test_64_bit_jax_ids_do_not_narrow_without_x64(mesh_of, dtype):
     mesh = mesh_of()
     emb = ParallelVocabEmbedding(24, 4, mesh)
     strict = ParallelVocabEmbedding(24, 4, mesh, invalid_ids="error")

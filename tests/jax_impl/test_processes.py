@@ -15,6 +15,7 @@ def start(port, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_of_two_devices(tmp_path):
     for attempt in range(3):
         with socket.socket() as probe:  # JAX takes a port, not a file: another program may take it before JAX does

@@ -225,7 +225,7 @@ def test_collectives_with_data_ranks(mesh_of):
     assert groups <= {"{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "mesh['dp'=2,'tp'=4] {'dp'}"}, groups
 
 
-def test_the_sequence_parallel_output_needs_no_further_collective(mesh_of):
+def test_sequence_parallel_output_needs_one_collective(mesh_of):
     mesh = mesh_of((4,))
     ids = on(mesh, np.arange(64, dtype=np.int32).reshape(4, 16))
     emb = layer_on(mesh, table_of(48, 6, np.float32), "reduce_scatter", "dense")

@@ -60,7 +60,7 @@ def test_donated_and_updated_in_place(emb):
     np.testing.assert_array_equal(step(emb).weight, before + 1)
 
 
-def test_inside_a_shard_map_over_its_own_axis_it_points_to_the_function(emb):
+def test_own_shard_map_is_refused_and_names_the_function(emb):
     mapped = jax.shard_map(lambda emb: emb(IDS), in_specs=(P("tp", None),), out_specs=P("tp"))
     with pytest.raises(ValueError, match="call jax_impl.functional.partial_lookup"):
         mapped(emb)
@@ -120,7 +120,7 @@ def test_the_pure_function_refuses_what_does_not_fit(mesh_of):
         run(table, VocabPartition(12, 3), ids=IDS.astype(np.float32))
 
 
-def test_the_pure_function_refuses_an_unchecked_shard_map_and_other_misuse(mesh_of):
+def test_pure_function_refuses_an_unchecked_shard_map(mesh_of):
     mesh, partition = mesh_of((3,)), VocabPartition(12, 3)
 
     def run(table, ids=IDS, axis_name="tp", tokens=(), check_vma=True, partition=partition):

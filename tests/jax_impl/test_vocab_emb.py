@@ -203,7 +203,7 @@ def test_what_cannot_be_pickled(mesh_of, tmp_path):
 @pytest.mark.parametrize(
     "transform", [lambda emb, ids: emb(ids), jax.grad(lambda emb, ids: emb(ids).sum())], ids=["forward", "gradient"]
 )
-def test_a_table_on_one_device_or_of_another_shape_names_with_weight(mesh_of, transform):
+def test_misplaced_table_names_with_weight(mesh_of, transform):
     emb = ParallelVocabEmbedding(12, 5, mesh_of((4,)))
     structure, ids = jax.tree.structure(emb), np.arange(12)
     misplaced = jax.tree.unflatten(structure, [jax.device_put(emb.weight, jax.devices()[0])])
@@ -225,26 +225,15 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
     ("arguments", "error", "match"),
     [
         ({"vocab_size": 50257}, ValueError, "50257 over world_size=8 .* is 50264"),
-        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
-        ({"vocab_size": 24.0}, TypeError, "vocab_size must be an integer"),
         ({"vocab_size": 2**31}, ValueError, "vocab_size must fit JAX's int32 indices"),
-        ({"emb_size": 0}, ValueError, "emb_size must be at least 1, got 0"),
         ({"mesh": "tp"}, TypeError, "mesh must be a jax.sharding.Mesh"),
         ({"axis_name": "model"}, ValueError, r"one of \('tp',\), got 'model'"),
         ({"axis_name": ("tp",)}, TypeError, "axis_name must be a string"),
-        ({"init_std": -1}, ValueError, "init_std must not be negative"),
-        ({"init_mean": float("inf")}, ValueError, "init_mean must be finite"),
-        ({"init_base_seed": 2**63}, ValueError, "init_base_seed"),
-        ({"init_base_seed": 1.5}, TypeError, "init_base_seed must be an integer"),
         ({"dtype": jnp.int32}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got int32"),
         ({"dtype": jnp.float8_e4m3fn}, TypeError, "dtype must be"),
         ({"dtype": "nonsense"}, TypeError, "dtype must be"),
         ({"dtype": jnp.float64}, ValueError, "float64 needs JAX's 64-bit mode"),
-        ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
-        ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
-        ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
         ({"key": jax.random.key(0), "init": "global"}, ValueError, "key takes the place of init_base_seed"),
         ({"key": jax.random.key(0), "init_base_seed": 7}, ValueError, "got init_base_seed=7 .*: leave these two out"),
     ],

@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from shared.proof.case import Case, CaseOptions, build_case
-from shared.tables.find_table import open_table
 
 
 @pytest.fixture
@@ -20,38 +19,6 @@ def table(tmp_path, rng):
 def refused(tmp_path, match, error=ValueError, **options):
     with pytest.raises(error, match=match):
         build_case(CaseOptions(**options), tmp_path)
-
-
-def test_the_only_table_in_a_file_is_found(table):
-    path, values = table
-    file = open_table(path)
-    assert (file.tensor, file.vocab_size, file.emb_size, file.dtype) == ("emb", 40, 4, "float32")
-    np.testing.assert_array_equal(file.rows(3, 9), values[3:9])
-    np.testing.assert_array_equal(np.concatenate(list(file.chunks(megabytes=0))), values)
-
-
-def test_rows_outside_the_table_are_refused(table):
-    for start, stop in ((-1, 3), (0, 41), (5, 4)):
-        with pytest.raises(IndexError, match="leave the table"):
-            open_table(table[0]).rows(start, stop)
-
-
-def test_an_unclear_choice_of_tensor_names_the_candidates(tmp_path):
-    save_file({"a": np.ones((2, 2)), "b": np.ones((2, 2))}, tmp_path / "two")
-    with pytest.raises(ValueError, match="pass tensor_name; .* in it: a, b"):
-        open_table(tmp_path / "two")
-    assert open_table(tmp_path / "two", "b").tensor == "b"
-    with pytest.raises(ValueError, match="no tensor 'c' in it; there are: a, b"):
-        open_table(tmp_path / "two", "c")
-
-
-def test_a_tensor_that_is_no_table_is_refused(table, tmp_path):
-    for name in ("bias", "steps"):
-        with pytest.raises(ValueError, match=f"tensor '{name}' must be a 2-D table"):
-            open_table(table[0], name)
-    save_file({"none": np.ones((0, 4))}, tmp_path / "empty")
-    with pytest.raises(ValueError, match="pass tensor_name"):
-        open_table(tmp_path / "empty")
 
 
 def test_a_given_table_is_used_where_it_is(table, tmp_path):

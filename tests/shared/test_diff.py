@@ -157,7 +157,7 @@ def test_sign_of_zero(make_record):
     assert comparison.max_ulp == 0
 
 
-def test_zeros_that_lost_their_sign_are_not_taken_for_rows_of_the_table(make_record, case):
+def test_negative_zeros_are_not_taken_for_table_rows(make_record, case):
     """A table with a row of -0.0 throughout must not make every hole of -0.0 look like that row."""
 
     def negate_holes(arrays):
@@ -276,7 +276,7 @@ def reduced_records(tmp_path, reduction, change):
     return case, {(c.what, c.rank): c for c in compare_records(*records) if c.differing}
 
 
-def test_a_chunk_of_the_sequence_is_named_by_its_place_in_all_of_it(tmp_path):
+def test_chunk_positions_are_those_of_the_whole_sequence(tmp_path):
     def zero(arrays):
         arrays["forward.1"][1, 1] = 0
 

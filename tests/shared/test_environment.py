@@ -10,7 +10,7 @@ LISTED = [(framework, since, name) for framework, since, _, names in environment
 
 
 @pytest.mark.parametrize(("framework", "since", "name"), LISTED, ids=[name for *_, name in LISTED])
-def test_a_listed_test_exists_and_is_skipped_before_its_version_only(framework, since, name, monkeypatch):
+def test_listed_tests_exist_and_are_skipped_by_version(framework, since, name, monkeypatch):
     path, _, function = name.partition("[")[0].partition("::")
     assert f"def {function}(" in (TESTS / path).read_text()
     monkeypatch.setattr(environment, "WITHOUT", frozenset())

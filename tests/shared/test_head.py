@@ -28,7 +28,7 @@ def test_blocks_cover_the_columns_in_order_and_are_narrow(size, world_size):
 
 
 @pytest.mark.parametrize("size", [48, 1000, 4096, 32000, 50304, 128256, 131072, 151936])
-def test_blocks_and_the_order_of_merging_do_not_depend_on_the_number_of_ranks(size):
+def test_blocks_and_merge_order_are_the_same_for_any_ranks(size):
     """Every rank merges the ranges of its blocks, then the ranks' are merged: the same tree, written as a text."""
 
     def merge(left, right):

@@ -81,7 +81,7 @@ def test_cast_rounds_once_and_tensor_is_renamed(tmp_path, rng, small_pieces, for
     assert open_table(tmp_path / form, vocab_size=30).tensor == "emb.weight"
 
 
-def test_existing_file_needs_force_and_existing_folder_is_never_replaced(tmp_path, table):
+def test_file_needs_force_and_folder_is_never_replaced(tmp_path, table):
     path, parts = tmp_path / "file.safetensors", tmp_path / "parts"
     convert_table(table, path)
     convert_table(table, parts, PARTITION)
@@ -136,7 +136,7 @@ def test_other_bad_arguments_are_refused(tmp_path, table):
         convert_table(table, tmp_path / "t.safetensors", dtype="int8")
 
 
-def test_link_stays_a_link_and_file_without_hard_links_is_renamed(tmp_path, table, monkeypatch):
+def test_links_are_kept_and_hard_links_are_optional(tmp_path, table, monkeypatch):
     (tmp_path / "there").mkdir()
     link = tmp_path / "link.safetensors"
     link.symlink_to(tmp_path / "there" / "real.safetensors")
@@ -303,7 +303,7 @@ for number in itertools.count(1):
 @pytest.mark.parametrize(
     ("form", "before"), [("file.safetensors", "A"), ("file.safetensors", "nothing"), ("parts", "nothing")]
 )
-def test_old_or_new_is_whole_whenever_it_is_stopped(tmp_path, rng, form, before, how):
+def test_old_or_new_file_is_whole_at_any_stop(tmp_path, rng, form, before, how):
     for name in "AB":
         table_of(tmp_path / f"{name}.safetensors", any_bits(rng, 30, 6, np.float16))
     (tmp_path / "place").mkdir()
@@ -478,7 +478,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reading_one_ranks_rows_takes_little_more_memory_than_they_do(tmp_path, dtype):
+def test_memory_of_reading_is_that_of_the_ranks_rows(tmp_path, dtype):
     rows, columns = 8 * 8192, 1024
     header = header_bytes("wte.weight", "float32", (rows, columns), {})
     with open(tmp_path / "table.safetensors", "wb") as file:

@@ -158,7 +158,7 @@ def check_data_parallel_over_the_own_ranks(wrapper, compiled):
 @pytest.mark.parametrize(
     ("wrapper", "compiled"), [("ddp", False), pytest.param("ddp", True, marks=pytest.mark.slow), ("fsdp", False)]
 )
-def test_data_parallelism_over_the_own_ranks_is_refused(world, wrapper, compiled):
+def test_data_parallelism_over_tensor_ranks_is_refused(world, wrapper, compiled):
     world(2)(check_data_parallel_over_the_own_ranks, wrapper, compiled)
 
 

@@ -199,7 +199,7 @@ def both(hidden, weight, targets, partition, **options):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("poison", [0.0, torch.nan, torch.inf])
-def test_ignored_targets_give_nothing_whatever_their_hidden_states_hold(reduction, poison):
+def test_ignored_targets_have_no_loss_and_no_gradient(reduction, poison):
     hidden, weight, targets, partition = case()
     hidden, weight, targets = tensor_of(hidden), tensor_of(weight), torch.from_numpy(targets)
     ignored = targets == -100
@@ -242,7 +242,7 @@ def test_special_logits():
     assert smoothed == inf
 
 
-def test_retained_graphs_untouched_inputs_and_no_second_derivative():
+def test_inputs_are_kept_and_second_derivatives_refused():
     hidden, weight, targets, partition = case()
     h, w, y = tensor_of(hidden).requires_grad_(), tensor_of(weight).requires_grad_(), torch.from_numpy(targets)
     before = [each.detach().clone() for each in (h, w, y)]

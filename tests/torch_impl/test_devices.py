@@ -43,7 +43,7 @@ def test_5000_equal_ids_do_not_saturate():
     assert torch.equal(emb.weight.grad[2].cpu(), torch.full((4,), 5000.0).bfloat16())
 
 
-def test_the_table_is_drawn_on_its_device_and_no_random_state_moves():
+def test_table_is_drawn_on_its_device_and_keeps_rng_state():
     before = torch.cuda.get_rng_state()
     emb = ParallelVocabEmbedding(24, 5, 1, 3, device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)

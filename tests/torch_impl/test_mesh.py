@@ -193,7 +193,7 @@ def check_one_row_path():
     assert layer_of(mesh_of(2), 7, device="meta")._longer is None
 
 
-def test_the_rows_have_a_row_of_zeros_behind_them_for_as_long_as_they_lie_there(world):
+def test_zero_row_lasts_as_long_as_the_rows_memory(world):
     world(2)(check_one_row_path)
 
 
@@ -305,7 +305,7 @@ def check_clipping(kind, vocab_size):
 
 @pytest.mark.parametrize("kind", ["torch", "ours", "fully_shard", "ours, fully_shard"])
 @pytest.mark.parametrize("vocab_size", [24, 23])
-def test_thirty_steps_with_clipping_are_those_of_the_unsharded_model(world, kind, vocab_size):
+def test_clipped_training_follows_the_unsharded_model(world, kind, vocab_size):
     world(4)(check_clipping, kind, vocab_size)
 
 
@@ -358,7 +358,7 @@ def check_load(folder, vocab_size, how, split=False):
 
 
 @pytest.mark.parametrize(("vocab_size", "how"), [(7, "stateful"), (8, "state_dict"), (5, "async_save")])
-def test_checkpoints_of_weight_and_optimizer_load_over_another_number_of_ranks(world, tmp_path, vocab_size, how):
+def test_checkpoints_load_over_another_number_of_ranks(world, tmp_path, vocab_size, how):
     world(4)(check_save, str(tmp_path), vocab_size, how)
     for ranks in (4, 3, 2):
         world(ranks)(check_load, str(tmp_path), vocab_size, how)

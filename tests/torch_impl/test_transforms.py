@@ -21,7 +21,7 @@ IDS = torch.tensor([[0, 5, 4, 12], [11, 5, -1, 7]])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rank", "padding_idx"), [(0, None), (1, None), (1, 5)])
-def test_compiled_without_a_graph_break_forward_and_backward(dtype, rank, padding_idx):
+def test_compiled_forward_and_backward_are_one_graph(dtype, rank, padding_idx):
     emb = ParallelVocabEmbedding(12, 4, rank, 3, dtype=dtype, padding_idx=padding_idx)
     compiled = torch.compile(emb, fullgraph=True)
     eager, traced = emb(IDS), compiled(IDS)
@@ -65,7 +65,7 @@ def test_compiled_with_any_number_of_ids():
         assert torch.equal(compiled(ids), emb(ids))
 
 
-def test_sparse_gradients_are_refused_by_a_compiler_and_lookups_are_not():
+def test_compiled_sparse_gradients_are_refused():
     emb = ParallelVocabEmbedding(12, 4, 1, 3, sparse=True)
     compiled = torch.compile(emb, fullgraph=True)
     with torch.no_grad():

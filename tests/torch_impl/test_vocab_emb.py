@@ -72,7 +72,7 @@ def test_the_callers_numpy_state_is_untouched_too():
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
-def test_reset_parameters_is_called_once_and_brings_the_table_back():
+def test_reset_parameters_is_called_once_and_repeats():
     class Counting(ParallelVocabEmbedding):
         calls = 0
 
@@ -108,7 +108,7 @@ def test_without_rank_and_group_it_is_the_whole_table():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_row_of_padding_idx_starts_as_zero_on_its_owner_alone(rank):
+def test_padding_idx_row_starts_as_zero_on_its_owner(rank):
     emb = ParallelVocabEmbedding(16, 3, rank, 2, padding_idx=9)
     plain = ParallelVocabEmbedding(16, 3, rank, 2)
     expected = plain.weight.detach().clone()
@@ -117,7 +117,7 @@ def test_the_row_of_padding_idx_starts_as_zero_on_its_owner_alone(rank):
     assert torch.equal(emb.weight, expected)
 
 
-def test_meta_device_then_to_empty_then_reset_gives_the_same_table():
+def test_meta_then_to_empty_then_reset_gives_the_table():
     emb = ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=8, device="meta")
     assert emb.weight.is_meta
     assert emb(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
@@ -150,27 +150,14 @@ def test_a_subclassed_conversion_keeps_it_working():
     ("arguments", "error", "match"),
     [
         ({"vocab_size": 50257, "rank": 0, "world_size": 8}, ValueError, "50257 over world_size=8 .* is 50264"),
-        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
-        ({"vocab_size": 24.0}, TypeError, "vocab_size must be an integer"),
-        ({"emb_size": 0}, ValueError, "emb_size must be at least 1, got 0"),
         ({"rank": 3, "world_size": 3}, ValueError, r"rank must be in .* \[0, 3\), got 3"),
         ({"rank": -1, "world_size": 3}, ValueError, r"rank must be in"),
         ({"rank": 1}, ValueError, "pass the world_size"),
         ({"world_size": 0}, ValueError, "world_size must be at least 1"),
         ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
-        ({"init_std": -1}, ValueError, "init_std must not be negative"),
-        ({"init_mean": float("nan")}, ValueError, "init_mean must be finite"),
-        ({"init_std": "1e"}, TypeError, "init_std must be a number"),
-        ({"init_base_seed": 2**63}, ValueError, "init_base_seed"),
-        ({"init_base_seed": 1.5}, TypeError, "init_base_seed must be an integer"),
         ({"dtype": torch.int64}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got torch.int64"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be"),
-        ({"padding_idx": 24}, ValueError, r"padding_idx must be an id .* \[0, 24\), got 24"),
-        ({"padding_idx": -1}, ValueError, "padding_idx must be an id"),
-        ({"padding_idx": 1.0}, TypeError, "padding_idx must be an integer"),
-        ({"invalid_ids": "clamp"}, ValueError, "invalid_ids must be 'zero' or 'error', got 'clamp'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
-        ({"init": "ones"}, ValueError, "init must be 'per_rank' or 'global', a callable or None, got 'ones'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, match):

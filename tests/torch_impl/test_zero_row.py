@@ -189,13 +189,13 @@ def test_tied_tables_are_saved_and_loaded(tmp_path):
         assert torch.equal(loaded[name](torch.arange(12)), saved["emb"].weight)
 
 
-def test_a_graph_that_is_written_down_reads_the_weight_it_is_given():
+def test_make_fx_graph_reads_the_weight_it_is_given():
     emb, other = layer(), torch.randn(8, 5)
     written = make_fx(lambda weight, ids: partial_lookup(weight, ids, emb.partition, 1))(emb.weight.detach(), IDS)
     assert torch.equal(written(other, IDS.flip(0)), expected(other, IDS.flip(0)))
 
 
-def test_a_graph_of_a_module_reads_the_weight_it_is_given():
+def test_make_fx_graph_of_a_module_reads_its_weight():
     emb, other = layer(), torch.randn(8, 5)
     written = make_fx(lambda weight, ids: torch.func.functional_call(emb, {"weight": weight}, (ids,)))(emb.weight, IDS)
     assert torch.equal(written(other, IDS.flip(0)), expected(other, IDS.flip(0)))
