@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shared.cli.console import output, print_json
-from shared.proof.console_report import print_report
+from shared.cli.terminal_report import print_report
 from shared.proof.html_report import as_html
 from shared.proof.markdown_report import as_markdown
 from shared.proof.record import writable_file
