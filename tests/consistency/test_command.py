@@ -120,7 +120,7 @@ def test_impossible_reductions_are_refused(capsys, tmp_path):
     ids = ["--ids", str(tmp_path / "ids.npy"), "--reduction", "reduce_scatter"]
     refused(capsys, "4 positions along dimension 1, which leaves 1 over with --world-size 3", "compare", *SMALL, *ids)
     refused(capsys, "--seq-dim must name a dimension of the ids", "compare", *SMALL, *ids, "--seq-dim", "2")
-    refused(capsys, "--exchange says how a reduction's rows travel", "compare", *SMALL, "--exchange", "dense")
+    refused(capsys, "--exchange dense needs a reduction, got none", "compare", *SMALL, "--exchange", "dense")
     refused(capsys, "invalid choice: 'sum'", "compare", *SMALL, "--reduction", "sum")
 
 

@@ -135,7 +135,7 @@ def test_text_becomes_ids(table, tmp_path):
 
 
 def test_other_options_out_of_range_are_refused(tmp_path):
-    refused(tmp_path, "--tensor names a tensor of --weights", tensor="x")
+    refused(tmp_path, "--tensor needs --weights", tensor="x")
     refused(tmp_path, "vocab_size must be at least 1", vocab_size=0)
     refused(tmp_path, "emb_size must be at least 1", vocab_size=8, emb_size=-1)
     refused(tmp_path, "padding_idx must be an id", vocab_size=16, emb_size=2, padding_idx=16)
