@@ -310,7 +310,7 @@ def test_compare_over_padded_ranks_from_parts(capsys, tmp_path):
         ("go together", ["--text", "README.md"]),
         ("--seed must not be negative", ["--seed", "-1"]),
         ("--backends takes torch and jax, separated by a comma; got 'mlx'", ["--backends", "mlx"]),
-        ("--backends names one twice", ["--backends", "torch,torch"]),
+        ("--backends must name each backend once", ["--backends", "torch,torch"]),
         ("--padding-idx must be an id", ["--padding-idx", "96"]),
     ],
 )
@@ -336,7 +336,7 @@ def test_record_is_replaced_with_force_only(capsys, tmp_path):
     path = tmp_path / "oracle.record"
     path.write_bytes(b"mine")
     command = ["record", "--backend", "oracle", "-o", str(path), *SMALL]
-    refused(capsys, "is there already: choose another name, or add --force", *command)
+    refused(capsys, "exists: choose another name, or add --force", *command)
     assert path.read_bytes() == b"mine"
     assert main([*command, "--force"]) == 0
     assert path.read_bytes() != b"mine"

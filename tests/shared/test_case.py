@@ -130,7 +130,7 @@ def test_text_becomes_ids(table, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
     (tmp_path / "text").write_text("a")
     refused(tmp_path, "not a tokenizer.json", **both)
-    refused(tmp_path, "go together", weights=table[0], text=tmp_path / "text")
+    refused(tmp_path, "need each other", weights=table[0], text=tmp_path / "text")
     refused(tmp_path, "choose one", ids=tmp_path / "ids.npy", **both)
 
 
