@@ -307,7 +307,7 @@ def test_compare_over_padded_ranks_from_parts(capsys, tmp_path):
         ("--world-size must be at least 1", ["--world-size", "0"]),
         ("invalid choice: 'int8'", ["--dtype", "int8"]),
         ("not a readable .npy file", ["--ids", "nowhere.npy"]),
-        ("go together", ["--text", "README.md"]),
+        ("need each other", ["--text", "README.md"]),
         ("--seed must not be negative", ["--seed", "-1"]),
         ("--backends takes torch and jax, separated by a comma; got 'mlx'", ["--backends", "mlx"]),
         ("--backends must name each backend once", ["--backends", "torch,torch"]),
@@ -343,7 +343,7 @@ def test_record_is_replaced_with_force_only(capsys, tmp_path):
 
 
 def test_seq_dim_needs_reduce_scatter(capsys):
-    refused(capsys, "--seq-dim needs --reduction reduce_scatter, got none", "compare", "--seq-dim", "0")
+    refused(capsys, "--seq-dim needs a reduction that splits the ids, got none", "compare", "--seq-dim", "0")
 
 
 def test_short_names_of_dtypes(capsys):
