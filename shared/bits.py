@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
@@ -35,14 +33,14 @@ STORED_DTYPES = {
 """Dtypes of a table in a file, by name; a layer reads float8 only with a cast."""
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
+def dtype_named(name: str) -> np.dtype:
     """Dtype of a name in ``DTYPES``."""
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 
-def cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Round to ``dtype`` once; return ``values`` itself if it has that dtype.
 
     Values out of range become infinity, or NaN where the dtype has no infinity.

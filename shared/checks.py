@@ -59,17 +59,17 @@ def printable(text: str) -> str:
     return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
 
 
-def as_int(name: str, value: Any) -> int:
+def as_int(name: str, value: object) -> int:
     """Convert an integer of any type to int; refuse bools and floats."""
     if not isinstance(value, bool):
         try:
-            return operator.index(value)
+            return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             pass
     raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
 
 
-def check_size(name: str, value: Any) -> int:
+def check_size(name: str, value: object) -> int:
     """Validate a count: an integer of at least 1."""
     size = as_int(name, value)
     if size < 1:
@@ -77,7 +77,7 @@ def check_size(name: str, value: Any) -> int:
     return size
 
 
-def check_rank(rank: Any, world_size: int) -> int:
+def check_rank(rank: object, world_size: int) -> int:
     """Validate a rank: an integer in ``[0, world_size)``."""
     number = as_int("rank", rank)
     if not 0 <= number < world_size:
@@ -87,7 +87,7 @@ def check_rank(rank: Any, world_size: int) -> int:
     return number
 
 
-def check_seed(init_base_seed: Any, world_size: int) -> int:
+def check_seed(init_base_seed: object, world_size: int) -> int:
     """Validate rank 0's seed; ``init_base_seed + rank`` must lie in ``[-2**63, 2**63)`` for every rank."""
     seed = as_int("init_base_seed", init_base_seed)
     if not -SEED_LIMIT <= seed <= SEED_LIMIT - world_size:
@@ -98,12 +98,12 @@ def check_seed(init_base_seed: Any, world_size: int) -> int:
     return seed
 
 
-def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
+def check_normal(init_mean: object, init_std: object) -> tuple[float, float]:
     """Validate mean and standard deviation: finite numbers, the latter not negative."""
     values = []
     for name, value in (("init_mean", init_mean), ("init_std", init_std)):
         try:
-            number = float(value)
+            number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
         except OverflowError:
@@ -116,14 +116,14 @@ def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Validate a word out of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return choices[choices.index(value)]  # a plain str, also for a subclass of str
 
 
-def check_init(value: Any) -> Any:
+def check_init(value: object) -> Any:
     """Validate an initialisation: one of ``INITS``, a callable, or None."""
     if value is None or callable(value):
         return value
@@ -132,14 +132,14 @@ def check_init(value: Any) -> Any:
     return INITS[INITS.index(value)]
 
 
-def check_flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: object) -> bool:
     """Validate a flag: a bool, not merely something truthy."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def check_padding_idx(padding_idx: Any, vocab_size: int) -> int | None:
+def check_padding_idx(padding_idx: object, vocab_size: int) -> int | None:
     """Validate ``padding_idx``: None or an id of the whole vocabulary."""
     if padding_idx is None:
         return None
@@ -149,12 +149,12 @@ def check_padding_idx(padding_idx: Any, vocab_size: int) -> int | None:
     return index
 
 
-def table_dtype_error(dtype: Any) -> TypeError:
+def table_dtype_error(dtype: object) -> TypeError:
     """TypeError for an unsupported dtype of a table."""
     return TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def ids_type_error(given: Any, expected: str) -> TypeError:
+def ids_type_error(given: object, expected: str) -> TypeError:
     """TypeError for ids that are not integers; ``given`` is their type or dtype."""
     return TypeError(f"ids must be {expected} of an integer dtype, got {given}; convert them first")
 

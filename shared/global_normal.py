@@ -10,7 +10,6 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def normal_rows(
     start: int,
     stop: int,
     emb_size: int,
-    dtype: np.dtype[Any],
+    dtype: np.dtype,
     seed: int,
     mean: float = 0.0,
     std: float = 1.0,

@@ -197,7 +197,7 @@ class LossOptions:
             object.__setattr__(self, name, value)
 
 
-def check_softcap(softcap: Any) -> float | None:
+def check_softcap(softcap: object) -> float | None:
     """Validate the bound of the logits: a finite number above 0, or None."""
     if softcap is None:
         return None
@@ -207,7 +207,7 @@ def check_softcap(softcap: Any) -> float | None:
     return number
 
 
-def check_top_k(k: Any, vocab_size: int) -> int:
+def check_top_k(k: object, vocab_size: int) -> int:
     """Validate ``k``, a number of ids in ``[1, vocab_size]``."""
     number = as_int("k", k)
     if not 1 <= number <= vocab_size:
@@ -260,17 +260,17 @@ def invalid_target_error(value: int, position: Sequence[int], vocab_size: int, i
     )
 
 
-def targets_type_error(given: Any, expected: str) -> TypeError:
+def targets_type_error(given: object, expected: str) -> TypeError:
     """TypeError for targets that are not integers; ``given`` is their type or dtype."""
     return TypeError(f"targets must be {expected} of an integer dtype, got {given}; convert them first")
 
 
-def logits_dtype_error(name: str, dtype: Any, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
+def logits_dtype_error(name: str, dtype: object, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
     """TypeError for an unsupported dtype of logits, hidden states or tables."""
     return TypeError(f"{name} must be {legal}, got {dtype}")
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)

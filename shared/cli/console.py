@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,7 +26,7 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
 
 
-def print_json(command: str, value: dict[str, Any]) -> None:
+def print_json(command: str, value: Mapping[str, object]) -> None:
     """Print a result as one JSON document that follows ``schema.json``."""
     document = {"schema_version": SCHEMA_VERSION, "command": command, **value}
     print(json.dumps(document, indent=2, allow_nan=False))

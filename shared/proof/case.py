@@ -252,7 +252,7 @@ def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tupl
 
 
 def _write_table(
-    folder: Path, chunks: Iterator[np.ndarray], shape: tuple[int, int], dtype: np.dtype[Any], progress: Progress
+    folder: Path, chunks: Iterator[np.ndarray], shape: tuple[int, int], dtype: np.dtype, progress: Progress
 ) -> TableFile:
     path = folder / "weights.safetensors"
     table, filled = np.empty(shape, dtype), 0

@@ -6,7 +6,6 @@ They come from raw Philox bits: streams of a library's distributions may change 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ __all__ = ["exact_gradient", "special_rows", "table_chunks", "zipf_ids"]
 _ROWS = 4096
 
 
-def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype[Any], seed: int) -> Iterator[np.ndarray]:
+def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> Iterator[np.ndarray]:
     """Yield a generated table in chunks of rows: multiples of 2**-15 in [-1, 1), rounded to ``dtype``.
 
     The ``special_rows`` hold NaN, infinities and -0.0. No number is subnormal: XLA flushes these when it adds on a CPU.
@@ -59,7 +58,7 @@ def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np
     return ids.reshape(shape)
 
 
-def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype[Any], seed: int) -> np.ndarray:
+def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype, seed: int) -> np.ndarray:
     """Generate a gradient, ``[*ids.shape, e]``, whose sums over equal ids are exact in any order.
 
     Its values are multiples of 1/128 in [-1, 1), or of a coarser step where one id is very frequent. Every partial sum is

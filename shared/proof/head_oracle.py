@@ -6,9 +6,9 @@ It holds ``[tokens, vocab]`` in memory. Shape suffixes: T tokens, V padded colum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.head import LossOptions
 
@@ -63,9 +63,9 @@ def loss(
     targets: np.ndarray,
     vocab_size: int,
     options: LossOptions | None = None,
-    grad_loss: Any = 1.0,
-    grad_lse: Any = 0.0,
-    grad_logprobs: Any = 0.0,
+    grad_loss: npt.ArrayLike = 1.0,
+    grad_lse: npt.ArrayLike = 0.0,
+    grad_logprobs: npt.ArrayLike = 0.0,
 ) -> HeadLoss:
     """Cross entropy of ``hidden @ weight.T`` against the targets, and its gradients.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.ids import widen
 from shared.partition import VocabPartition
@@ -13,7 +13,7 @@ from shared.partition import VocabPartition
 __all__ = ["accumulation_dtype", "partial_lookup", "sum_partials", "weight_grad"]
 
 
-def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
+def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
     """Dtype of gradient sums: float32 for 16-bit tables, else the table's own."""
     dtype = np.dtype(dtype)
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype

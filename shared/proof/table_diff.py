@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -184,7 +183,7 @@ class _Pair:
         )
 
 
-def _precision(dtype: np.dtype[Any]) -> tuple[int, int]:
+def _precision(dtype: np.dtype) -> tuple[int, int]:
     return dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)
 
 

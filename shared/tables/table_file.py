@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -121,7 +120,7 @@ class TableFile:
             hashes.append(row_hashes(chunk))
         return digest.hexdigest(), np.concatenate(hashes)
 
-    def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype[Any]) -> np.ndarray:
+    def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype) -> np.ndarray:
         """Read the rows of ``rank``, ``[n, e]``, cast to ``dtype``; padding rows are zero."""
         start, stop = partition.owned_range(rank)
         size = partition.rows_per_rank * self.emb_size * dtype.itemsize
