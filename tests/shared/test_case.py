@@ -131,7 +131,7 @@ def test_text_becomes_ids(table, tmp_path):
     (tmp_path / "text").write_text("a")
     refused(tmp_path, "not a tokenizer.json", **both)
     refused(tmp_path, "need each other", weights=table[0], text=tmp_path / "text")
-    refused(tmp_path, "choose one", ids=tmp_path / "ids.npy", **both)
+    refused(tmp_path, "give ids in one way", ids=tmp_path / "ids.npy", **both)
 
 
 def test_other_options_out_of_range_are_refused(tmp_path):
