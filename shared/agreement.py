@@ -61,7 +61,7 @@ def disagreement(facts: Sequence[dict[str, str]], member: str = "rank", members:
 
 
 def ids_disagreement(ids: Sequence[np.ndarray]) -> str | None:
-    """Describe the first position, in row-major order, at which ids of one shape differ; None if all agree."""
+    """Describe the first position at which ids differ; None if all agree."""
     unequal = np.any([other != ids[0] for other in ids[1:]], axis=0)
     if not unequal.any():
         return None

@@ -54,7 +54,7 @@ def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _rounded_to_odd(values: np.ndarray) -> np.ndarray:
-    """Cast float64 to float32, rounding inexact values to odd, so that a second rounding is exact.
+    """Cast float64 to float32, rounding to odd; a second rounding is exact.
 
     Source: Boldo and Melquiond, Emulation of a FMA and correctly rounded sums (2008).
     """
@@ -71,13 +71,13 @@ def unsigned_view(values: np.ndarray) -> np.ndarray:
 
 
 def canonical_nan(values: np.ndarray) -> np.ndarray:
-    """Replace every NaN by the same one: its payload after arithmetic is unspecified."""
+    """Replace every NaN by the same one: arithmetic leaves payloads unspecified."""
     nan = np.isnan(values)
     return np.where(nan, np.array(np.nan, values.dtype), values) if nan.any() else values
 
 
 def ordered_integers(values: np.ndarray) -> np.ndarray:
-    """Map floats to int64 in the same order, neighbours one apart and both zeros to 0.
+    """Map floats to int64 in order: neighbours one apart, both zeros 0.
 
     Example:
         >>> import numpy as np
@@ -91,7 +91,9 @@ def ordered_integers(values: np.ndarray) -> np.ndarray:
 
 
 def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance in representable values, as float64; NaN where either is NaN. Exact below 2**53.
+    """Distance in representable values; NaN where either side is NaN.
+
+    The result is float64, exact below 2**53.
 
     Example:
         >>> import numpy as np
@@ -108,7 +110,7 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def row_hashes(values: np.ndarray) -> np.ndarray:
-    """Hash each row's bits to uint64, to recognise rows of a table; not cryptographic."""
+    """Hash each row's bits to uint64; not cryptographic."""
     rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.shape[1] * values.dtype.itemsize)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
     multipliers = np.random.Philox(0).random_raw(rows.shape[1]) | np.uint64(1)

@@ -82,13 +82,13 @@ def check_rank(rank: object, world_size: int) -> int:
     number = as_int("rank", rank)
     if not 0 <= number < world_size:
         raise ValueError(
-            f"rank must be in [0, world_size) = [0, {world_size}), got {number}; negative ranks do not count from the end"
+            f"rank must be in [0, world_size) = [0, {world_size}), got {number}; correct the rank or the world_size"
         )
     return number
 
 
 def check_seed(init_base_seed: object, world_size: int) -> int:
-    """Validate rank 0's seed; ``init_base_seed + rank`` must lie in ``[-2**63, 2**63)`` for every rank."""
+    """Validate rank 0's seed; every rank's must be in ``[-2**63, 2**63)``."""
     seed = as_int("init_base_seed", init_base_seed)
     if not -SEED_LIMIT <= seed <= SEED_LIMIT - world_size:
         raise ValueError(
@@ -155,7 +155,7 @@ def table_dtype_error(dtype: object) -> TypeError:
 
 
 def ids_type_error(given: object, expected: str) -> TypeError:
-    """TypeError for ids that are not integers; ``given`` is their type or dtype."""
+    """TypeError for ids that are not integers, with their type or dtype."""
     return TypeError(f"ids must be {expected} of an integer dtype, got {given}; convert them first")
 
 

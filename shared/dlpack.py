@@ -18,7 +18,7 @@ __all__ = [
 
 
 def check_copy(copy: bool | None) -> bool | None:
-    """Validate ``copy`` of the array API standard: None copies if needed, False never, True always."""
+    """Validate ``copy``: None copies if needed, False never, True always."""
     if copy is not None and not isinstance(copy, bool):
         raise TypeError(f"copy must be None, True or False, got {copy!r}")
     return copy
@@ -41,7 +41,7 @@ def dtype_name(array: Any) -> str:
 
 
 def address(array: Any) -> int | None:
-    """Address of an array's first element; None if its library does not expose it."""
+    """Address of an array's first element; None if unknown."""
     if isinstance(array, np.ndarray):
         return array.ctypes.data
     for name in ("data_ptr", "unsafe_buffer_pointer"):
@@ -51,7 +51,7 @@ def address(array: Any) -> int | None:
 
 
 def exportable(array: Any) -> Any:
-    """View a NumPy array of an ml_dtypes dtype as unsigned integers, which NumPy can export.
+    """View ml_dtypes arrays as unsigned integers, which NumPy can export.
 
     Example:
         >>> import ml_dtypes

@@ -1,4 +1,4 @@
-"""Normally distributed rows, each a function of seed and row number, bit-identical on every machine.
+"""Normally distributed rows, bit-identical on every machine.
 
 NumPy's log, sin and cos differ in the last bit between processors. They are polynomials here, built from operations that
 IEEE 754 defines exactly: ``+ - * /`` and the square root, never fused.
@@ -42,7 +42,7 @@ def normal_rows(
     std: float = 1.0,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows ``[start, stop)`` of a normally distributed table in which row i depends on ``(seed, i)`` only.
+    """Normally distributed rows ``[start, stop)``; row i depends on ``(seed, i)`` only.
 
     Each row has its own Philox counter. Box-Muller in float64 turns two words into two numbers. ``mean + std * number`` is
     rounded once, to ``dtype``. Work is spread over the available CPUs, in blocks of bounded memory.
@@ -180,7 +180,7 @@ def _cos_sin(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _polynomial(coefficients: list[float], x: np.ndarray) -> np.ndarray:
-    """Evaluate ``c[0] + c[1] * x + c[2] * x**2 + ...`` by Horner's rule."""
+    """Evaluate ``c[0] + c[1]*x + c[2]*x**2 + ...`` by Horner's rule."""
     total = x * coefficients[-1]
     for coefficient in coefficients[-2:0:-1]:
         total += coefficient

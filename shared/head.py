@@ -1,4 +1,4 @@
-"""Options of the loss, and blocks of logits that are the same for different numbers of ranks.
+"""Options of the loss, and blocks of logits with a fixed order.
 
 A *column* of the logits is a row of the table. Logits are computed block by block. Each block yields a few numbers per
 token, which are merged in the order of a fixed tree.
@@ -93,7 +93,7 @@ class ColumnBlocks:
         return cls(partition.rows_per_rank // group, pieces, group, -(-group // pieces))
 
     def ranges(self, columns: int) -> list[list[tuple[int, int]]]:
-        """Half-open ranges of the rank's columns, group by group, cut off at ``columns``; some may be empty."""
+        """Half-open column ranges, group by group; empty from ``columns`` on."""
 
         def cut(start: int, stop: int) -> tuple[int, int]:
             return min(start, columns), min(stop, columns)
@@ -108,7 +108,7 @@ class ColumnBlocks:
 
 
 def tree_size(count: int) -> int:
-    """Least power of two >= ``count``: the number of leaves of the tree.
+    """Least power of two >= ``count``: leaves of the tree.
 
     Example:
         >>> from shared.head import tree_size
@@ -198,7 +198,7 @@ class LossOptions:
 
 
 def check_softcap(softcap: object) -> float | None:
-    """Validate the bound of the logits: a finite number above 0, or None."""
+    """Validate ``softcap``: a finite number above 0, or None."""
     if softcap is None:
         return None
     number = _number("softcap", softcap)
@@ -216,7 +216,7 @@ def check_top_k(k: object, vocab_size: int) -> int:
 
 
 def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: int) -> None:
-    """Refuse shapes of hidden states and weight that do not match each other or the partition."""
+    """Refuse shapes of hidden states and weight that do not match."""
     if len(weight) != 2 or weight[0] != rows_per_rank:
         raise ValueError(f"weight must hold the rank's own rows, [{rows_per_rank}, emb_size], got {tuple(weight)}")
     if len(hidden) < 1 or hidden[-1] != weight[1]:
@@ -224,7 +224,7 @@ def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: in
 
 
 def check_logits_width(width: int, partition: VocabPartition) -> None:
-    """Refuse logits that are not the rank's own columns: gathered logits would count once per rank."""
+    """Refuse gathered logits: every rank would count them."""
     if width != partition.rows_per_rank:
         raise ValueError(
             f"logits must have the rank's own {partition.rows_per_rank} columns, got {width}, with vocab_size="
@@ -240,13 +240,13 @@ def check_uniform(valid: bool) -> None:
 
 
 def check_targets_shape(given: Sequence[int], tokens: Sequence[int], source: str, name: str = "targets") -> None:
-    """Refuse targets of another shape than ``tokens``, the leading shape of the argument ``source``."""
+    """Refuse targets of another shape than ``tokens``, taken from ``source``."""
     if tuple(given) != tuple(tokens):
         raise ValueError(f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}")
 
 
 def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int) -> None:
-    """Raise IndexError for the first target outside ``[0, vocab_size)`` that is not ``ignore_index``."""
+    """Raise IndexError for the first invalid target other than ``ignore_index``."""
     if found := first_invalid(np.where(targets == ignore_index, 0, targets), vocab_size):
         raise invalid_target_error(*found, vocab_size, ignore_index)
 
@@ -261,7 +261,7 @@ def invalid_target_error(value: int, position: Sequence[int], vocab_size: int, i
 
 
 def targets_type_error(given: object, expected: str) -> TypeError:
-    """TypeError for targets that are not integers; ``given`` is their type or dtype."""
+    """TypeError for targets that are not integers, with their type or dtype."""
     return TypeError(f"targets must be {expected} of an integer dtype, got {given}; convert them first")
 
 

@@ -12,7 +12,7 @@ __all__ = ["Ids", "IdsT", "check_ids_valid", "first_invalid", "widen"]
 
 
 class Ids(Protocol):
-    """Integers with array operators: a NumPy array, torch tensor, JAX array or tracer, or a Python int."""
+    """NumPy array, torch tensor, JAX array, tracer or int of ids."""
 
     def __add__(self, other: Any, /) -> Any: ...
     def __sub__(self, other: Any, /) -> Any: ...
@@ -58,7 +58,7 @@ def widen(ids: IdsT) -> IdsT:
 
 
 def first_invalid(ids: np.ndarray, vocab_size: int) -> tuple[int, tuple[int, ...]] | None:
-    """First id outside ``[0, vocab_size)`` in row-major order, with its position; None if all are valid.
+    """First invalid id in row-major order, with its position; or None.
 
     Example:
         >>> import numpy as np

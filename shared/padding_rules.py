@@ -18,7 +18,7 @@ RULE_HELP = (
 
 
 def padded_by_rule(rule: str | None, vocab_size: int, world_size: int) -> int | None:
-    """Padded size by a rule: a number of rows, ``even``, ``multiple-of:M``, ``M*w``; None for None.
+    """Padded size by a rule of the command line; None for None.
 
     Raises:
         ValueError: the rule is none of these.

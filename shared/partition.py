@@ -16,7 +16,7 @@ __all__ = ["PaddedSize", "VocabPartition", "pad_vocab_size"]
 if TYPE_CHECKING:
 
     class PaddedSize:
-        """Type of a field that takes a size, ``"even"`` or None, and holds an int once validated."""
+        """Field that takes an int, ``"even"`` or None and holds an int."""
 
         def __get__(self, instance: object, owner: type | None = None) -> int: ...
         def __set__(self, instance: object, value: int | str | None) -> None: ...
@@ -113,7 +113,7 @@ class VocabPartition:
         return min(start, self.vocab_size), min(start + self.rows_per_rank, self.vocab_size)
 
     def start(self, rank: IdsT) -> IdsT:
-        """First row of ``rank``; a rank given as a number is range-checked, a tensor or tracer is not."""
+        """First row of ``rank``; only a number is range-checked."""
         number: Any = rank
         if isinstance(number, np.generic) or not hasattr(number, "dtype"):
             number = check_rank(number, self.world_size)
@@ -126,7 +126,7 @@ class VocabPartition:
         return self.start(rank) + self.rows_per_rank
 
     def locate(self, ids: IdsT, rank: Ids) -> tuple[IdsT, IdsT]:
-        """Find each id's row in the table of ``rank``, and whether the rank owns it.
+        """Find each id's row on ``rank``, and whether the rank owns it.
 
         Args:
             ids: any shape and integer dtype.

@@ -1,4 +1,4 @@
-"""Chunks of the sequence dimension, one per rank, and the rows that each chunk needs."""
+"""Chunks of the sequence dimension, one per rank."""
 
 from __future__ import annotations
 

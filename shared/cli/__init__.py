@@ -32,7 +32,7 @@ for the others; the ranks' results sum to the embedding.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 equal or done, 1 different, 2 bad input."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

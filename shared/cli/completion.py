@@ -22,7 +22,7 @@ exit status: 0 done, 2 shtab is not installed"""
 
 
 def add_parser(commands: Commands, whole: argparse.ArgumentParser) -> None:
-    """Add ``pve completion`` to the commands; ``whole`` is the parser of all commands."""
+    """Add ``pve completion``, which completes the parser ``whole``, to the commands."""
     summary = "a script by which a shell completes pve"
     parser = add_command(commands, "completion", summary, _DESCRIPTION, lambda options: _run(options, whole))
     parser.add_argument("shell", choices=_SHELLS, help="the shell")

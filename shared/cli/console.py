@@ -22,7 +22,7 @@ Steps = Callable[[str], Callable[[str, int, int], None]]
 
 
 def output() -> Console:
-    """Console on standard output, 110 columns wide where it is not a terminal."""
+    """Console on standard output, 110 columns wide if not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
 
 
@@ -33,14 +33,14 @@ def print_json(command: str, value: Mapping[str, object]) -> None:
 
 
 def fail(message: str) -> int:
-    """Print an error in one line and return the exit status for bad input."""
+    """Print an error in one line and return exit status 2."""
     print(f"pve: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def progress_steps() -> Iterator[Steps]:
-    """Show progress bars, one per step, on standard error if it is a terminal; clear them at the end."""
+    """Show a progress bar per step, while standard error is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.fields[name]:>10}"),

@@ -92,7 +92,7 @@ def _version(package: str) -> str | None:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    """Devices that a backend sees, or why it has none; asked in another process, since drivers can crash."""
+    """Ask a backend for its devices in another process: drivers can crash."""
     if not is_installed(name):
         return {"devices": [], "error": "not installed"}
     command = [sys.executable, "-m", f"{name}_impl.devices"]

@@ -16,7 +16,7 @@ _SHOWN = 3
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Print title and notes, a table of results, the differing rows and the verdict."""
+    """Print title, notes, results per rank, differing rows and verdict."""
 
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=True)
@@ -41,7 +41,7 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _overview(report: Report) -> Table:
-    """One row per rank: owned ids, nonzero rows, and whether each pair of sides agrees."""
+    """One row per rank: owned ids, nonzero rows, result of each pair."""
     pairs, table = report.pairs(), Table()
     for column in ("rank", "owns ids", *report.arrays.values()):
         table.add_column(column, justify="right")

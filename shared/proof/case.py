@@ -1,4 +1,4 @@
-"""Cases for the backends to compute: table, ids and gradient of the embedding, in files."""
+"""Inputs of a comparison: table, ids and gradient, in files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class CaseOptions:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """Facts of a case, independent of its files. Each option of ``config`` is an attribute too.
+    """Facts of a case, independent of its files.
+
+    Each option of ``config`` is an attribute too.
 
     Attributes:
         config: options of the layers.
@@ -88,13 +90,17 @@ class CaseFacts:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All facts and the options of the lookup, by name, as plain values."""
+        """Facts and options of the lookup, by name, as plain values."""
         own = {each.name: getattr(self, each.name) for each in fields(CaseFacts) if each.name != "config"}
         return {**{name: getattr(self.config, name) for name in LOOKUP_OPTIONS}, **own}
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any], **more: Any) -> Self:
-        """Restore from ``facts`` after JSON; KeyError, TypeError or ValueError if they are incomplete or invalid."""
+        """Restore from ``facts`` after JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: facts are missing or invalid.
+        """
         known = {name: stored.pop(name) for name in LOOKUP_OPTIONS}
         shape = tuple(stored.pop("ids_shape"))
         return cls(config=EmbeddingConfig(**known), ids_shape=shape, **stored, **more)
@@ -119,7 +125,7 @@ class CaseFacts:
         return np.ascontiguousarray(np.split(array, self.world_size, axis=dim)[rank])
 
     def whole_of(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Concatenate the ranks' parts; return the first where all ranks have the whole."""
+        """Concatenate the ranks' parts, unless each is the whole."""
         if not self.in_chunks:
             return parts[0]
         return np.concatenate(parts, axis=resolve_seq_dim(len(self.ids_shape), self.seq_dim))

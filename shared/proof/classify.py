@@ -52,7 +52,10 @@ class Side:
 
 
 def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
-    """Id whose row each row is, preferring ``ids``, then their neighbours, then any; -1 for none."""
+    """Find the id of each row by its hash; -1 for none.
+
+    Of several ids, the one in ``ids`` is taken, else a neighbour of it, else any.
+    """
     hashes, known = row_hashes(side.values), side.reference
     order = np.argsort(known, kind="stable")
     slot = np.minimum(np.searchsorted(known[order], hashes), len(known) - 1)
@@ -75,7 +78,7 @@ def classify(
     padding_idx: int | None,
     expected: np.ndarray,
 ) -> np.ndarray:
-    """Classify each differing row as the first of ``KINDS`` that fits, in the order tried here.
+    """Classify each differing row as the first kind that fits.
 
     Args:
         ids: id of each row, ``[k]``.
@@ -120,7 +123,7 @@ def classify(
 
 
 def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Whether each row differs only in elements that are subnormal on one side and zero on the other."""
+    """Whether each row differs only by subnormals flushed to zero."""
     smallest_normal = ml_dtypes.finfo(left.dtype).smallest_normal
     found, step = np.empty(len(left), bool), rows_at_once(left)
     for start in range(0, len(left), step):

@@ -140,7 +140,10 @@ class Differences:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-    """Largest ULP and absolute distance of each row, NaN where all elements are, and the histogram ``ulps``."""
+    """Largest ULP and absolute distance of each row, and ``Comparison.ulps``.
+
+    A row whose elements are all NaN on a side has distance NaN.
+    """
     ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
     step = rows_at_once(a)
     for start in range(0, len(a), step):

@@ -22,7 +22,7 @@ _CHUNK = 1024
 def compare_records(
     left: Record, right: Record, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[Comparison]:
-    """Compare every rank's forward and gradient, then the sum and the whole gradient.
+    """Compare each rank's forward and gradient, the sum and the whole gradient.
 
     Each rank's forward is compared bit for bit. In the sum and in gradients, any NaN equals any other: arithmetic does not
     specify the NaN it returns.
@@ -40,7 +40,7 @@ def compare_records(
 
 
 class _Pair:
-    """Two records of one case, with their ids and the hashes of the table's rows."""
+    """Two records of one case, and what describes their rows."""
 
     def __init__(self, left: Record, right: Record) -> None:
         self.records, self.facts, self.partition = (left, right), left, left.partition
@@ -98,7 +98,7 @@ class _Pair:
         return self.partition.owns(ids, rank)
 
     def _is_another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
-        """Whether one side's array is what the other side has for another rank."""
+        """Whether a side's array is the other's for another rank."""
         if rank is None or (what == "forward" and self.facts.reduction == "all_reduce"):  # there all ranks' are equal
             return False
         for other in set(range(self.partition.world_size)) - {rank}:
@@ -119,7 +119,7 @@ def _equal(a: Rows, b: Rows) -> bool:
 
 
 def _differing(a: Rows, b: Rows, arithmetic: bool) -> np.ndarray:
-    """Numbers of the rows that differ; with ``arithmetic``, every NaN equals every other."""
+    """Numbers of the differing rows; ``arithmetic`` makes all NaN equal."""
     index = np.union1d(a.index, b.index)
     found = [index[:0]]
     for start in range(0, len(index), _CHUNK):

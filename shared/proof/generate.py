@@ -17,9 +17,10 @@ _ROWS = 4096
 
 
 def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> Iterator[np.ndarray]:
-    """Yield a generated table in chunks of rows: multiples of 2**-15 in [-1, 1), rounded to ``dtype``.
+    """Yield a generated table in chunks of rows.
 
-    The ``special_rows`` hold NaN, infinities and -0.0. No number is subnormal: XLA flushes these when it adds on a CPU.
+    Values are multiples of 2**-15 in [-1, 1), rounded to ``dtype``. The ``special_rows`` hold NaN, infinities and -0.0. No
+    number is subnormal: XLA flushes these when it adds on a CPU.
     """
     values = (np.arange(65536, dtype=np.uint16).view(np.int16) / 32768).astype(dtype)
     special = dict(zip(special_rows(vocab_size), (np.nan, np.inf, -np.inf, -0.0), strict=False))
@@ -35,13 +36,13 @@ def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> 
 
 
 def special_rows(vocab_size: int) -> list[int]:
-    """Rows of a generated table that hold special values; none below 64 rows."""
+    """Rows with special values; none in a table below 64 rows."""
     middle = vocab_size // 2
     return list(range(middle, middle + 4)) if vocab_size >= 64 else []
 
 
 def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np.ndarray:
-    """Generate Zipf-distributed int64 ids: id i has a probability proportional to 1 / (i + 1).
+    """Generate int64 ids; id i has probability proportional to ``1/(i + 1)``.
 
     The first ids are fixed: both edges of every rank, the special rows, and ids outside the vocabulary. Some of the last
     would become valid if narrowed to 32 bits.
@@ -59,7 +60,7 @@ def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np
 
 
 def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype, seed: int) -> np.ndarray:
-    """Generate a gradient, ``[*ids.shape, e]``, whose sums over equal ids are exact in any order.
+    """Generate a gradient ``[*ids.shape, e]`` whose sums are exact in any order.
 
     Its values are multiples of 1/128 in [-1, 1), or of a coarser step where one id is very frequent. Every partial sum is
     then exact in float32, so correct sums agree in every bit.

@@ -1,4 +1,4 @@
-"""Process around a backend's runner: reads a case, reports progress, writes a record."""
+"""Process of a backend: reads a case, reports progress, writes a record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Runner = Callable[[Case, RecordWriter, Callable[[str, int, int], None]], None]
 
 
 def serve(backend: str, versions: dict[str, str], run: Runner) -> None:
-    """Run a backend on the case and into the record named on the command line."""
+    """Run a backend on the case named on the command line."""
     parser = argparse.ArgumentParser(description=f"Record what the {backend} backend computes for a case.")
     parser.add_argument("case", type=Path, help="folder with case.json")
     parser.add_argument("record", type=Path, help="file to write")

@@ -1,4 +1,4 @@
-"""Oracle of the head: logits, loss, gradients and decoding in float64 NumPy over the whole table.
+"""Oracle of the head: logits, loss, gradients and decoding in float64 NumPy.
 
 It holds ``[tokens, vocab]`` in memory. Shape suffixes: T tokens, V padded columns, E hidden columns.
 """
@@ -134,7 +134,7 @@ def loss(
 
 
 def argmax(logits: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Id of each token's greatest logit; ties go to the lower id; NaN is the greatest.
+    """Id of each token's greatest logit: NaN first, then the lower id.
 
     Example:
         >>> import numpy as np
@@ -146,7 +146,7 @@ def argmax(logits: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def top_k(logits: np.ndarray, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest logits of each token and their ids, descending; ties by id; NaN is the greatest.
+    """The k greatest logits and their ids: NaN first, ties by id.
 
     Example:
         >>> import numpy as np

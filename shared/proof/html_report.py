@@ -48,7 +48,7 @@ _HEAD = """<!doctype html>
 
 
 def as_html(report: Report) -> str:
-    """Format verdict, facts, a map of rank by kind of difference, differing rows, and distances.
+    """Format a report as one page.
 
     All text of the report is escaped.
 
@@ -103,7 +103,7 @@ def _sides(report: Report) -> list[str]:
 
 
 def _map(report: Report, pair: Pair) -> list[str]:
-    """One row per rank: for each array, the rows compared and a column for each kind of difference."""
+    """One row per rank, with the number of differing rows by kind."""
     kinds = {
         what: list(dict.fromkeys(kind for part in pair.of_array(what) for kind in part.kinds)) for what in report.arrays
     }

@@ -37,7 +37,7 @@ def is_installed(backend: str) -> bool:
 
 
 def record_backend(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> Record:
-    """Have a backend compute the case in the folder ``case`` and write ``record``; BackendError if it fails."""
+    """Have a backend compute ``case`` into ``record``; BackendError if it fails."""
     command = [sys.executable, "-m", BACKENDS[backend], str(case), str(record)]
     # Keeps the current folder off sys.path, also in child processes: a json.py lying there would be run.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}

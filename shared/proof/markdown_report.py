@@ -12,7 +12,7 @@ __all__ = ["as_markdown"]
 
 
 def as_markdown(report: Report) -> str:
-    """Format verdict, one row per rank, and one row per differing array with its first differing row.
+    """Format verdict, results per rank, and the differing arrays.
 
     Example:
         >>> from shared import VocabPartition

@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
 
 
 def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int) -> np.ndarray:
-    """Look up the ids that ``rank`` owns; other ids get rows of +0.0.
+    """Look up the ids that ``rank`` owns; others get +0.0.
 
     Args:
         weight: the rows of ``rank``, ``[n, e]``.
@@ -66,7 +66,7 @@ def sum_partials(partials: Iterable[np.ndarray]) -> np.ndarray:
 def weight_grad(
     grad_output: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int, padding_idx: int | None = None
 ) -> np.ndarray:
-    """Gradient of a rank's rows: ``grad_output`` summed over the positions of each row's id.
+    """Gradient of a rank's rows: ``grad_output`` summed by id.
 
     Sums start from +0.0, run in row-major order in ``accumulation_dtype``, and are rounded once.
 

@@ -25,7 +25,7 @@ _VERSION = 5
 
 
 def writable_file(path: Path) -> Path:
-    """Resolve links of a file to write; ValueError if it is no regular file or its folder is missing."""
+    """Resolve links of a file to write; ValueError if impossible."""
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise ValueError(f"{path}: exists and is not a regular file; name another one")
@@ -53,7 +53,7 @@ class RecordWriter:
         self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Keep an array: rank R's result ``forward.R``, ``gradient.R`` ``[n, e]``, or ``sum`` ``[*ids.shape, e]``."""
+        """Keep an array: ``forward.R``, ``gradient.R`` (R a rank) or ``sum``."""
         rows = Rows.of(array)
         self._tensors[f"{name}.index"], self._tensors[f"{name}.values"] = rows.index, rows.values
 
@@ -82,7 +82,7 @@ def _tensors(world_size: int) -> set[str]:
 
 @dataclass(frozen=True)
 class Record(CaseFacts):
-    """A record file with a validated header; tensors are read and verified on demand."""
+    """A record file with a validated header; tensors are read on demand."""
 
     path: Path
     backend: str
@@ -92,7 +92,7 @@ class Record(CaseFacts):
 
     @classmethod
     def open(cls, path: Path) -> Record:
-        """Open a record; ValueError if it is missing, damaged, or of another kind or version."""
+        """Open a record; ValueError if missing, damaged or of another version."""
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
@@ -169,6 +169,6 @@ class Record(CaseFacts):
 
 
 def is_record(path: Path) -> bool:
-    """Whether a safetensors file is a record of any version; ValueError if it is not a safetensors file."""
+    """Whether a safetensors file is a record, of any version."""
     with open_safetensors(path) as file:
         return (file.metadata() or {}).get("format") == _FORMAT

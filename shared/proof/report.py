@@ -1,4 +1,4 @@
-"""Results of a comparison, as plain data for terminal, JSON, Markdown and HTML."""
+"""Results of a comparison, for terminal, JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Versions = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Comparisons of two sides, by rank; key None holds those of all ranks together."""
+    """Comparisons of two sides by rank; None for all ranks together."""
 
     left: str
     right: str
@@ -97,7 +97,7 @@ class Report:
         return pairs
 
     def rank_cells(self, rank: int | None) -> tuple[str, str]:
-        """Label and owned ids of a rank; of all ranks together for None."""
+        """Label and owned ids of a rank; None for all ranks."""
         label = "sum" if "forward" in self.arrays else "all"
         start, stop = (0, self.partition.vocab_size) if rank is None else self.partition.owned_range(rank)
         return label if rank is None else str(rank), f"{start} - {stop - 1}" if start < stop else "none"
@@ -124,7 +124,7 @@ def case_report(
     missing: Sequence[str] = (),
     seconds: float | None = None,
 ) -> Report:
-    """Report on backends that computed one case; ``ids`` are those of the case."""
+    """Report on backends that computed one case, with these ids."""
     outside = int((~case.partition.is_valid(ids)).sum())
     shape = "x".join(map(str, case.ids_shape)) or "one"
     how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"

@@ -13,7 +13,7 @@ __all__ = ["Rows"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a ``[total, e]`` array with any nonzero bit, so -0.0 and NaN are kept.
+    """Rows with any nonzero bit, of an array ``[total, e]``.
 
     Attributes:
         index: row numbers, ascending, int64 ``[k]``.

@@ -1,4 +1,4 @@
-"""Comparison of two tables in files, row by row, in a few bytes of memory per row."""
+"""Comparison of two tables in files, in bounded memory per row."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _Pair:
         return rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows)
 
     def fingerprint(self, progress: Callable[[str, int, int], None]) -> np.ndarray:
-        """Hash of each row in both tables, whether it differs, and whether it is nonzero on the left; ``[v]``."""
+        """Hash rows of both tables; mark differing rows and nonzero left ones."""
         facts = np.zeros(self.vocab_size, [("hash", np.uint64, 2), ("differs", bool), ("nonzero", bool)])
         for start in range(0, self.vocab_size, self.step):
             stop = min(start + self.step, self.vocab_size)
@@ -188,7 +188,7 @@ def _precision(dtype: np.dtype) -> tuple[int, int]:
 
 
 def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
-    """Names for two tables: the parts of their paths that differ, else the tensors' names."""
+    """Names for two tables: differing parts of their paths, else the tensors."""
     parts = [list(table.path.parts) for table in (left, right)]
     for end in (-1, 0):
         while min(map(len, parts)) > 1 and parts[0][end] == parts[1][end]:
@@ -199,7 +199,7 @@ def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
 
 
 def _padding(table: TableFile, start: int) -> str:
-    """Describe rows from ``start`` on: ``none``, ``zeros``, ``one row repeated`` or ``other values``."""
+    """Describe the values of rows from ``start`` on."""
     if start >= table.vocab_size:
         return "none"
     first = unsigned_view(table.rows(start, start + 1))

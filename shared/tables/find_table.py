@@ -89,7 +89,7 @@ def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_pad
 
 
 def _what_is_at(path: Path) -> Path | list[Path]:
-    """Resolve a path to an index, a safetensors file, or the files of Megatron-style parts."""
+    """Resolve a path to an index, a safetensors file, or parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():

@@ -42,7 +42,7 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; ValueError if it is missing, over 100 MiB or malformed."""
+    """Read a JSON object from a file of at most 100 MiB."""
     if not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if path.stat().st_size > _LARGEST:

@@ -24,7 +24,7 @@ _CAST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``[start, stop)`` of a table, in one file from byte ``offset`` on."""
+    """Rows ``[start, stop)`` of a table, at byte ``offset`` of a file."""
 
     path: Path
     offset: int
@@ -33,7 +33,7 @@ class Segment:
 
 
 class TableFile:
-    """A table in files, whose rows are read on demand; made by ``open_table``.
+    """A table in files, read on demand; made by ``open_table``.
 
     Attributes:
         path: the path that was opened.
@@ -76,7 +76,7 @@ class TableFile:
         return rows
 
     def read_rows(self, start: int, out: np.ndarray) -> None:
-        """Read rows from ``start`` on into ``out``, ``[rows, e]``, cast to its dtype.
+        """Read rows from ``start`` on into ``out``, cast to its dtype.
 
         Rows of the stored dtype are read in place; others pass through a buffer of 1 MiB. Errors are those of ``rows``,
         and ValueError where ``out`` has another width or is not C-contiguous.
@@ -113,7 +113,7 @@ class TableFile:
             yield self.rows(start, min(start + step, self.vocab_size))
 
     def fingerprint(self) -> tuple[str, np.ndarray]:
-        """SHA-256 of the tensor's bytes, and a hash of each row, uint64 ``[v]``."""
+        """SHA-256 of the tensor's bytes, and a hash of each row."""
         digest, hashes = hashlib.sha256(), []
         for chunk in self.chunks():
             digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
@@ -121,7 +121,7 @@ class TableFile:
         return digest.hexdigest(), np.concatenate(hashes)
 
     def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype) -> np.ndarray:
-        """Read the rows of ``rank``, ``[n, e]``, cast to ``dtype``; padding rows are zero."""
+        """Read the rows of ``rank``, cast; padding rows are zero."""
         start, stop = partition.owned_range(rank)
         size = partition.rows_per_rank * self.emb_size * dtype.itemsize
         # 64-byte aligned: frameworks then use the memory without a copy.

@@ -36,7 +36,7 @@ _PART = "model.safetensors"
 
 @dataclass(frozen=True)
 class TableSpec:
-    """Tensor name, stored dtype and shape (padding excluded) of a table to write."""
+    """Tensor name, stored dtype and unpadded shape of a table to write."""
 
     tensor: str
     dtype: str
@@ -68,10 +68,10 @@ def write_table(
     exchange: Exchange = lambda mine: [mine],
     progress: Progress = lambda count: None,
 ) -> Path:
-    """Write one safetensors file, each process its own rows; every process must call it.
+    """Write one safetensors file, each process its own rows.
 
-    Rows go to a temporary file beside ``path``, are read back, and are synced to the disk before the file is renamed.
-    Memory use does not depend on the size of the table.
+    Every process must call it. Rows go to a temporary file beside ``path``. They are read back and synced to the disk
+    before the file is renamed. Memory use does not depend on the size of the table.
 
     Args:
         path: file to write, ending in ``.safetensors``, on a file system shared by all processes.
@@ -178,7 +178,7 @@ def convert_table(
     force: bool = False,
     progress: Progress = lambda count: None,
 ) -> list[Path]:
-    """Copy a table to one file or to Megatron-style parts, in bounded memory.
+    """Copy a table to one file or Megatron-style parts, in bounded memory.
 
     Args:
         table: the source.
@@ -227,7 +227,7 @@ def convert_table(
 def _write_rows(
     descriptor: int, path: Path, spec: TableSpec, offset: int, start: int, stop: int, rows: Rows, progress: Progress
 ) -> None:
-    """Write rows ``[start, stop)`` and read them back; row 0 is at byte ``offset``."""
+    """Write rows and read them back; row 0 is at byte ``offset``."""
     step = max(1, _PIECE_BYTES // spec.row_bytes)
     for first in range(start, stop, step):
         last = min(first + step, stop)

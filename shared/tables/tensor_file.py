@@ -1,4 +1,4 @@
-"""The safetensors format: tensors' places in a file, and exact reads and writes."""
+"""The safetensors format: places of tensors, exact reads and writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _PIECE = 1 << 30  # a system call moves at most 2 GiB
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise one ValueError that names the file if it is missing or damaged."""
+    """Open a safetensors file; ValueError if missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
@@ -97,7 +97,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
 
 
 def header_bytes(tensor: str, dtype: str, shape: tuple[int, int], metadata: dict[str, str]) -> bytes:
-    """First bytes of a safetensors file of one tensor, whose data then start 64-byte aligned."""
+    """Header of a safetensors file of one tensor, padded to 64 bytes."""
     size = math.prod(shape) * STORED_DTYPES[dtype].itemsize
     entry = {"dtype": STORAGE_CODES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": metadata, tensor: entry}).encode()
@@ -106,7 +106,7 @@ def header_bytes(tensor: str, dtype: str, shape: tuple[int, int], metadata: dict
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill ``buffer`` from byte ``offset``; ValueError if the file is too short or cannot be read."""
+    """Fill ``buffer`` from byte ``offset``; ValueError if the file is too short."""
     done = 0
     while done < len(buffer):
         try:
