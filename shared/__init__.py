@@ -1,4 +1,4 @@
-"""What both backends share: the sharding arithmetic, the NumPy oracle, the comparison and the command line.
+"""Framework-independent core: configuration, sharding arithmetic, ids and dtypes.
 
 Nothing here imports torch or jax.
 """

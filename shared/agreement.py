@@ -1,4 +1,4 @@
-"""Do all ranks compute the same? What they tell each other, and what is said where they differ."""
+"""Checks that all ranks use the same configuration and ids."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SWITCH = "PVE_CHECK"
 
 
 def checks_wanted(check: bool) -> bool:
-    """Whether the ranks are to compare what they compute: asked for by ``check``, or by ``PVE_CHECK=1``.
+    """Whether ranks compare configuration and ids: by ``check=True`` or by ``PVE_CHECK=1``.
 
     Raises:
         TypeError: ``check`` is not a bool.
-        ValueError: the variable holds something else than 0 or 1.
+        ValueError: ``PVE_CHECK`` is neither 0 nor 1.
     """
     check = check_flag("check", check)
     value = os.environ.get(_SWITCH, "") or "0"
@@ -30,7 +30,7 @@ def checks_wanted(check: bool) -> bool:
 
 
 def describe_ids(ids: np.ndarray) -> dict[str, str]:
-    """What must be equal of the ids on all ranks: their shape, their dtype and their values (as a SHA-256).
+    """Shape, dtype and SHA-256 of the ids, to compare across ranks.
 
     Example:
         >>> import numpy as np
@@ -43,7 +43,7 @@ def describe_ids(ids: np.ndarray) -> dict[str, str]:
 
 
 def disagreement(facts: Sequence[dict[str, str]], member: str = "rank", members: str = "ranks") -> str | None:
-    """What is wrong, if the ranks' facts are not all equal: the first that differs, and who has what.
+    """Describe the first fact that differs between ranks; None if all agree.
 
     Example:
         >>> from shared.agreement import disagreement
@@ -61,7 +61,7 @@ def disagreement(facts: Sequence[dict[str, str]], member: str = "rank", members:
 
 
 def ids_disagreement(ids: Sequence[np.ndarray]) -> str | None:
-    """The first position, in row-major order, at which the ranks' ids of one shape differ, and who has what there."""
+    """Describe the first position at which ids differ; None if all agree."""
     unequal = np.any([other != ids[0] for other in ids[1:]], axis=0)
     if not unequal.any():
         return None

@@ -1,8 +1,6 @@
-"""Floating-point arrays as the bits they are made of."""
+"""Dtypes of tables, and floating-point arrays as bits."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,38 +23,38 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-"""The dtypes that a table can have, by the names both frameworks use."""
+"""Dtypes of a layer's table, by name."""
 
 STORED_DTYPES = {
     **DTYPES,
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""The dtypes that a table in a file can have besides, which a layer looks up only once they are cast."""
+"""Dtypes of a table in a file, by name; a layer reads float8 only with a cast."""
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
-    """The dtype of one of the names in ``DTYPES``."""
+def dtype_named(name: str) -> np.dtype:
+    """Dtype of a name in ``DTYPES``."""
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 
-def cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """The values rounded to ``dtype``, once; what leaves its range becomes what it has for that, infinity or NaN.
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round to ``dtype`` once; return ``values`` itself if it has that dtype.
 
-    The values themselves where they have that dtype already.
+    Values out of range become infinity, or NaN where the dtype has no infinity.
     """
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
         if values.dtype == np.float64 and dtype.itemsize < 4 and dtype != np.float16:
-            values = _rounded_to_odd(values)  # ml_dtypes goes by way of float32, and would round twice
+            values = _rounded_to_odd(values)  # ml_dtypes casts through float32 and would round twice
         return values.astype(dtype)
 
 
 def _rounded_to_odd(values: np.ndarray) -> np.ndarray:
-    """float64 as float32, what does not fit rounded to the neighbour whose last bit is 1: rounding that once more is safe.
+    """Cast float64 to float32, rounding to odd; a second rounding is exact.
 
     Source: Boldo and Melquiond, Emulation of a FMA and correctly rounded sums (2008).
     """
@@ -68,18 +66,18 @@ def _rounded_to_odd(values: np.ndarray) -> np.ndarray:
 
 
 def unsigned_view(values: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, so that comparing is comparing bits."""
+    """View as unsigned integers, to compare bits."""
     return values.view(f"u{values.dtype.itemsize}")
 
 
 def canonical_nan(values: np.ndarray) -> np.ndarray:
-    """The values with one and the same NaN everywhere: arithmetic does not say which NaN it returns."""
+    """Replace every NaN by the same one: arithmetic leaves payloads unspecified."""
     nan = np.isnan(values)
     return np.where(nan, np.array(np.nan, values.dtype), values) if nan.any() else values
 
 
 def ordered_integers(values: np.ndarray) -> np.ndarray:
-    """Integers in the order of the values, neighbours one apart, -0.0 and +0.0 both 0; as int64.
+    """Map floats to int64 in order: neighbours one apart, both zeros 0.
 
     Example:
         >>> import numpy as np
@@ -93,7 +91,9 @@ def ordered_integers(values: np.ndarray) -> np.ndarray:
 
 
 def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How many representable values lie between, as float64 (exact below 2**53); NaN where either is NaN.
+    """Distance in representable values; NaN where either side is NaN.
+
+    The result is float64, exact below 2**53.
 
     Example:
         >>> import numpy as np
@@ -102,7 +102,7 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         array([1., 0.])
     """
     left, right = ordered_integers(a), ordered_integers(b)
-    # Of opposite signs, the difference may not fit: there each part is below 2**63, and their sum is taken as floats.
+    # The difference of opposite signs may overflow int64: add the magnitudes as floats instead.
     same_sign = (left < 0) == (right < 0)
     distance = np.where(same_sign, np.abs(left - right * same_sign), 0).astype(np.float64)
     distance = np.where(same_sign, distance, np.abs(left.astype(np.float64)) + np.abs(right.astype(np.float64)))
@@ -110,7 +110,7 @@ def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def row_hashes(values: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each row's bits, to find out which row of a table something is; not against forgery."""
+    """Hash each row's bits to uint64; not cryptographic."""
     rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.shape[1] * values.dtype.itemsize)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
     multipliers = np.random.Philox(0).random_raw(rows.shape[1]) | np.uint64(1)

@@ -1,6 +1,6 @@
-"""Argument checks and their messages, so that both backends refuse the same input in the same words.
+"""Argument checks and error messages of both backends.
 
-Every message names the argument, the rule, what was given and what to do.
+A message names the argument, the rule, the value given and the remedy.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ SEED_LIMIT = 2**63
 """Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
 
 REDUCTIONS = ("none", "all_reduce", "reduce_scatter", "all_to_all")
-"""What a layer returns: each rank's incomplete embedding, the embedding, or each rank's chunk of it."""
+"""Results of a lookup: the rank's incomplete embedding, the embedding, its chunk of it, or that of the rank's own ids."""
 
 EXCHANGES = ("auto", "dense", "routed")
-"""How rows travel."""
+"""How rows travel: as the layer chooses, by a dense collective, or from their owner to the ranks that need them."""
 
 INVALID_IDS = ("zero", "error")
-"""What an id outside the vocabulary gives: a row of zeros, or an IndexError."""
+"""Result for an id outside the vocabulary: a row of zeros, or an IndexError."""
 
 INITS = ("per_rank", "global")
-"""What a table's first numbers depend on: the rank they lie on, or their row alone."""
+"""What initial values depend on: the rank that holds them, or the row number alone."""
 
 
 def printable(text: str) -> str:
-    """The text with what would end a line or move the cursor spelt out, and no longer than can be read.
+    """Escape control characters, and cut the middle of text over 2000 characters.
 
     Example:
         >>> from shared.checks import printable
@@ -59,36 +59,36 @@ def printable(text: str) -> str:
     return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
 
 
-def as_int(name: str, value: Any) -> int:
-    """``value`` as a plain int; a bool, a float or anything else that is not an integer is a TypeError."""
+def as_int(name: str, value: object) -> int:
+    """Convert an integer of any type to int; refuse bools and floats."""
     if not isinstance(value, bool):
         try:
-            return operator.index(value)
+            return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             pass
     raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
 
 
-def check_size(name: str, value: Any) -> int:
-    """A count of rows, columns or ranks: an integer of at least 1."""
+def check_size(name: str, value: object) -> int:
+    """Validate a count: an integer of at least 1."""
     size = as_int(name, value)
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
 
 
-def check_rank(rank: Any, world_size: int) -> int:
-    """A rank of a world of ``world_size``: an integer in ``[0, world_size)``, never counted from the end."""
+def check_rank(rank: object, world_size: int) -> int:
+    """Validate a rank: an integer in ``[0, world_size)``."""
     number = as_int("rank", rank)
     if not 0 <= number < world_size:
         raise ValueError(
-            f"rank must be in [0, world_size) = [0, {world_size}), got {number}; pass the world_size it belongs to"
+            f"rank must be in [0, world_size) = [0, {world_size}), got {number}; correct the rank or the world_size"
         )
     return number
 
 
-def check_seed(init_base_seed: Any, world_size: int) -> int:
-    """The seed of rank 0; rank r uses ``init_base_seed + r``, which must stay in ``[-2**63, 2**63)``."""
+def check_seed(init_base_seed: object, world_size: int) -> int:
+    """Validate rank 0's seed; every rank's must be in ``[-2**63, 2**63)``."""
     seed = as_int("init_base_seed", init_base_seed)
     if not -SEED_LIMIT <= seed <= SEED_LIMIT - world_size:
         raise ValueError(
@@ -98,12 +98,12 @@ def check_seed(init_base_seed: Any, world_size: int) -> int:
     return seed
 
 
-def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
-    """Mean and standard deviation of the initial normal distribution: finite, the second not negative."""
+def check_normal(init_mean: object, init_std: object) -> tuple[float, float]:
+    """Validate mean and standard deviation: finite numbers, the latter not negative."""
     values = []
     for name, value in (("init_mean", init_mean), ("init_std", init_std)):
         try:
-            number = float(value)
+            number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
         except OverflowError:
@@ -116,15 +116,15 @@ def check_normal(init_mean: Any, init_std: Any) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of a few words."""
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Validate a word out of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-    return choices[choices.index(value)]  # a plain str, whatever kind of one was given
+    return choices[choices.index(value)]  # a plain str, also for a subclass of str
 
 
-def check_init(value: Any) -> Any:
-    """What a table begins with: one of ``INITS``, a callable, or None."""
+def check_init(value: object) -> Any:
+    """Validate an initialisation: one of ``INITS``, a callable, or None."""
     if value is None or callable(value):
         return value
     if not isinstance(value, str) or value not in INITS:
@@ -132,15 +132,15 @@ def check_init(value: Any) -> Any:
     return INITS[INITS.index(value)]
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """A switch: True or False, and nothing that merely counts as one of them."""
+def check_flag(name: str, value: object) -> bool:
+    """Validate a flag: a bool, not merely something truthy."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def check_padding_idx(padding_idx: Any, vocab_size: int) -> int | None:
-    """A global id whose row gets no gradient, or None; negative numbers do not count from the end."""
+def check_padding_idx(padding_idx: object, vocab_size: int) -> int | None:
+    """Validate ``padding_idx``: None or an id of the whole vocabulary."""
     if padding_idx is None:
         return None
     index = as_int("padding_idx", padding_idx)
@@ -149,20 +149,20 @@ def check_padding_idx(padding_idx: Any, vocab_size: int) -> int | None:
     return index
 
 
-def table_dtype_error(dtype: Any) -> TypeError:
-    """The error for a table that would not hold 16, 32 or 64-bit floats."""
+def table_dtype_error(dtype: object) -> TypeError:
+    """TypeError for an unsupported dtype of a table."""
     return TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def ids_type_error(given: Any, expected: str) -> TypeError:
-    """The error for ids of a type or dtype that holds no integers; ``given`` is what to print of them."""
-    return TypeError(f"ids must be {expected} of an integer dtype, got {given}; convert them yourself if that is meant")
+def ids_type_error(given: object, expected: str) -> TypeError:
+    """TypeError for ids that are not integers, with their type or dtype."""
+    return TypeError(f"ids must be {expected} of an integer dtype, got {given}; convert them first")
 
 
 def invalid_id_error(value: int, position: Sequence[int], vocab_size: int) -> IndexError:
-    """The error of ``invalid_ids="error"``: the first offending id in row-major order and its position."""
+    """IndexError of ``invalid_ids="error"`` for one id and its position."""
     where = f"ids[{', '.join(map(str, position))}]" if position else "ids"
     return IndexError(
         f"{where} = {value} is outside the vocabulary [0, {vocab_size}); "
-        f'correct the ids, or pass invalid_ids="zero" to look such ids up as zero rows'
+        f'correct the ids, or pass invalid_ids="zero" to get zero rows for such ids'
     )

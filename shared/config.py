@@ -1,4 +1,4 @@
-"""Every option of both layers: declared once, validated once."""
+"""Options of the layers, declared and validated once."""
 
 from __future__ import annotations
 
@@ -20,41 +20,38 @@ from shared.checks import (
     check_seed,
     check_size,
 )
-from shared.partition import VocabPartition
+from shared.partition import PaddedSize, VocabPartition
 
 __all__ = ["LOOKUP_OPTIONS", "OPTIONS", "EmbeddingConfig"]
 
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """The options of a vocabulary-parallel embedding, validated.
+    """Validated options of a vocabulary-parallel embedding.
 
-    Two configurations are equal, and hash alike, if their layers look ids up alike: what only construction and checks need
-    (``init_*``, ``init``, ``check``) takes no part in that.
+    Equality and hash depend on the options of the lookup only, not on ``init``, ``init_*`` and ``check``.
 
     Args:
-        vocab_size: rows of the whole table, all ranks together.
+        vocab_size: rows of the whole table, padding excluded.
         emb_size: columns of the table.
         world_size: number of ranks.
-        padded_vocab_size: rows including padding; ``"even"`` finds the least size that ``world_size`` divides. None: no
+        padded_vocab_size: rows including padding; ``"even"`` for the least size divisible by ``world_size``. None: no
             padding.
-        reduction: what a lookup returns: ``"none"``, ``"all_reduce"`` or ``"reduce_scatter"``.
-        exchange: how rows travel: ``"dense"``, ``"routed"`` or ``"auto"``.
-        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
-        invalid_ids: what an id outside the vocabulary gives: ``"zero"`` or ``"error"``.
-        padding_idx: a global id whose row starts at zero and gets no gradient; None: none.
+        reduction: result of a lookup, one of ``shared.checks.REDUCTIONS``.
+        exchange: how rows travel between ranks, one of ``shared.checks.EXCHANGES``.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` and ``"all_to_all"`` split.
+        invalid_ids: result for an id outside the vocabulary, one of ``shared.checks.INVALID_IDS``.
+        padding_idx: global id whose row is zero at first and gets no gradient; or None.
         sparse: make the gradient a sparse tensor (PyTorch).
-        gradient_accumulation_fusion: add gradients straight to the parameter's buffer (PyTorch).
-        init_mean: mean of the initial normal distribution.
-        init_std: its standard deviation.
+        gradient_accumulation_fusion: add gradients to the parameter's buffer in place (PyTorch).
+        init_mean, init_std: mean and standard deviation of the initial normal distribution.
         init_base_seed: rank r draws from a generator seeded ``init_base_seed + r``.
-        init: what the initial numbers depend on: ``"per_rank"`` or ``"global"``; a callable of row numbers that returns
-            rows; None for no numbers.
-        check: have the ranks compare what they compute before every lookup.
+        init: one of ``shared.checks.INITS``; a callable from row numbers to rows; or None to leave the table empty.
+        check: compare configuration and ids across ranks before every lookup.
 
     Raises:
         TypeError: an option is of the wrong kind.
-        ValueError: an option is out of range, or two contradict each other.
+        ValueError: an option is out of range, or two options contradict each other.
 
     Example:
         >>> from shared import EmbeddingConfig
@@ -68,7 +65,7 @@ class EmbeddingConfig:
     vocab_size: int
     emb_size: int
     world_size: int = 1
-    padded_vocab_size: Any = None  # an int once it is made
+    padded_vocab_size: PaddedSize = None  # type: ignore[assignment]
     reduction: str = "none"
     exchange: str = "auto"
     seq_dim: int = -1
@@ -82,12 +79,9 @@ class EmbeddingConfig:
     init: Any = field(default="per_rank", compare=False)
     check: bool = field(default=False, compare=False)
     partition: VocabPartition = field(init=False, repr=False, compare=False)
-    """Who owns what."""
+    """Ownership of the rows."""
     text: str = field(init=False, repr=False, compare=False)
-    """All options in one line, which ``from_text`` reads: an argument that an operator of a compiled graph can take.
-
-    A callable is None in it: no lookup needs one.
-    """
+    """All options in one line, for operators that take only strings and numbers; a callable ``init`` becomes None."""
 
     def __post_init__(self) -> None:
         partition = VocabPartition(self.vocab_size, self.world_size, self.padded_vocab_size)
@@ -112,19 +106,17 @@ class EmbeddingConfig:
             valid[name] = check_flag(name, getattr(self, name))
         for name, value in valid.items():
             object.__setattr__(self, name, value)
-        options = ", ".join(
-            [f"{name!r}: {None if callable(value) else value!r}" for name, value in self.as_dict().items()]
-        )
-        object.__setattr__(self, "text", "{" + options + "}")
+        plain = [f"{name!r}: {None if callable(value) else value!r}" for name, value in self.as_dict().items()]
+        object.__setattr__(self, "text", "{" + ", ".join(plain) + "}")
         if self.sparse and self.gradient_accumulation_fusion:
-            raise ValueError("gradient_accumulation_fusion must be False with sparse=True, whose gradient is no buffer")
+            raise ValueError("gradient_accumulation_fusion must be False with sparse=True, got True; set one of them")
 
     def as_dict(self) -> dict[str, Any]:
-        """The options by name, as plain values."""
+        """Options by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     def changes(self) -> dict[str, Any]:
-        """The options that differ from their defaults, sizes left out."""
+        """Options that differ from their defaults; ``padded_vocab_size`` only where there is padding."""
         changed = {}
         for each in fields(self):
             default = self.vocab_size if each.name == "padded_vocab_size" else each.default
@@ -134,18 +126,18 @@ class EmbeddingConfig:
         return changed
 
     def agreement(self) -> dict[str, str]:
-        """What all ranks must agree on, as text by name."""
+        """Options that all ranks must agree on, as text by name."""
         return {name: str(getattr(self, name)) for name in LOOKUP_OPTIONS}
 
     @staticmethod
     @lru_cache
     def from_text(text: str) -> EmbeddingConfig:
-        """The configuration whose ``text`` this is."""
+        """Parse ``text`` back to a configuration."""
         return EmbeddingConfig(**ast.literal_eval(text))
 
 
 OPTIONS = tuple(each.name for each in fields(EmbeddingConfig) if each.init)
-"""The names of all options."""
+"""Names of all options."""
 
 LOOKUP_OPTIONS = tuple(each.name for each in fields(EmbeddingConfig) if each.init and each.compare)
-"""Those that a lookup depends on, which all ranks must agree on."""
+"""Names of the options that a lookup depends on, on which all ranks must agree."""

@@ -1,4 +1,4 @@
-"""What both backends ask of an array that another library hands over by DLPack."""
+"""Checks of arrays that come from another library through DLPack."""
 
 from __future__ import annotations
 
@@ -18,39 +18,30 @@ __all__ = [
 
 
 def check_copy(copy: bool | None) -> bool | None:
-    """Validate ``copy``, as in the array API standard: None copies only where it must, False never, True always.
-
-    Raises:
-        TypeError: it is something else.
-    """
+    """Validate ``copy``: None copies if needed, False never, True always."""
     if copy is not None and not isinstance(copy, bool):
         raise TypeError(f"copy must be None, True or False, got {copy!r}")
     return copy
 
 
 def check_exporter(array: Any) -> None:
-    """Refuse what DLPack cannot hand over.
-
-    Raises:
-        TypeError: ``array`` has no ``__dlpack__`` and ``__dlpack_device__``.
-        ValueError: it is a torch tensor with the negative bit, which DLPack would lose (torch 2.13).
-    """
+    """Refuse an array without DLPack (TypeError) or with torch's negative bit (ValueError)."""
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")):
         raise TypeError(
             f"array must have __dlpack__ and __dlpack_device__, as NumPy, torch and JAX arrays do, "
             f"got {type(array).__name__}; convert it to an array first"
         )
-    if callable(getattr(array, "is_neg", None)) and array.is_neg():
+    if callable(getattr(array, "is_neg", None)) and array.is_neg():  # DLPack would drop the bit (torch 2.13)
         raise ValueError("array must not have torch's negative bit, which DLPack would lose; call resolve_neg() first")
 
 
 def dtype_name(array: Any) -> str:
-    """Return the name of an array's dtype, ``"bfloat16"`` say, whatever its library."""
+    """Name of an array's dtype, without torch's prefix."""
     return str(array.dtype).removeprefix("torch.")
 
 
 def address(array: Any) -> int | None:
-    """Return the address of an array's first element; None if its library does not tell."""
+    """Address of an array's first element; None if unknown."""
     if isinstance(array, np.ndarray):
         return array.ctypes.data
     for name in ("data_ptr", "unsafe_buffer_pointer"):
@@ -60,7 +51,7 @@ def address(array: Any) -> int | None:
 
 
 def exportable(array: Any) -> Any:
-    """View a NumPy array of one of ml_dtypes' dtypes as unsigned integers: NumPy exports no others by DLPack.
+    """View ml_dtypes arrays as unsigned integers, which NumPy can export.
 
     Example:
         >>> import ml_dtypes
@@ -75,10 +66,10 @@ def exportable(array: Any) -> Any:
 
 
 def sharing_error(reason: str) -> ValueError:
-    """Return the error for memory that ``copy=False`` cannot share."""
+    """ValueError for memory that ``copy=False`` cannot share."""
     return ValueError(f"copy must be None or True for this array, got False, but {reason}")
 
 
 def foreign_dtype_error(name: str, framework: str) -> ValueError:
-    """Return the error for a dtype that the importing framework lacks."""
+    """ValueError for a dtype that the importing framework lacks."""
     return ValueError(f"array must have a dtype that {framework} has too, got {name}; convert it first")

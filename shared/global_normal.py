@@ -1,7 +1,7 @@
-"""Normally distributed rows that depend on the seed and their number alone: the same bits on every machine.
+"""Normally distributed rows, bit-identical on every machine.
 
-NumPy's log, sin and cos give other last bits on other processors, so these are polynomials here, of operations that IEEE
-754 defines to the last bit: + - * / and the square root, never fused.
+NumPy's log, sin and cos differ in the last bit between processors. They are polynomials here, built from operations that
+IEEE 754 defines exactly: ``+ - * /`` and the square root, never fused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from shared.checks import SEED_LIMIT, as_int, check_size
 
 __all__ = ["normal_rows"]
 
-_TAG = 0x70766520  # the other half of the Philox key, so that no one's plain stream of the same seed is this one
-_PAIRS = 65536  # at a time: with fewer, threads wait for the interpreter (25 against 45 million numbers a second)
+_TAG = 0x70766520  # upper half of the Philox key: a plain Philox stream of the same seed is another stream
+_PAIRS = 65536  # per block; with smaller ones threads wait for the interpreter (25 against 45 million numbers a second)
 
 # Taylor coefficients, correctly rounded. Against mpmath, over thousands of arguments, log is off by at most 1.5 ulp, sine
-# and cosine by at most 1.6: far below what rounding to float32 takes.
+# and cosine by at most 1.6: far below the rounding to float32.
 _LOG = [float(Fraction(2, 2 * k + 1)) for k in range(12)]  # of 2 atanh(s) / s, in powers of s**2
 _SIN = [float(Fraction((-1) ** k, math.factorial(2 * k + 1))) for k in range(10)]
 _COS = [float(Fraction((-1) ** k, math.factorial(2 * k))) for k in range(10)]
@@ -37,32 +36,31 @@ def normal_rows(
     start: int,
     stop: int,
     emb_size: int,
-    dtype: np.dtype[Any],
+    dtype: np.dtype,
     seed: int,
     mean: float = 0.0,
     std: float = 1.0,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows ``[start, stop)`` of a table of normally distributed numbers in which row i depends on the seed and i alone.
+    """Normally distributed rows ``[start, stop)``; row i depends on ``(seed, i)`` only.
 
-    Row i begins at a Philox counter of its own; two words make a pair of numbers by Box-Muller in float64; ``mean + std *
-    number`` is rounded once, to ``dtype``. Besides the result, memory is bounded; all processors that the process may use
-    work on it.
+    Each row has its own Philox counter. Box-Muller in float64 turns two words into two numbers. ``mean + std * number`` is
+    rounded once, to ``dtype``. Work is spread over the available CPUs, in blocks of bounded memory.
 
     Args:
-        start, stop: the rows, from 0 on.
-        emb_size: columns; rows of another number of columns are other rows.
+        start, stop: half-open range of rows.
+        emb_size: columns; a row's numbers depend on it.
         dtype: float16, bfloat16, float32 or float64.
         seed: in ``[-2**63, 2**63)``.
         mean, std: of the distribution.
-        out: where to write them, C-contiguous ``[stop - start, emb_size]`` of that dtype; left out, a new array.
+        out: C-contiguous array ``[stop - start, emb_size]`` to write to; None: a new one.
 
     Returns:
-        ``[stop - start, emb_size]``.
+        ``[stop - start, emb_size]`` in ``dtype``.
 
     Raises:
-        TypeError: a number is not an integer.
-        ValueError: a number is out of range, or ``out`` is not as it must be.
+        TypeError: a size, row number or seed is not an integer.
+        ValueError: an argument is out of range, or ``out`` has another shape, dtype or layout.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011); Box and Muller (1958).
 
@@ -87,7 +85,7 @@ def normal_rows(
         raise ValueError(
             f"out must be C-contiguous {[stop - start, emb_size]} of {dtype}, got {list(out.shape)} of {out.dtype}"
         )
-    # One row may be wider than a block: it is then several.
+    # A row wider than a block is cut into several.
     words = -(-emb_size // 4) * 4
     columns = min(words, 2 * _PAIRS)
     rows = max(1, 2 * _PAIRS // words)
@@ -109,22 +107,22 @@ def normal_rows(
         with ThreadPoolExecutor(min(len(blocks), len(os.sched_getaffinity(0))) or 1) as pool:
             for _ in pool.map(fill, blocks):
                 pass
-    except RuntimeError:  # the interpreter is ending, and starts no more threads
+    except RuntimeError:  # at interpreter shutdown no thread can be started
         for block in blocks:
             fill(block)
     return out
 
 
 def _words(row: int, count: int, words: int, left: int, right: int, seed: int) -> np.ndarray:
-    """The 64-bit words ``[left, right)`` of ``count`` rows; a Philox counter makes four."""
+    """64-bit words ``[left, right)`` of ``count`` rows; one Philox counter yields four."""
     bits = np.random.Philox(key=(_TAG << 64) + seed % 2**64, counter=(row * words + left) // 4)
     return bits.random_raw(count * (right - left)).reshape(count, right - left)
 
 
 def _standard_normal(words: np.ndarray) -> np.ndarray:
-    """A pair of normally distributed float64 of each two words."""
+    """Box-Muller: two words to two float64 numbers."""
     first, second = np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
-    radius = _log((first >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-53)  # of (0, 1]
+    radius = _log((first >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-53)  # log of (0, 1]
     radius *= -2.0
     np.sqrt(radius, out=radius)
     cosine, sine = _cos_sin(second)
@@ -135,7 +133,7 @@ def _standard_normal(words: np.ndarray) -> np.ndarray:
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    """The natural logarithm of positive normal numbers; ``x`` is written over."""
+    """Natural logarithm of positive normal numbers; overwrites ``x``."""
     bits = x.view(np.int64)
     exponent = (bits - _SQRT_HALF_BITS) >> 52
     bits -= exponent << 52  # x is now in [sqrt(1/2), sqrt(2))
@@ -156,8 +154,8 @@ def _log(x: np.ndarray) -> np.ndarray:
 
 
 def _cos_sin(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of an angle that is the word's part of a full turn."""
-    # The nearest quarter turn, and what remains, in [-1/8, 1/8) of a turn.
+    """Cosine and sine of ``word / 2**64`` turns."""
+    # Nearest quarter turn, and the rest in [-1/8, 1/8) of a turn.
     quarter = ((words >> np.uint64(61)) + np.uint64(1)) >> np.uint64(1)
     rest = (words - (quarter << np.uint64(62))).view(np.int64) >> 9
     angle = rest.astype(np.float64)
@@ -176,15 +174,13 @@ def _cos_sin(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cosine += 1.0
     swapped = (quarter & np.uint64(1)).astype(bool)
     turned = np.where(swapped, sine, cosine), np.where(swapped, cosine, sine)
-    for values, negative in zip(
-        turned, ((quarter + np.uint64(1)) >> np.uint64(1), quarter >> np.uint64(1)), strict=True
-    ):
-        values.view(np.uint64)[...] ^= (negative & np.uint64(1)) << np.uint64(63)
+    for values, half_turns in zip(turned, (quarter + np.uint64(1), quarter), strict=True):
+        values.view(np.uint64)[...] ^= (half_turns >> np.uint64(1) & np.uint64(1)) << np.uint64(63)  # flips the sign
     return turned
 
 
 def _polynomial(coefficients: list[float], x: np.ndarray) -> np.ndarray:
-    """``c[0] + c[1] * x + c[2] * x**2`` and so on, by Horner's rule."""
+    """Evaluate ``c[0] + c[1]*x + c[2]*x**2 + ...`` by Horner's rule."""
     total = x * coefficients[-1]
     for coefficient in coefficients[-2:0:-1]:
         total += coefficient

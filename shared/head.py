@@ -1,6 +1,6 @@
-"""The other end of the table: options of the loss, and blocks of columns that do not depend on the number of ranks.
+"""Options of the loss, and blocks of logits with a fixed order.
 
-A *column* of the logits is a row of the table. The logits are computed block by block, and each block leaves a few numbers a
+A *column* of the logits is a row of the table. Logits are computed block by block. Each block yields a few numbers per
 token, which are merged in the order of a fixed tree.
 """
 
@@ -39,30 +39,32 @@ __all__ = [
 ]
 
 LOSS_REDUCTIONS = ("mean", "sum", "none")
-"""What becomes of the tokens' losses."""
+"""Reductions of the losses of all tokens."""
 
 LOSS_RETURNS = ("lse", "logprobs", "count")
-"""What a loss can return besides itself."""
+"""Further results that a loss can return."""
 
 INVALID_TARGETS = ("error", "ignore")
-"""What a target outside the vocabulary gives: an IndexError, or no loss."""
+"""Result for a target outside the vocabulary: an IndexError, or no loss."""
 
 BLOCK_COLUMNS = 1024
-"""The most columns of a block: with 2048 tokens in float32 it takes 8 MiB, which stays in a cache."""
+"""Most columns of a block: with 2048 tokens in float32 a block takes 8 MiB, which fits a CPU's cache."""
 
 _ALIKE_WORLDS = 8
-"""The tree is the same for 1, 2, 4 and 8 ranks however small the vocabulary is."""
+"""Worlds of 1, 2, 4 and 8 ranks share one tree, however small the vocabulary is."""
 
 
 @dataclass(frozen=True)
 class ColumnBlocks:
-    """How a rank's columns are cut into blocks: ``groups`` equal ranges of ``group_columns``, each in ``pieces``.
+    """Blocks of a rank's columns: ``groups`` of ``group_columns`` columns, each in ``pieces``.
 
-    The padded vocabulary is halved until a half is odd or at most ``BLOCK_COLUMNS`` wide (an eighth of the vocabulary, if
-    that is less). Such a half is a *group*. One that is still wider is cut into pieces of ``columns`` columns, of which the
-    last may be narrower. A rank of a world of a power of two has a subtree of the halves: blocks and order of merging are
-    then the same for 1, 2, 4 and 8 ranks, and for more as long as a rank has a whole group. Worlds of other sizes, and
-    vocabularies padded to another size, cut elsewhere: their results agree within rounding.
+    A rank's range is halved until its width is odd or at most the limit: ``BLOCK_COLUMNS``, or an eighth of the padded
+    vocabulary if that is less. The result is a *group*. A group wider than the limit is cut into pieces of ``columns``
+    columns; its last piece may be narrower.
+
+    For 1, 2, 4 and 8 ranks, blocks and order of merging are the same. So they are for more ranks by powers of two, as long
+    as each rank holds a whole group. For other world sizes, and for a vocabulary padded to another size, results agree
+    within rounding.
 
     Example:
         >>> from shared import VocabPartition
@@ -82,7 +84,7 @@ class ColumnBlocks:
 
     @classmethod
     def of(cls, partition: VocabPartition) -> ColumnBlocks:
-        """The blocks of every rank of the partition."""
+        """Blocks of every rank of the partition."""
         limit = max(1, min(BLOCK_COLUMNS, partition.padded_vocab_size // _ALIKE_WORLDS))
         group = partition.rows_per_rank
         while group > limit and group % 2 == 0:
@@ -91,7 +93,7 @@ class ColumnBlocks:
         return cls(partition.rows_per_rank // group, pieces, group, -(-group // pieces))
 
     def ranges(self, columns: int) -> list[list[tuple[int, int]]]:
-        """Half-open ranges of the rank's columns, group by group; cut off at ``columns``, so that some may be empty."""
+        """Half-open column ranges, group by group; empty from ``columns`` on."""
 
         def cut(start: int, stop: int) -> tuple[int, int]:
             return min(start, columns), min(stop, columns)
@@ -106,7 +108,7 @@ class ColumnBlocks:
 
 
 def tree_size(count: int) -> int:
-    """The least power of two from ``count`` on: places in the tree, of which the last stay empty.
+    """Least power of two >= ``count``: leaves of the tree.
 
     Example:
         >>> from shared.head import tree_size
@@ -117,12 +119,12 @@ def tree_size(count: int) -> int:
 
 
 def merge_adjacent(parts: Sequence[Any], merge: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]) -> list[Any]:
-    """Merge along the first axis: neighbours in pairs, the results in pairs, until one is left.
+    """Merge adjacent entries of the first axis pairwise, until one is left.
 
     Args:
-        parts: arrays whose first axis has a power of two of entries (``tree_size``); empty places hold what a merge leaves
-            alone.
-        merge: from the even entries and the odd ones, each as ``parts`` are, to one entry for two.
+        parts: arrays whose first axis has a power-of-two length (``tree_size``); unused entries hold the identity of
+            ``merge``.
+        merge: combines the even entries of all arrays with the odd ones.
 
     Returns:
         The arrays without their first axis.
@@ -141,17 +143,17 @@ def merge_adjacent(parts: Sequence[Any], merge: Callable[[Sequence[Any], Sequenc
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of a cross entropy, validated.
+    """Validated options of a cross entropy.
 
     Args:
-        ignore_index: targets that give no loss and no gradient; any integer, in the vocabulary or not.
-        label_smoothing: share of the target that is spread over all ``vocab_size`` ids, in [0, 1).
-        z_loss: factor of the squared logsumexp that is added to each token's loss; not negative.
+        ignore_index: target without loss and gradient; any integer.
+        label_smoothing: share of the target spread over all ``vocab_size`` ids, in [0, 1).
+        z_loss: factor of the squared logsumexp added to each token's loss; not negative.
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``.
-        invalid_targets: what a target outside ``[0, vocab_size)`` gives: ``"error"`` or ``"ignore"``.
+        invalid_targets: result for a target outside ``[0, vocab_size)``, one of ``INVALID_TARGETS``.
         softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
-        seq_dim: the dimension of the targets along which the hidden states are split over the ranks; None: they are not.
-        returns: what to return besides the loss, of ``"lse"``, ``"logprobs"``, ``"count"``.
+        seq_dim: dimension of the targets along which hidden states are split over the ranks; None: not split.
+        returns: further results, of ``LOSS_RETURNS``.
 
     Raises:
         TypeError: an option is of the wrong kind.
@@ -195,8 +197,8 @@ class LossOptions:
             object.__setattr__(self, name, value)
 
 
-def check_softcap(softcap: Any) -> float | None:
-    """The bound of the logits: a finite number above zero, or None."""
+def check_softcap(softcap: object) -> float | None:
+    """Validate ``softcap``: a finite number above 0, or None."""
     if softcap is None:
         return None
     number = _number("softcap", softcap)
@@ -205,8 +207,8 @@ def check_softcap(softcap: Any) -> float | None:
     return number
 
 
-def check_top_k(k: Any, vocab_size: int) -> int:
-    """How many ids to find: an integer in ``[1, vocab_size]``."""
+def check_top_k(k: object, vocab_size: int) -> int:
+    """Validate ``k``, a number of ids in ``[1, vocab_size]``."""
     number = as_int("k", k)
     if not 1 <= number <= vocab_size:
         raise ValueError(f"k must be in [1, vocab_size] = [1, {vocab_size}], got {number}")
@@ -214,7 +216,7 @@ def check_top_k(k: Any, vocab_size: int) -> int:
 
 
 def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: int) -> None:
-    """Refuse shapes of hidden states and of a rank's rows that do not fit each other or the partition."""
+    """Refuse shapes of hidden states and weight that do not match."""
     if len(weight) != 2 or weight[0] != rows_per_rank:
         raise ValueError(f"weight must hold the rank's own rows, [{rows_per_rank}, emb_size], got {tuple(weight)}")
     if len(hidden) < 1 or hidden[-1] != weight[1]:
@@ -222,7 +224,7 @@ def check_hidden(hidden: Sequence[int], weight: Sequence[int], rows_per_rank: in
 
 
 def check_logits_width(width: int, partition: VocabPartition) -> None:
-    """Refuse logits that are not one rank's columns: gathered ones would be counted once a rank."""
+    """Refuse gathered logits: every rank would count them."""
     if width != partition.rows_per_rank:
         raise ValueError(
             f"logits must have the rank's own {partition.rows_per_rank} columns, got {width}, with vocab_size="
@@ -232,26 +234,25 @@ def check_logits_width(width: int, partition: VocabPartition) -> None:
 
 
 def check_uniform(valid: bool) -> None:
-    """Refuse random numbers that are not all ``valid``, in [0, 1)."""
+    """Raise ValueError unless ``valid``: all random numbers lie in [0, 1)."""
     if not valid:
         raise ValueError("uniform must hold numbers in [0, 1), such as torch.rand or jax.random.uniform draw")
 
 
 def check_targets_shape(given: Sequence[int], tokens: Sequence[int], source: str, name: str = "targets") -> None:
-    """Refuse targets that are not one a token; ``source`` is the argument whose leading shape is ``tokens``."""
+    """Refuse targets of another shape than ``tokens``, taken from ``source``."""
     if tuple(given) != tuple(tokens):
         raise ValueError(f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}")
 
 
 def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int) -> None:
-    """Raise IndexError naming the first target outside ``[0, vocab_size)`` that is not ``ignore_index``."""
-    found = first_invalid(np.where(targets == ignore_index, 0, targets), vocab_size)
-    if found is not None:
+    """Raise IndexError for the first invalid target other than ``ignore_index``."""
+    if found := first_invalid(np.where(targets == ignore_index, 0, targets), vocab_size):
         raise invalid_target_error(*found, vocab_size, ignore_index)
 
 
 def invalid_target_error(value: int, position: Sequence[int], vocab_size: int, ignore_index: int) -> IndexError:
-    """The error of ``invalid_targets="error"``: the first offending target in row-major order and its position."""
+    """IndexError of ``invalid_targets="error"`` for one target and its position."""
     where = f"targets[{', '.join(map(str, position))}]" if position else "targets"
     return IndexError(
         f"{where} = {value} is outside the vocabulary [0, {vocab_size}) and is not ignore_index={ignore_index}; "
@@ -259,17 +260,17 @@ def invalid_target_error(value: int, position: Sequence[int], vocab_size: int, i
     )
 
 
-def targets_type_error(given: Any, expected: str) -> TypeError:
-    """The error for targets of a type or dtype that holds no integers; ``given`` is what to print of them."""
-    return TypeError(f"targets must be {expected} of an integer dtype, got {given}")
+def targets_type_error(given: object, expected: str) -> TypeError:
+    """TypeError for targets that are not integers, with their type or dtype."""
+    return TypeError(f"targets must be {expected} of an integer dtype, got {given}; convert them first")
 
 
-def logits_dtype_error(name: str, dtype: Any, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
-    """The error for logits, hidden states or tables of another dtype."""
+def logits_dtype_error(name: str, dtype: object, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
+    """TypeError for an unsupported dtype of logits, hidden states or tables."""
     return TypeError(f"{name} must be {legal}, got {dtype}")
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)

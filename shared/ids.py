@@ -1,24 +1,41 @@
-"""Ids of any integer dtype, made fit for arithmetic without narrowing."""
+"""Ids of any integer dtype, widened and range-checked."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from shared.checks import ids_type_error, invalid_id_error
 
-__all__ = ["check_ids_valid", "first_invalid", "widen"]
+__all__ = ["Ids", "IdsT", "check_ids_valid", "first_invalid", "widen"]
 
 
-def widen(ids: Any) -> Any:
-    """Return the ids in a signed integer type in which ``ids - start`` cannot wrap on to another rank's rows.
+class Ids(Protocol):
+    """NumPy array, torch tensor, JAX array, tracer or int of ids."""
 
-    NumPy arrays become int64, torch tensors int64, JAX arrays at least int32; a Python int stays one. Unsigned ids that
-    the signed type cannot hold come out negative, hence outside every vocabulary, never another id.
+    def __add__(self, other: Any, /) -> Any: ...
+    def __sub__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: Any, /) -> Any: ...
+    def __floordiv__(self, other: Any, /) -> Any: ...
+    def __mod__(self, other: Any, /) -> Any: ...
+    def __and__(self, other: Any, /) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+
+
+IdsT = TypeVar("IdsT", bound=Ids)
+"""The type of the ids given; results have it too."""
+
+
+def widen(ids: IdsT) -> IdsT:
+    """Cast ids to a signed integer dtype in which subtraction cannot wrap.
+
+    NumPy arrays and torch tensors become int64, JAX arrays at least int32. A Python int is returned as it is. Unsigned ids
+    too large for the signed dtype become negative, hence invalid.
 
     Raises:
-        TypeError: the ids hold floats, bools or anything else that is not an integer.
+        TypeError: the ids are not integers.
 
     Example:
         >>> import numpy as np
@@ -28,20 +45,20 @@ def widen(ids: Any) -> Any:
     """
     if isinstance(ids, int) and not isinstance(ids, bool):
         return ids
-    dtype = getattr(ids, "dtype", type(ids).__name__)
+    array: Any = ids
+    dtype = getattr(array, "dtype", type(array).__name__)
     name = getattr(dtype, "name", str(dtype))
     dtype = name.removeprefix("torch.")
     if not dtype.startswith(("int", "uint")) or dtype == "int":
         raise ids_type_error(dtype, "an array")
     if name.startswith("torch."):
-        return ids.long()
-    if isinstance(ids, (np.ndarray, np.generic)):
-        return ids.astype(np.int64)
-    return ids.astype("int64" if dtype.endswith("64") else "int32")
+        return array.long()
+    wide = isinstance(array, (np.ndarray, np.generic)) or dtype.endswith("64")
+    return array.astype("int64" if wide else "int32")
 
 
 def first_invalid(ids: np.ndarray, vocab_size: int) -> tuple[int, tuple[int, ...]] | None:
-    """The first id outside ``[0, vocab_size)`` in row-major order, with its position, or None.
+    """First invalid id in row-major order, with its position; or None.
 
     Example:
         >>> import numpy as np
@@ -57,7 +74,6 @@ def first_invalid(ids: np.ndarray, vocab_size: int) -> tuple[int, tuple[int, ...
 
 
 def check_ids_valid(ids: np.ndarray, vocab_size: int) -> None:
-    """Raise IndexError naming the first id outside ``[0, vocab_size)``, its position and the legal range."""
-    found = first_invalid(ids, vocab_size)
-    if found is not None:
+    """Raise IndexError for the first id outside ``[0, vocab_size)``."""
+    if found := first_invalid(ids, vocab_size):
         raise invalid_id_error(*found, vocab_size)

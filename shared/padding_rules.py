@@ -1,4 +1,4 @@
-"""The rules by which people pad a vocabulary, by the words the command line takes for them."""
+"""Rules of padding a vocabulary, as the command line writes them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from shared.partition import pad_vocab_size
 __all__ = ["RULES", "RULE_HELP", "padded_by_rule"]
 
 RULES = ("even", "multiple-of:64", "128*w")
-"""Rules in use: the least that divides; vLLM's; Megatron-LM's."""
+"""Rules in use: the least size that divides evenly, vLLM's, Megatron-LM's."""
 
 RULE_HELP = (
-    "rows with those of padding: a number, even (the least that W divides), multiple-of:M (that M divides too; vLLM: 64), "
-    "or M*w (a multiple of M times W; Megatron-LM: 128*w)"
+    "rows including padding: a number, even (the least size divisible by W), multiple-of:M (divisible by M too; vLLM: 64), "
+    "or M*w (divisible by M times W; Megatron-LM: 128*w)"
 )
 
 
 def padded_by_rule(rule: str | None, vocab_size: int, world_size: int) -> int | None:
-    """The padded size that a rule gives; None, no padding, for no rule.
-
-    Args:
-        rule: a number of rows, ``even``, ``multiple-of:M`` or ``M*w``.
-        vocab_size: rows of the whole table.
-        world_size: number of ranks.
+    """Padded size by a rule of the command line; None for None.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the rule is none of these.
 
     Example:
         >>> from shared.padding_rules import RULES, padded_by_rule

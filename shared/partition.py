@@ -1,26 +1,37 @@
-"""Which rank owns which row of a vocabulary table, and how many rows of padding there are: decided here and nowhere else."""
+"""Ownership and padding of the rows of a vocabulary table."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shared.checks import as_int, check_rank, check_size
-from shared.ids import widen
+from shared.ids import Ids, IdsT, widen
 
-__all__ = ["VocabPartition", "pad_vocab_size"]
+__all__ = ["PaddedSize", "VocabPartition", "pad_vocab_size"]
+
+if TYPE_CHECKING:
+
+    class PaddedSize:
+        """Field that takes an int, ``"even"`` or None and holds an int."""
+
+        def __get__(self, instance: object, owner: type | None = None) -> int: ...
+        def __set__(self, instance: object, value: int | str | None) -> None: ...
+
+else:
+    PaddedSize = int
 
 
 def pad_vocab_size(vocab_size: int, world_size: int, multiple_of: int = 1) -> int:
-    """The least size from ``vocab_size`` on that both ``world_size`` and ``multiple_of`` divide.
+    """Least size >= ``vocab_size`` divisible by ``world_size`` and ``multiple_of``.
 
     Args:
         vocab_size: rows of the whole table.
         world_size: number of ranks.
-        multiple_of: what the size must be a multiple of besides: 64 as in vLLM, ``128 * world_size`` as in Megatron-LM.
+        multiple_of: a further divisor: 64 in vLLM, ``128 * world_size`` in Megatron-LM.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -33,32 +44,30 @@ def pad_vocab_size(vocab_size: int, world_size: int, multiple_of: int = 1) -> in
         >>> pad_vocab_size(50257, 8), pad_vocab_size(50257, 8, 64), pad_vocab_size(50257, 8, 128 * 8)
         (50264, 50304, 51200)
     """
-    sizes = {"vocab_size": vocab_size, "world_size": world_size, "multiple_of": multiple_of}
-    rows, ranks, multiple = (check_size(name, size) for name, size in sizes.items())
-    step = math.lcm(ranks, multiple)
+    rows = check_size("vocab_size", vocab_size)
+    step = math.lcm(check_size("world_size", world_size), check_size("multiple_of", multiple_of))
     return -(-rows // step) * step
 
 
 @dataclass(frozen=True)
 class VocabPartition:
-    """A vocabulary of ``vocab_size`` rows cut into ``world_size`` equal, contiguous ranges.
+    """A vocabulary cut into ``world_size`` equal, contiguous ranges of rows.
 
-    Rank r keeps the half-open range ``[start(r), stop(r))`` of ``rows_per_rank`` rows, of which those from ``vocab_size``
-    on are padding: no id's. The methods that take ids use only plain operators (``- >= < // *``), so NumPy arrays, torch
-    tensors, JAX tracers and Python ints all go through the very same code; every integer dtype is widened first and none
-    wraps.
+    Rank r holds the half-open range ``[start(r), stop(r))`` of ``rows_per_rank`` rows. Rows from ``vocab_size`` on are
+    padding and belong to no id. An id outside ``[0, vocab_size)`` is owned by no rank.
+
+    Methods that take ids use plain operators only, so the same code serves NumPy arrays, torch tensors, JAX tracers and
+    Python ints. Ids of every integer dtype are widened first.
 
     Args:
-        vocab_size: rows of the whole table.
+        vocab_size: rows of the whole table, padding excluded.
         world_size: number of ranks.
-        padded_vocab_size: rows with those of padding, a size that ``world_size`` divides (``pad_vocab_size`` finds one);
-            ``"even"``, the least such size. Left out, there is no padding and ``world_size`` must divide ``vocab_size``.
+        padded_vocab_size: rows including padding, divisible by ``world_size``; ``"even"`` for the least such size. None: no
+            padding, and ``vocab_size`` must be divisible by ``world_size``.
 
     Raises:
         TypeError: a size is not an integer.
-        ValueError: a size is below 1, ``padded_vocab_size`` is below ``vocab_size``, or ``world_size`` does not divide it.
-
-    An id outside ``[0, vocab_size)``, one in the padding included, is owned by no rank.
+        ValueError: a size is below 1, ``padded_vocab_size`` is below ``vocab_size``, or the rows do not divide evenly.
 
     Source: the contiguous vocabulary ranges of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -73,8 +82,6 @@ class VocabPartition:
         array([ 0,  1,  1,  2, -1, -1])
         >>> partition.owns(ids, rank=1)
         array([False,  True,  True, False, False, False])
-        >>> partition.local_ids(ids, rank=1)
-        array([-4,  0,  3,  7,  8, -5])
         >>> padded = VocabPartition(vocab_size=10, world_size=4, padded_vocab_size="even")
         >>> padded.padded_vocab_size, [padded.owned_range(rank) for rank in range(4)]
         (12, [(0, 3), (3, 6), (6, 9), (9, 10)])
@@ -82,22 +89,22 @@ class VocabPartition:
 
     vocab_size: int
     world_size: int
-    padded_vocab_size: Any = None  # an int, once it is made
+    padded_vocab_size: PaddedSize = None  # type: ignore[assignment]
     rows_per_rank: int = field(init=False, repr=False, compare=False)
-    """Rows that each rank keeps, ``n = padded_vocab_size // world_size``."""
+    """Rows held by each rank, ``n = padded_vocab_size // world_size``."""
 
     def __post_init__(self) -> None:
         vocab_size = check_size("vocab_size", self.vocab_size)
         world_size = check_size("world_size", self.world_size)
+        padded_vocab_size = _padded_size(vocab_size, world_size, self.padded_vocab_size)
         object.__setattr__(self, "vocab_size", vocab_size)
         object.__setattr__(self, "world_size", world_size)
-        padded_vocab_size = _padded_size(vocab_size, world_size, self.padded_vocab_size)
         object.__setattr__(self, "padded_vocab_size", padded_vocab_size)
         object.__setattr__(self, "rows_per_rank", padded_vocab_size // world_size)
 
     @property
     def padding_rows(self) -> int:
-        """Rows of padding, all ranks together."""
+        """Padding rows of all ranks together."""
         return self.padded_vocab_size - self.vocab_size
 
     def owned_range(self, rank: int) -> tuple[int, int]:
@@ -105,32 +112,28 @@ class VocabPartition:
         start = int(self.start(rank))
         return min(start, self.vocab_size), min(start + self.rows_per_rank, self.vocab_size)
 
-    def start(self, rank: Any) -> Any:
-        """First row of ``rank``. A rank given as a number is range-checked; a tensor or a tracer cannot be."""
-        if isinstance(rank, np.generic) or not hasattr(rank, "dtype"):
-            rank = check_rank(rank, self.world_size)
-        elif not _dtype_name(rank).startswith(("int", "uint")):
-            raise TypeError(f"rank must be an integer, got one of dtype {_dtype_name(rank)}")
-        return rank * self.rows_per_rank
+    def start(self, rank: IdsT) -> IdsT:
+        """First row of ``rank``; only a number is range-checked."""
+        number: Any = rank
+        if isinstance(number, np.generic) or not hasattr(number, "dtype"):
+            number = check_rank(number, self.world_size)
+        elif not (dtype := _dtype_name(number)).startswith(("int", "uint")):
+            raise TypeError(f"rank must be an integer, got one of dtype {dtype}")
+        return number * self.rows_per_rank
 
-    def stop(self, rank: Any) -> Any:
-        """One past the last row of ``rank``, padding rows included."""
+    def stop(self, rank: IdsT) -> IdsT:
+        """One past the last row of ``rank``, padding included."""
         return self.start(rank) + self.rows_per_rank
 
-    def has_padding(self, rank: int) -> bool:
-        """Whether some of the rows that ``rank`` keeps are padding."""
-        return int(self.stop(rank)) > self.vocab_size
-
-    def locate(self, ids: Any, rank: Any) -> tuple[Any, Any]:
-        """Find each id's row in the table of ``rank``, and whether the rank owns it.
+    def locate(self, ids: IdsT, rank: Ids) -> tuple[IdsT, IdsT]:
+        """Find each id's row on ``rank``, and whether the rank owns it.
 
         Args:
-            ids: an array of ids, any integer dtype and shape.
-            rank: whose table; a number, or an integer array without dimensions (a traced rank).
+            ids: any shape and integer dtype.
+            rank: a number, or a 0-d integer array (a traced rank).
 
         Returns:
-            ``(rows, owned)``, both shaped as ``ids``. ``rows`` are legal rows of the table, ``[0, rows_per_rank)``: that of
-            the id where it is ``owned``, else the first.
+            ``(rows, owned)``, shaped as ``ids``. ``rows`` lie in ``[0, rows_per_rank)``; those of foreign ids are 0.
 
         Raises:
             TypeError: ids or rank are not integers.
@@ -146,10 +149,10 @@ class VocabPartition:
         owned = keys < self.rows_per_rank
         return keys * owned, owned
 
-    def keys(self, ids: Any, rank: Any) -> Any:
-        """Each id's row in the table of ``rank``; one past its last row, ``rows_per_rank``, for foreign ids.
+    def keys(self, ids: IdsT, rank: Ids) -> IdsT:
+        """Each id's row in the table of ``rank``; ``rows_per_rank`` for foreign ids.
 
-        Arguments and errors are those of ``locate``, which is built on this.
+        Arguments and errors are those of ``locate``.
 
         Example:
             >>> import numpy as np
@@ -158,32 +161,24 @@ class VocabPartition:
             array([4, 0, 3, 4])
         """
         ids, n = widen(ids), self.rows_per_rank
-        local = ids - self.start(rank)
-        near = min(max(local, -1), n) if isinstance(local, int) else local.clip(-1, n)
+        local: Any = ids - self.start(rank)
+        near: Any = min(max(local, -1), n) if isinstance(local, int) else local.clip(-1, n)
         keys = near % (n + 1)  # -1 becomes n
         if self.padding_rows:
             keys = keys + (n - keys) * (ids >= self.vocab_size)
         return keys
 
-    def owns(self, ids: Any, rank: Any) -> Any:
-        """True where ``rank`` owns the id."""
+    def owns(self, ids: IdsT, rank: Ids) -> IdsT:
+        """Whether ``rank`` owns each id."""
         return self.locate(ids, rank)[1]
 
-    def local_ids(self, ids: Any, rank: Any) -> Any:
-        """Row numbers in the table of ``rank``; outside ``[0, rows_per_rank)`` for ids that it does not own."""
-        ids = widen(ids)
-        local = ids - self.start(rank)
-        if self.padding_rows:  # an id in the padding must not name a row
-            local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
-        return local
-
-    def owner(self, ids: Any) -> Any:
-        """The rank that owns each id; -1 for ids outside the vocabulary."""
+    def owner(self, ids: IdsT) -> IdsT:
+        """Rank that owns each id; -1 for ids outside the vocabulary."""
         ids = widen(ids)
         return (ids // self.rows_per_rank + 1) * self.is_valid(ids) - 1
 
-    def is_valid(self, ids: Any) -> Any:
-        """True where an id lies in ``[0, vocab_size)``."""
+    def is_valid(self, ids: IdsT) -> IdsT:
+        """Whether each id lies in ``[0, vocab_size)``."""
         ids = widen(ids)
         return (ids >= 0) & (ids < self.vocab_size)
 
@@ -192,7 +187,7 @@ def _dtype_name(array: Any) -> str:
     return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
 
 
-def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: Any) -> int:
+def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: int | str | None) -> int:
     following = pad_vocab_size(vocab_size, world_size)
     if padded_vocab_size is None:
         over = vocab_size % world_size

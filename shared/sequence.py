@@ -1,4 +1,4 @@
-"""How the sequence dimension of the ids is cut into one chunk a rank, and which rows each rank then needs."""
+"""Chunks of the sequence dimension, one per rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["chunk_shape", "resolve_seq_dim", "rows_needed"]
 
 
 def resolve_seq_dim(ndim: int, seq_dim: int) -> int:
-    """``seq_dim``, which may count from the end, as a number in ``[0, ndim)``.
+    """Convert ``seq_dim``, which may count from the end, to ``[0, ndim)``.
 
     Raises:
         ValueError: the ids have no such dimension.
@@ -20,13 +20,13 @@ def resolve_seq_dim(ndim: int, seq_dim: int) -> int:
     if not -ndim <= seq_dim < ndim:
         raise ValueError(
             f"seq_dim must name a dimension of the ids, in [{-ndim}, {ndim}), got seq_dim={seq_dim} with ids of {ndim} "
-            f"dimensions; reduce_scatter needs a sequence to split"
+            f"dimensions; splitting over ranks needs a sequence"
         )
     return seq_dim % ndim
 
 
 def chunk_shape(shape: Sequence[int], seq_dim: int, world_size: int) -> tuple[int, ...]:
-    """The shape of the ids of one rank's chunk: the sequence dimension divided by ``world_size``.
+    """Shape of one rank's chunk of the ids.
 
     Raises:
         ValueError: the ids have no such dimension, or its length is not divisible by ``world_size``.
@@ -37,7 +37,7 @@ def chunk_shape(shape: Sequence[int], seq_dim: int, world_size: int) -> tuple[in
         (4, 256)
     """
     dim = resolve_seq_dim(len(shape), seq_dim)
-    length, over = shape[dim] // world_size, shape[dim] % world_size  # a traced size has no divmod
+    length, over = shape[dim] // world_size, shape[dim] % world_size  # divmod does not take a traced size
     if over:
         raise ValueError(
             f"the sequence must be divisible by world_size: ids of shape {tuple(shape)} have {shape[dim]} positions "
@@ -48,10 +48,10 @@ def chunk_shape(shape: Sequence[int], seq_dim: int, world_size: int) -> tuple[in
 
 
 def rows_needed(ids: np.ndarray, partition: VocabPartition, seq_dim: int = -1) -> np.ndarray:
-    """How many distinct rows each rank's chunk needs of each rank, for ``reduction="reduce_scatter"``.
+    """Count the distinct rows that each rank's chunk needs from each owner.
 
     Returns:
-        int64 ``[world_size, world_size]``: entry ``[o, d]`` counts the rows that rank o owns and rank d's chunk asks for.
+        int64 ``[world_size, world_size]``: entry ``[o, d]`` counts the distinct rows of owner o in the chunk of rank d.
 
     Example:
         >>> import numpy as np
@@ -65,6 +65,6 @@ def rows_needed(ids: np.ndarray, partition: VocabPartition, seq_dim: int = -1) -
     chunk_shape(ids.shape, seq_dim, world_size)
     counts = np.zeros((world_size, world_size), np.int64)
     for destination, chunk in enumerate(np.split(ids, world_size, axis=seq_dim)):
-        owners = np.asarray(partition.owner(np.unique(chunk)))
+        owners = partition.owner(np.unique(chunk))
         counts[:, destination] = np.bincount(owners[owners >= 0], minlength=world_size)
     return counts

@@ -21,18 +21,18 @@ Rank r of w keeps rows [r*n, (r+1)*n) of the vocabulary table, n = v / w, looks 
 for the others; the ranks' results sum to the embedding.
 
   pve compare     run both backends on one table and prove them equal (start here)
-  pve plan        who owns which rows, and the memory each rank needs
-  pve record      run one backend and keep what it computed, for another machine
-  pve diff        compare two such records, or two tables in files
+  pve plan        which rank owns which rows, and the memory each rank needs
+  pve record      run one backend and keep its results in a file
+  pve diff        compare two records, or two tables in files
   pve convert     copy a table to one file or to Megatron-style parts
   pve env         versions, platform, and the devices that each backend sees
   pve completion  a script by which a shell completes pve
 
-`pve COMMAND --help` tells more of each."""
+`pve COMMAND --help` describes a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 equal or done, 1 different, 2 bad input."""
+    """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

@@ -7,9 +7,8 @@ import itertools
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from shared.cli.case_arguments import add_case_arguments, case_options
+from shared.cli.case_arguments import Commands, add_case_arguments, add_command, case_options
 from shared.cli.console import fail, progress_steps
 from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.case import build_case
@@ -22,13 +21,13 @@ __all__ = ["add_parser"]
 _DESCRIPTION = """\
 Prove that the PyTorch and the JAX layer compute the same.
 
-The table and the ids are written to files. Each backend runs in a process of its own, reads them, splits the table over
-the ranks and records what every rank returns, the whole embedding, and every rank's gradient. So does an oracle in NumPy.
-Then the records are compared, bit by bit: backend against backend, and each against the oracle.
+The table and the ids are written to files. Each backend reads them in its own process and splits the table over the
+ranks. It records each rank's result and gradient, and the whole embedding. An oracle in NumPy does the same. The records
+are compared bit by bit: backend against backend, and each backend against the oracle.
 
-With --reduction the ranks talk: torch runs one process per rank in a gloo group, JAX one device per rank.
+With --reduction the ranks communicate: torch runs one process per rank in a gloo group, JAX one device per rank.
 
-The gradient that is fed in is made so that its sums are exact in every order: there is no tolerance anywhere.
+The sums of the gradient fed in are exact in every order, so no comparison needs a tolerance.
 
 examples:
   pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
@@ -41,19 +40,13 @@ examples:
 exit status: 0 equal, 1 different, 2 bad input"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add ``pve compare`` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "compare",
-        help="run both backends on one table and prove them equal",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "compare", "run both backends on one table and prove them equal", _DESCRIPTION, _run)
     add_case_arguments(parser)
-    other = parser.add_argument_group("the comparison")
-    other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: those that are installed)")
+    other = parser.add_argument_group("comparison")
+    other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
     add_result_arguments(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -89,11 +82,8 @@ def _named(text: str) -> list[str]:
         if name not in FRAMEWORKS:
             raise ValueError(f"--backends takes {' and '.join(FRAMEWORKS)}, separated by a comma; got {name!r}")
         if not is_installed(name):
-            raise ValueError(f"--backends names {name}, which is not installed: pip install '{_package(name)}'")
+            package = f"parallel-vocab-embedding[{name}]"
+            raise ValueError(f"--backends names {name}, which is not installed: pip install '{package}'")
     if len(set(names)) != len(names):
-        raise ValueError(f"--backends names one twice: {text}")
+        raise ValueError(f"--backends must name each backend once, got {text}")
     return names
-
-
-def _package(backend: str) -> str:
-    return f"parallel-vocab-embedding[{backend}]"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+
+from shared.cli.case_arguments import Commands, add_command
 
 __all__ = ["add_parser"]
 
 _SHELLS = ("bash", "zsh", "fish")
 
 _DESCRIPTION = """\
-Print a script that lets a shell complete the commands and options of `pve`.
+Print a script by which a shell completes commands and options of `pve`.
 
 examples:
   pve completion bash > ~/.local/share/bash-completion/completions/pve
@@ -20,16 +21,11 @@ examples:
 exit status: 0 done, 2 shtab is not installed"""
 
 
-def add_parser(commands: Any, whole: argparse.ArgumentParser) -> None:
-    """Add ``pve completion`` to the commands; ``whole`` is the parser of them all."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "completion",
-        help="a script by which a shell completes pve",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_parser(commands: Commands, whole: argparse.ArgumentParser) -> None:
+    """Add ``pve completion``, which completes the parser ``whole``, to the commands."""
+    summary = "a script by which a shell completes pve"
+    parser = add_command(commands, "completion", summary, _DESCRIPTION, lambda options: _run(options, whole))
     parser.add_argument("shell", choices=_SHELLS, help="the shell")
-    parser.set_defaults(run=lambda options: _run(options, whole))
 
 
 def _run(options: argparse.Namespace, whole: argparse.ArgumentParser) -> int:
@@ -44,8 +40,8 @@ def _run(options: argparse.Namespace, whole: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Have every argument that is a path completed by the names of files."""
+def _complete_paths(parser: argparse.ArgumentParser, files: dict[str, str | dict[str, str]]) -> None:
+    """Mark every argument of type Path to be completed by file names."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():

@@ -1,12 +1,11 @@
-"""What the commands say on the terminal: results on standard output, progress and errors on standard error."""
+"""Terminal output: results on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,32 +15,32 @@ from shared.checks import printable
 __all__ = ["SCHEMA_VERSION", "Steps", "fail", "output", "print_json", "progress_steps"]
 
 SCHEMA_VERSION = 1
-"""Of what ``--json`` prints. It grows where something is removed or changes its meaning; more may come without."""
+"""Version of the output of ``--json``; a removed or redefined field raises it, an added field does not."""
 
 Steps = Callable[[str], Callable[[str, int, int], None]]
-"""Begins a step of the work, by name, and returns what to report its progress to."""
+"""Begins a named step and returns the callback for its progress."""
 
 
 def output() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """Console on standard output, 110 columns wide if not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
 
 
-def print_json(command: str, value: dict[str, Any]) -> None:
-    """Print what a command found as one JSON document, of the schema in ``schema.json`` beside this file."""
+def print_json(command: str, value: Mapping[str, object]) -> None:
+    """Print a result as one JSON document that follows ``schema.json``."""
     document = {"schema_version": SCHEMA_VERSION, "command": command, **value}
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def fail(message: str) -> int:
-    """One line on standard error; returns the exit status for bad input."""
+    """Print an error in one line and return exit status 2."""
     print(f"pve: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def progress_steps() -> Iterator[Steps]:
-    """Progress bars on standard error, one a step, where it is a terminal; gone when the work is done."""
+    """Show a progress bar per step, while standard error is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.fields[name]:>10}"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
 from shared.bits import STORED_DTYPES
-from shared.cli.case_arguments import dtype_name
+from shared.cli.case_arguments import Commands, add_command, dtype_name
 from shared.cli.console import output, print_json, progress_steps
 from shared.padding_rules import RULE_HELP, padded_by_rule
 from shared.partition import VocabPartition
@@ -26,8 +25,8 @@ TABLE is a safetensors file, a folder with a Hugging Face checkpoint, or a folde
 new folder of W equal parts, OUTPUT/mp_rank_00/model.safetensors and so on; padding rows are zero. Without it, OUTPUT is one
 file without padding, which any number of ranks can load.
 
-The table is streamed: memory does not grow with its size. Rows are read back after writing. The output appears whole or not
-at all, whenever the program is stopped. An existing file is replaced only with --force; an existing folder never.
+The table is streamed in bounded memory. Rows are read back after writing. The output appears whole or not at all, even if
+the program is killed. An existing file is replaced only with --force; a folder that is not empty is never replaced.
 
 examples:
   pve convert checkpoint-folder table.safetensors                                  (just the table of a checkpoint)
@@ -36,25 +35,18 @@ examples:
   pve convert parts table.safetensors --vocab-size 50257                           (which rows are not padding)
   pve convert parts parts8 --vocab-size 50257 --world-size 8 --padded-vocab-size even
 
-exit status: 0 done, 2 bad input (nothing is changed then)"""
+exit status: 0 done, 2 bad input (nothing is changed)"""
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        help="copy a table to one file or to Megatron-style parts",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_parser(commands: Commands) -> None:
+    """Add ``pve convert`` to the commands."""
+    parser = add_command(commands, "convert", "copy a table to one file or to Megatron-style parts", _DESCRIPTION, _run)
     parser.add_argument("table", type=Path, metavar="TABLE", help="safetensors file, checkpoint or folder of parts")
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", help="file to write; with --world-size, folder to create"
     )
-    parser.add_argument(
-        "--tensor", metavar="NAME", help="the tensor (default: the one that looks like an input embedding)"
-    )
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="rows without padding, for Megatron-style parts")
+    parser.add_argument("--tensor", metavar="NAME", help="tensor (default: the one named like an input embedding)")
+    parser.add_argument("--vocab-size", type=int, metavar="V", help="rows, padding excluded, of Megatron-style parts")
     parser.add_argument("--world-size", type=int, metavar="W", help="write W parts instead of one file")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     parser.add_argument(
@@ -62,7 +54,6 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:

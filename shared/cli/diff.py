@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from shared.cli.case_arguments import Commands, add_command
 from shared.cli.console import progress_steps
 from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.diff import compare_records
@@ -17,14 +17,14 @@ from shared.tables.find_table import open_table
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Compare two records of `pve record`, or two vocabulary tables in files, bit by bit. What the files are decides which.
+Compare two records of `pve record`, or two vocabulary tables in files, bit by bit.
 
-Of records: every rank's incomplete embedding and gradient, and the sum. Of tables: every row. A table is a safetensors
-file, a Hugging Face checkpoint (index or folder) or a folder of Megatron-style parts. Of two dtypes the wider one is
-rounded to the narrower. Rows that only the taller table has are padding where they are all alike, as zeros are.
+Of records, it compares every rank's result and gradient, and the sum. Of tables, it compares every row. A table is a
+safetensors file, a Hugging Face checkpoint (index or folder) or a folder of Megatron-style parts. If dtypes differ, the
+wider one is rounded to the narrower. Rows that only the taller table has are padding if they all hold the same values.
 
-Rows that differ are counted, the first few named with id and owner rank, and described as what they look like: off by
-one row, ranks swapped, zeroed, rounding only, sign of zero, NaN and so on.
+Differing rows are counted by kind: off by one row, ranks swapped, zeroed, rounding only, sign of zero, NaN and so on.
+The first of each kind are listed with id and owner.
 
 examples:
   pve diff torch.record jax.record
@@ -34,14 +34,9 @@ examples:
 exit status: 0 equal, 1 different, 2 bad input (another case, other columns, a truncated or foreign file)"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add ``pve diff`` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "diff",
-        help="compare two records, or two tables in files",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "diff", "compare two records, or two tables in files", _DESCRIPTION, _run)
     parser.add_argument("left", type=Path, metavar="A", help="a record or a table")
     parser.add_argument("right", type=Path, metavar="B", help="a record of the same case, or a table")
     tables = parser.add_argument_group("tables")
@@ -49,17 +44,16 @@ def add_parser(commands: Any) -> None:
         "--tensor",
         action="append",
         metavar="NAME",
-        help="the tensor, of both files, or given twice of A and of B; left out, the one that looks like an input embedding",
+        help="tensor in both files; given twice: in A, then in B (default: the one named like an input embedding)",
     )
-    tables.add_argument("--vocab-size", type=int, metavar="V", help="rows to compare; those behind are padding")
+    tables.add_argument("--vocab-size", type=int, metavar="V", help="rows to compare; later rows are padding")
     tables.add_argument(
         "--world-size",
         type=int,
         metavar="W",
-        help="ranks that differing rows are attributed to (default: as many as there are parts)",
+        help="ranks that differing rows are attributed to (default: the number of parts)",
     )
     add_result_arguments(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -68,14 +62,14 @@ def _run(options: argparse.Namespace) -> int:
     records = [path.is_file() and path.suffix != ".json" and is_record(path) for path in paths]
     if records[0] != records[1]:
         record, other = paths if records[0] else paths[::-1]
-        raise ValueError(f"{record} is a record, and {other} is not a record of `pve record`: give two of one kind")
+        raise ValueError(f"{record} is a record, but {other} is not a record of `pve record`: give two of one kind")
     return show_result(_diff_records(options) if records[0] else _diff_tables(options), options)
 
 
 def _diff_records(options: argparse.Namespace) -> Report:
     for name in ("tensor", "vocab_size", "world_size"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for tables, and {options.left} is a record: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} is for tables, but {options.left} is a record: leave it out")
     left, right = Record.open(options.left), Record.open(options.right)
     with progress_steps() as begin:
         comparisons = compare_records(left, right, begin("compare"))

@@ -15,6 +15,7 @@ from typing import Any
 from rich.text import Text
 
 import shared
+from shared.cli.case_arguments import Commands, add_command
 from shared.cli.console import output, print_json
 from shared.proof.launch import FRAMEWORKS, is_installed
 
@@ -42,25 +43,21 @@ _PACKAGES = (
 _SECONDS = 120
 
 _DESCRIPTION = """\
-Say what is installed, what it runs on, and which devices each backend sees: what a report of a fault should begin with.
+Show installed packages, the platform, and the devices that each backend sees. Add this to a bug report.
 
-example:
+examples:
   pve env
   pve env --json
 
 exit status: 0"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add ``pve env`` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "env",
-        help="versions, platform, and the devices that each backend sees",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "env", "versions, platform, and the devices that each backend sees", _DESCRIPTION, _run
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.set_defaults(run=_run)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -95,11 +92,11 @@ def _version(package: str) -> str | None:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    """The devices that a backend sees, found in a process of its own: one that crashes is an answer too."""
+    """Ask a backend for its devices in another process: drivers can crash."""
     if not is_installed(name):
         return {"devices": [], "error": "not installed"}
     command = [sys.executable, "-m", f"{name}_impl.devices"]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # else what lies in the current folder would run
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # keeps the current folder off sys.path
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
     except subprocess.TimeoutExpired:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shared.bits import DTYPES, dtype_named
 from shared.checks import check_size
-from shared.cli.case_arguments import dtype_name
+from shared.cli.case_arguments import Commands, add_command, dtype_name
 from shared.cli.console import output, print_json
 from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
 from shared.partition import VocabPartition
@@ -18,39 +18,37 @@ from shared.partition import VocabPartition
 __all__ = ["add_parser"]
 
 _DESCRIPTION = """\
-Say which rank owns which rows of a vocabulary table, and with --emb-size what each rank keeps in memory. Below that, what
-the usual rules of padding would make of the vocabulary.
+Show which rank owns which rows of a vocabulary table and, with --emb-size, the memory each rank needs. A second table
+shows the vocabulary padded by the usual rules.
 
-A vocabulary that W does not divide must be padded: zero rows at the end, which are no id's. Without a rule for that,
-only what the rules would make of it is shown.
+A vocabulary that W does not divide must be padded with zero rows at the end, which belong to no id. Without
+--padded-vocab-size, only the second table is shown for it.
 
 examples:
   pve plan --vocab-size 131072 --world-size 8
   pve plan --vocab-size 128256 --world-size 8 --emb-size 8192 --dtype bfloat16
   pve plan --vocab-size 50257 --world-size 8 --padded-vocab-size '128*w'
 
-exit status: 0, or 2 where a size is out of range"""
+exit status: 0 done, 2 a size is out of range"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add ``pve plan`` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
-        help="who owns which rows, the memory each rank needs, and the rules of padding",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "which rank owns which rows, memory per rank, and rules of padding",
+        _DESCRIPTION,
+        _run,
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="rows of the whole table")
-    parser.add_argument(
-        "--world-size", type=int, required=True, metavar="W", help="ranks; must divide V, padded or not"
-    )
+    parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks; must divide V after padding")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
-    parser.add_argument("--emb-size", type=int, metavar="E", help="columns; with it, memory is shown")
+    parser.add_argument("--emb-size", type=int, metavar="E", help="columns; shows memory")
     parser.add_argument(
         "--dtype", type=dtype_name, choices=[*DTYPES], default="bfloat16", help="of the table (default bfloat16)"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Errors of the library in the words of the command line: options in the place of Python arguments."""
+"""Translation of Python arguments in error messages to command-line options."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 __all__ = ["in_words_of"]
 
 _ALIASES = {"tensor_name": "tensor"}
-"""Arguments of the library whose option has another name."""
+"""Options whose name differs from that of the argument."""
 
 
 def in_words_of(options: argparse.Namespace, message: str) -> str:
-    """The message with the arguments that are options of the command written as these.
+    """Replace arguments in a message by the options of the command.
 
-    A name without an underscore may be a plain word: it is replaced in ``name=value`` only.
+    A name without an underscore may be a plain word, so it is replaced in ``name=value`` only.
 
     Example:
         >>> from argparse import Namespace

@@ -1,3 +1,3 @@
-"""The proof: a case, what each backend records for it, and the comparison of two records."""
+"""Proof of equality: cases, records of backends, and their comparison."""
 
 __all__: list[str] = []

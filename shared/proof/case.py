@@ -1,4 +1,4 @@
-"""One case for the backends to compute: a table, ids, and a gradient of the embedding, all in files."""
+"""Inputs of a comparison: table, ids and gradient, in files."""
 
 from __future__ import annotations
 
@@ -28,23 +28,21 @@ from shared.tables.tensor_file import open_safetensors
 __all__ = ["Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+"""Called with the name of a step, the amount done and the total."""
 
 
 @dataclass(frozen=True)
 class CaseOptions:
-    """What the user asked for; None where nothing was said.
+    """Options of a case, as the command line takes them.
 
     Attributes:
-        weights, tensor: a safetensors file and the tensor in it; None makes a table up.
-        ids: a ``.npy`` file of integers; None makes ids up, unless there is text.
-        tokenizer, text: a ``tokenizer.json`` and a text file for it.
-        vocab_size, emb_size, dtype: of a made-up table; with ``weights``, the sizes it must have and what to cast to.
-        world_size: ranks to split over.
-        padded_vocab_size: a rule of ``shared.padding_rules``; None pads nothing.
-        padding_idx: an id that gets no gradient.
-        reduction, exchange, seq_dim: what the layers make of the ranks' incomplete embeddings, and how.
-        seed: of all that is made up.
+        weights, tensor: path of the table and name of its tensor; None generates a table.
+        ids: a ``.npy`` file of integers; None generates ids, unless there is a text.
+        tokenizer, text: a ``tokenizer.json``, and a text file to tokenise with it.
+        vocab_size, emb_size, dtype: of a generated table; with ``weights``, sizes it must have and the dtype to cast to.
+        padded_vocab_size: a rule of ``shared.padding_rules``.
+        world_size, padding_idx, reduction, exchange, seq_dim: as in ``EmbeddingConfig``.
+        seed: of everything that is generated.
     """
 
     weights: Path | None = None
@@ -66,14 +64,16 @@ class CaseOptions:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What a case is, wherever its files are. Each option of ``config`` is an attribute too.
+    """Facts of a case, independent of its files.
+
+    Each option of ``config`` is an attribute too.
 
     Attributes:
-        config: what the layers are built with.
-        dtype: the table's.
-        ids_shape: the ids' shape.
-        source: where table and ids came from, in words.
-        seed: of all that was made up.
+        config: options of the layers.
+        dtype: dtype of the table.
+        ids_shape: shape of the ids.
+        source: origin of table and ids, in words.
+        seed: of everything that was generated.
         checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
     """
 
@@ -84,22 +84,22 @@ class CaseFacts:
     seed: int
     checksums: dict[str, str]
 
-    if TYPE_CHECKING:  # properties, made below
+    if TYPE_CHECKING:  # properties of the options, made below
 
         def __getattr__(self, option: str) -> Any: ...
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts by name, the options of the layers among them, as plain values."""
+        """Facts and options of the lookup, by name, as plain values."""
         own = {each.name: getattr(self, each.name) for each in fields(CaseFacts) if each.name != "config"}
         return {**{name: getattr(self.config, name) for name in LOOKUP_OPTIONS}, **own}
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any], **more: Any) -> Self:
-        """What ``stored`` wrote, as JSON has it.
+        """Restore from ``facts`` after JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: something is missing, too much, or out of range.
+            KeyError, TypeError, ValueError: facts are missing or invalid.
         """
         known = {name: stored.pop(name) for name in LOOKUP_OPTIONS}
         shape = tuple(stored.pop("ids_shape"))
@@ -107,25 +107,25 @@ class CaseFacts:
 
     @property
     def in_chunks(self) -> bool:
-        """Whether each rank's result is for a chunk of the ids: the one that it returns, or passes (all_to_all)."""
+        """Whether a rank's result belongs to its chunk of the ids."""
         return self.reduction in ("reduce_scatter", "all_to_all")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """The shape of the ids that one rank's result is for."""
+        """Shape of the ids of one rank's result."""
         if not self.in_chunks:
             return self.ids_shape
         return chunk_shape(self.ids_shape, self.seq_dim, self.world_size)
 
     def part_of(self, array: np.ndarray, rank: int) -> np.ndarray:
-        """The part of an array, shaped as the ids or as their embedding, that is one rank's result."""
+        """Cut one rank's part out of ids or an embedding."""
         if not self.in_chunks:
             return array
         dim = resolve_seq_dim(len(self.ids_shape), self.seq_dim)
         return np.ascontiguousarray(np.split(array, self.world_size, axis=dim)[rank])
 
     def whole_of(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """Put the ranks' results together; where all are alike, return the first."""
+        """Concatenate the ranks' parts, unless each is the whole."""
         if not self.in_chunks:
             return parts[0]
         return np.concatenate(parts, axis=resolve_seq_dim(len(self.ids_shape), self.seq_dim))
@@ -137,11 +137,11 @@ for _name in ("partition", *LOOKUP_OPTIONS):
 
 @dataclass(frozen=True)
 class Case(CaseFacts):
-    """A case on disk; ``case.json`` in its folder is this, and every process reads it from there.
+    """A case on disk, stored as ``case.json`` in its folder.
 
     Attributes:
-        weights, tensor: the safetensors file with the table, and the tensor's name.
-        batch: the safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
+        weights, tensor: path of the table, and name of its tensor.
+        batch: safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
     """
 
     weights: str
@@ -150,53 +150,50 @@ class Case(CaseFacts):
 
     @classmethod
     def load(cls, folder: Path) -> Case:
+        """Read a case from its folder."""
         return cls.from_stored(json.loads((folder / "case.json").read_text()))
 
     @cached_property
     def table(self) -> TableFile:
+        """The open table."""
         return open_table(Path(self.weights), self.tensor, self.vocab_size)
 
     def rank_rows(self, rank: int) -> np.ndarray:
-        """The rows that ``rank`` keeps, those of padding included."""
+        """Rows of ``rank``, padding included."""
         return self.table.padded_rows(self.partition, rank, DTYPES[self.dtype])
 
     def batch_array(self, name: str) -> np.ndarray:
-        """``ids``, ``grad_output`` or ``row_hashes``."""
+        """Read ``ids``, ``grad_output`` or ``row_hashes``."""
         with open_safetensors(Path(self.batch)) as file:
             return np.asarray(file.get_tensor(name))
 
 
 def sha256(array: np.ndarray) -> str:
-    """The SHA-256 of an array's bytes."""
+    """SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *_: None) -> Case:
-    """Make the files of a case in ``folder`` and return it.
+    """Write the files of a case to ``folder``.
 
     Raises:
-        ValueError, TypeError, IndexError: an option is out of range, a file is not what it should be, or they disagree.
+        ValueError, TypeError, IndexError: an option is out of range, a file is invalid, or options contradict each other.
     """
     if options.reduction == "none" and options.exchange != "auto":
         raise ValueError(
-            "--exchange says how a reduction's rows travel: pass --reduction all_reduce or reduce_scatter too"
+            f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
     ids = _given_ids(options)
-    if options.weights is None:
-        table, table_source = _made_up_table(options, folder, progress)
-    else:
-        table, table_source = _given_table(options, folder, progress)
+    find_table = _generated_table if options.weights is None else _given_table
+    table, table_source = find_table(options, folder, progress)
     config = _config(table.vocab_size, table.emb_size, options)
     progress("checksums", 0, 1)
     weights_sum, row_hashes = table.fingerprint()
     progress("ids and gradient", 0, 1)
+    ids_source = f"ids of {(options.ids or options.text or Path()).name}"
     if ids is None:
-        ids, ids_source = (
-            zipf_ids((4, 2048), config.partition, options.seed),
-            f"Zipf-distributed ids, seed {options.seed}",
-        )
-    else:
-        ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+        ids_source = f"Zipf-distributed ids, seed {options.seed}"
+        ids = zipf_ids((4, 2048), config.partition, options.seed)
     if config.reduction in ("reduce_scatter", "all_to_all"):
         chunk_shape(ids.shape, config.seq_dim, config.world_size)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
@@ -231,16 +228,15 @@ def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingCo
     )
 
 
-def _made_up_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
+def _generated_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
     if options.tensor is not None:
-        raise ValueError("--tensor names a tensor of --weights: pass the file too")
+        raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
     vocab_size = check_size("vocab_size", 131072 if options.vocab_size is None else options.vocab_size)
     emb_size = check_size("emb_size", 1024 if options.emb_size is None else options.emb_size)
     dtype = dtype_named(options.dtype or "bfloat16")
     _config(vocab_size, emb_size, options)
     chunks = table_chunks(vocab_size, emb_size, dtype, options.seed)
-    path = _write_table(folder, chunks, vocab_size, emb_size, dtype, progress)
-    return open_table(path, "weight"), f"made-up table, seed {options.seed}"
+    return _write_table(folder, chunks, (vocab_size, emb_size), dtype, progress), f"made-up table, seed {options.seed}"
 
 
 def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
@@ -252,33 +248,33 @@ def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tupl
         )
     source = f"{table.tensor} of {options.weights.name}"
     if options.dtype is None and table.dtype not in DTYPES:
-        raise ValueError(f"--dtype must say what to cast a table of {table.dtype} to: one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype must be given for a table of {table.dtype}, to cast it: one of {', '.join(DTYPES)}")
     if options.dtype in (None, table.dtype):
         return table, source
     dtype = dtype_named(options.dtype or table.dtype)
     chunks = (cast(chunk, dtype) for chunk in table.chunks())
-    path = _write_table(folder, chunks, table.vocab_size, table.emb_size, dtype, progress)
-    return open_table(path, "weight"), f"{source}, cast to {options.dtype}"
+    shape = (table.vocab_size, table.emb_size)
+    return _write_table(folder, chunks, shape, dtype, progress), f"{source}, cast to {options.dtype}"
 
 
 def _write_table(
-    folder: Path, chunks: Iterator[np.ndarray], vocab_size: int, emb_size: int, dtype: np.dtype[Any], progress: Progress
-) -> Path:
+    folder: Path, chunks: Iterator[np.ndarray], shape: tuple[int, int], dtype: np.dtype, progress: Progress
+) -> TableFile:
     path = folder / "weights.safetensors"
-    table, filled = np.empty((vocab_size, emb_size), dtype), 0
+    table, filled = np.empty(shape, dtype), 0
     for chunk in chunks:
         table[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
-        progress("table", filled, vocab_size)
+        progress("table", filled, len(table))
     save_file({"weight": table}, path)
-    return path
+    return open_table(path, "weight")
 
 
 def _given_ids(options: CaseOptions) -> np.ndarray | None:
     if options.ids is not None and (options.tokenizer is not None or options.text is not None):
-        raise ValueError("--ids and --tokenizer with --text are two ways to give ids: choose one")
+        raise ValueError("--ids excludes --tokenizer and --text: give ids in one way")
     if (options.tokenizer is None) != (options.text is None):
-        raise ValueError("--tokenizer and --text go together: a tokenizer.json and the text to tokenise")
+        raise ValueError("--tokenizer and --text need each other: give a tokenizer.json and the text to tokenise")
     if options.text is not None:
         assert options.tokenizer is not None
         return _tokenise(options.tokenizer, options.text)
@@ -287,7 +283,7 @@ def _given_ids(options: CaseOptions) -> np.ndarray | None:
     try:
         with open(options.ids, "rb") as file:
             ids = np.load(file, allow_pickle=False)
-    except Exception as error:  # whatever a hostile file makes NumPy raise
+    except Exception as error:  # a hostile file can make NumPy raise anything
         raise ValueError(f"{options.ids}: not a readable .npy file of integers ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         raise ValueError(f"{options.ids}: ids must be one array of integers, got {getattr(ids, 'dtype', type(ids))}")

@@ -1,9 +1,8 @@
-"""What a differing row looks like, in an embedding's terms."""
+"""Kinds of difference of a row, in an embedding's terms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,25 +13,24 @@ from shared.partition import VocabPartition
 __all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows", "rows_at_once"]
 
 MAX_ROUNDING_ULP = 4
-"""A row whose elements all differ by no more than this counts as rounded differently: a sum in another order, or in
-another precision. A wrong row differs by far more."""
+"""Largest distance, in representable values, that counts as rounding: a sum in another order or precision."""
 
 KINDS = {
-    "ranks swapped": "the row, or the whole result, that belongs to another rank",
-    "rows swapped": "the row of another id, which has this one's",
+    "ranks swapped": "the row, or the whole result, of another rank",
+    "rows swapped": "the row of another id, whose place holds this row",
     "off by one row": "the row of the next or the previous id",
     "other row": "the row of some other id",
-    "subnormal flushed": "zero in place of numbers too small for the dtype's full precision, as some hardware has it",
+    "subnormal flushed": "zero in place of subnormal numbers, as some hardware flushes them",
     "zeroed": "zeros in place of the row",
-    "hole filled": "something where zeros should be: the rank does not own the id, or no id asked for the row",
-    "padding only": "only what no one should look at: ids outside the vocabulary, or the gradient of padding_idx",
+    "hole filled": "values where zeros should be: the rank does not own the id, or the id does not occur",
+    "padding only": "only rows without meaning: of ids outside the vocabulary, or the gradient of padding_idx",
     "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
     "row missing": "a row that only one of two tables has",
     "NaN": "NaN on one side only, or another NaN",
     "other values": "none of these",
 }
-"""What a differing row can look like, and what that means."""
+"""Kinds of difference and their meaning."""
 
 _AT_ONCE = 1 << 16
 """Elements whose distances are computed at once: their int64 stay in a cache. Two tables of 32768 x 1024 float32 that differ
@@ -41,12 +39,12 @@ throughout took 12.1, 9.6 and 10.8 s with 2**14, 2**16 and 2**18."""
 
 @dataclass(frozen=True)
 class Side:
-    """The differing rows as one side has them.
+    """One side's differing rows.
 
     Attributes:
         values: the rows, ``[k, e]``.
-        reference: the hash of what each row of the whole table should hold, uint64 ``[v]``, by which to recognise a row
-            in the wrong place; 0 for rows of zeros.
+        reference: hash of each row of the correct whole table, uint64 ``[v]``, 0 for zero rows; by it a row in the wrong
+            place is recognised.
     """
 
     values: np.ndarray
@@ -54,7 +52,10 @@ class Side:
 
 
 def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
-    """For each row, the id whose row it is: the id looked up where that fits, then its neighbours, then any; or -1."""
+    """Find the id of each row by its hash; -1 for none.
+
+    Of several ids, the one in ``ids`` is taken, else a neighbour of it, else any.
+    """
     hashes, known = row_hashes(side.values), side.reference
     order = np.argsort(known, kind="stable")
     slot = np.minimum(np.searchsorted(known[order], hashes), len(known) - 1)
@@ -66,7 +67,7 @@ def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
 
 
 def rows_at_once(rows: np.ndarray) -> int:
-    """How many of these rows to compute distances of at a time."""
+    """Number of rows per batch for computing distances."""
     return max(1, _AT_ONCE // rows.shape[1])
 
 
@@ -77,21 +78,21 @@ def classify(
     padding_idx: int | None,
     expected: np.ndarray,
 ) -> np.ndarray:
-    """One of ``KINDS`` for each differing row; the first that fits, in the order in which they are tried here.
+    """Classify each differing row as the first kind that fits.
 
     Args:
-        ids: the id that each row belongs to, ``[k]``.
-        sides: the rows as both sides have them.
-        partition: who owns what.
-        padding_idx: the id whose row is of no interest, in gradients the one that has none; or None.
-        expected: whether each row should be there at all, rather than be zero.
+        ids: id of each row, ``[k]``.
+        sides: the rows of both sides.
+        partition: ownership of the rows.
+        padding_idx: id whose row does not matter, or None.
+        expected: whether each row should be present rather than zero, ``[k]``.
     """
     kinds = np.full(len(ids), "", object)
 
-    def settle(kind: str, where: Any) -> None:
+    def settle(kind: str, where: np.ndarray | np.bool_) -> None:
         kinds[(kinds == "") & where] = kind
 
-    settle("padding only", ~np.asarray(partition.is_valid(ids)))
+    settle("padding only", ~partition.is_valid(ids))
     if padding_idx is not None:
         settle("padding only", ids == padding_idx)
     left, right = (side.values for side in sides)
@@ -122,12 +123,12 @@ def classify(
 
 
 def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """True where all that differs in a row is subnormal on one side and zero on the other."""
+    """Whether each row differs only by subnormals flushed to zero."""
     smallest_normal = ml_dtypes.finfo(left.dtype).smallest_normal
     found, step = np.empty(len(left), bool), rows_at_once(left)
     for start in range(0, len(left), step):
         a, b = np.abs(left[start : start + step]), np.abs(right[start : start + step])
-        with np.errstate(invalid="ignore"):  # bfloat16 warns where it meets NaN
+        with np.errstate(invalid="ignore"):  # bfloat16 warns about NaN
             flushed = ((a == 0) & (b < smallest_normal)) | ((b == 0) & (a < smallest_normal))
             found[start : start + step] = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
     return found

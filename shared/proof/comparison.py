@@ -1,11 +1,9 @@
-"""What was found where two arrays differ, gathered some rows at a time."""
+"""Differing rows of two arrays, gathered batch by batch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -23,12 +21,12 @@ class DifferingRow:
     """One row that differs.
 
     Attributes:
-        index: forward: the position in the ids, of all ranks together; else the row of the whole table.
-        id: the id looked up there.
-        owner: the rank that owns the id; -1 for ids outside the vocabulary.
+        index: position in the whole ids (forward), or row of the whole table.
+        id: id of the row.
+        owner: rank that owns the id; -1 for ids outside the vocabulary.
         kind: one of ``shared.proof.classify.KINDS``.
-        max_ulp: the largest distance of two elements; None where none can be told, for NaN.
-        note: which other row a side holds, where that is the difference.
+        max_ulp: largest distance of two elements; None if every element is NaN on a side.
+        note: the other row that a side holds, if any.
     """
 
     index: tuple[int, ...]
@@ -41,21 +39,20 @@ class DifferingRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One array of one side against the same array of the other.
+    """Result of comparing one array of two sides.
 
     Attributes:
-        left, right: the sides' names.
-        what: the array: ``"forward"``, ``"gradient"``, ``"table"``.
-        rank: whose; None for the sum over all ranks (of anything but forward: the whole table's).
+        left, right: names of the sides.
+        what: name of the array: ``"forward"``, ``"gradient"`` or ``"table"``.
+        rank: rank of the array; None for the sum (forward) or the whole table.
         rows: rows compared.
-        nonzero: how many of them the left side has that are not zero in every bit.
-        differing: rows that are not equal in every bit.
-        max_ulp, max_abs: over all elements that are not NaN on either side.
-        kinds: how many of the differing rows look like what; the most frequent first.
-        ulps: how many elements differ by how many representable values. The keys ``"1"``, ``"2"``, ``"4"``, ``"8"`` and
-            so on count the distances from that power of two to below the next. ``"0"`` counts those that differ by the
-            sign of zero, ``"NaN"`` those where a side is NaN.
-        examples: the first few differing rows of each kind.
+        nonzero: rows of the left side with any nonzero bit.
+        differing: rows with any differing bit.
+        max_ulp, max_abs: largest distances, over elements that are NaN on neither side.
+        kinds: number of differing rows of each kind, most frequent first.
+        ulps: histogram of the distances of differing elements, in representable values. Key ``"4"`` counts distances in
+            [4, 8), and so for each power of two. ``"0"`` counts differing signs of zero, ``"NaN"`` NaN on a side.
+        examples: first differing rows of each kind.
     """
 
     left: str
@@ -73,7 +70,7 @@ class Comparison:
 
 
 class Differences:
-    """The differing rows of one array, added some at a time."""
+    """Accumulator of the differing rows of one array."""
 
     def __init__(self, names: tuple[str, str], partition: VocabPartition) -> None:
         self._names, self._partition = names, partition
@@ -82,16 +79,14 @@ class Differences:
         self._ulps: Counter[str] = Counter()
         self._examples: list[DifferingRow] = []
 
-    def add(
-        self, ids: np.ndarray, index_of: Callable[[int], tuple[Any, ...]], sides: tuple[Side, Side], kinds: np.ndarray
-    ) -> None:
-        """Add rows, ``[k, e]`` on each side.
+    def add(self, ids: np.ndarray, index: np.ndarray, sides: tuple[Side, Side], kinds: np.ndarray) -> None:
+        """Add differing rows.
 
         Args:
-            ids: the id that each row belongs to, ``[k]``.
-            index_of: where one of these rows is, counted from 0.
-            sides: the rows as both sides have them.
-            kinds: what ``shared.proof.classify.classify`` calls them.
+            ids: id of each row, ``[k]``.
+            index: position of each row, ``[k, d]``, as ``DifferingRow.index``.
+            sides: the rows of both sides, ``[k, e]``.
+            kinds: kind of each row, ``[k]``, from ``classify``.
         """
         ulp, absolute, ulps = _distances(sides[0].values, sides[1].values)
         self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
@@ -103,7 +98,7 @@ class Differences:
                 f"{name} has row {row}" for name, row in zip(self._names, rows, strict=True) if row not in (-1, ids[i])
             ]
             example = DifferingRow(
-                index=tuple(map(int, index_of(i))),
+                index=tuple(map(int, index[i])),
                 id=int(ids[i]),
                 owner=int(self._partition.owner(ids[i])),
                 kind=str(kinds[i]),
@@ -119,7 +114,7 @@ class Differences:
             self._examples.append(example)
 
     def merge(self, other: Differences) -> None:
-        """Add what another part of the array gathered."""
+        """Add the differences of another part of the array."""
         self._max_ulp = max(self._max_ulp, other._max_ulp)
         self._max_abs = max(self._max_abs, other._max_abs)
         self._kinds.update(other._kinds)
@@ -128,7 +123,7 @@ class Differences:
             self._keep(example)
 
     def comparison(self, what: str, rank: int | None, rows: int, nonzero: int) -> Comparison:
-        """All of it as the comparison of ``rows`` rows."""
+        """Summarise as a comparison of ``rows`` rows."""
         return Comparison(
             *self._names,
             what=what,
@@ -145,9 +140,9 @@ class Differences:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-    """Each row's largest distance in representable values and in value, and all differing elements' distances.
+    """Largest ULP and absolute distance of each row, and ``Comparison.ulps``.
 
-    A row of which no element can be compared has NaN. The third is ``Comparison.ulps``.
+    A row whose elements are all NaN on a side has distance NaN.
     """
     ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
     step = rows_at_once(a)
@@ -163,6 +158,6 @@ def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Co
         absolute[part] = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
         unequal = distance[unsigned_view(a[part]) != unsigned_view(b[part])]
         bins += np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
-    # frexp of 0 is 0, of [2**k, 2**(k + 1)) is k + 1; distances stay below 2**65.
+    # frexp's exponent is 0 for 0 and k + 1 for [2**k, 2**(k + 1)); distances stay below 2**65.
     names = ["0", *(str(2**k) for k in range(65)), "NaN"]
     return ulp, absolute, Counter({name: int(count) for name, count in zip(names, bins, strict=True) if count})

@@ -1,12 +1,11 @@
-"""Tables, ids and gradients made up for a comparison: the same bits on every machine, from raw Philox output.
+"""Generated tables, ids and gradients, bit-identical on every machine.
 
-Nothing here goes through a library's distributions, whose streams may change between versions.
+They come from raw Philox bits: streams of a library's distributions may change between versions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -17,11 +16,11 @@ __all__ = ["exact_gradient", "special_rows", "table_chunks", "zipf_ids"]
 _ROWS = 4096
 
 
-def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype[Any], seed: int) -> Iterator[np.ndarray]:
-    """The rows of a made-up table, some at a time: multiples of 2**-15 in [-1, 1), rounded to ``dtype``.
+def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> Iterator[np.ndarray]:
+    """Yield a generated table in chunks of rows.
 
-    A few rows in the middle (``special_rows``) hold NaN, infinities and -0.0 throughout. There are no subnormal numbers:
-    XLA flushes them to zero where it adds on a CPU, so that a sum of partial embeddings rightly differs.
+    Values are multiples of 2**-15 in [-1, 1), rounded to ``dtype``. The ``special_rows`` hold NaN, infinities and -0.0. No
+    number is subnormal: XLA flushes these when it adds on a CPU.
     """
     values = (np.arange(65536, dtype=np.uint16).view(np.int16) / 32768).astype(dtype)
     special = dict(zip(special_rows(vocab_size), (np.nan, np.inf, -np.inf, -0.0), strict=False))
@@ -37,16 +36,16 @@ def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype[Any], seed: int
 
 
 def special_rows(vocab_size: int) -> list[int]:
-    """The rows of a made-up table that hold special values; none in a tiny one."""
+    """Rows with special values; none in a table below 64 rows."""
     middle = vocab_size // 2
     return list(range(middle, middle + 4)) if vocab_size >= 64 else []
 
 
 def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np.ndarray:
-    """Made-up ids, int64: id i with a probability proportional to 1 / (i + 1), as token ids of real text nearly are.
+    """Generate int64 ids; id i has probability proportional to ``1/(i + 1)``.
 
-    The first few are set: both edges of every rank, the special rows, and ids outside the vocabulary, among them some
-    that narrowing to 32 bits would turn into valid ones.
+    The first ids are fixed: both edges of every rank, the special rows, and ids outside the vocabulary. Some of the last
+    would become valid if narrowed to 32 bits.
     """
     vocab_size = partition.vocab_size
     mass = np.cumsum(1 / np.arange(1, vocab_size + 1, dtype=np.float64))
@@ -60,11 +59,11 @@ def zipf_ids(shape: tuple[int, ...], partition: VocabPartition, seed: int) -> np
     return ids.reshape(shape)
 
 
-def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype[Any], seed: int) -> np.ndarray:
-    """A made-up gradient of the embedding, ``[*ids.shape, e]``, whose sums are exact in any order.
+def exact_gradient(ids: np.ndarray, emb_size: int, dtype: np.dtype, seed: int) -> np.ndarray:
+    """Generate a gradient ``[*ids.shape, e]`` whose sums are exact in any order.
 
-    Its values are multiples of 1/128 in [-1, 1) (of fewer steps where one id is very frequent), so that every partial sum
-    of a row is a float32: two sums of the same terms are then equal to the last bit, or one of them is wrong.
+    Its values are multiples of 1/128 in [-1, 1), or of a coarser step where one id is very frequent. Every partial sum is
+    then exact in float32, so correct sums agree in every bit.
     """
     most = int(np.unique(ids, return_counts=True)[1].max(initial=1))
     steps = 2 ** max(0, min(7, 24 - (most - 1).bit_length()))

@@ -1,4 +1,4 @@
-"""The process around a backend's runner: it reads a case, reports how far it is, and writes a record."""
+"""Process of a backend: reads a case, reports progress, writes a record."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["PROGRESS_PREFIX", "Runner", "serve"]
 PROGRESS_PREFIX = "pve-progress "
 
 Runner = Callable[[Case, RecordWriter, Callable[[str, int, int], None]], None]
-"""Computes a case: adds every array to the record and says how far it is."""
+"""Computes a case, adds every array to the record and reports progress."""
 
 
 def serve(backend: str, versions: dict[str, str], run: Runner) -> None:
-    """Run one backend's ``run`` on the case and into the record that the command line names."""
+    """Run a backend on the case named on the command line."""
     parser = argparse.ArgumentParser(description=f"Record what the {backend} backend computes for a case.")
     parser.add_argument("case", type=Path, help="folder with case.json")
     parser.add_argument("record", type=Path, help="file to write")

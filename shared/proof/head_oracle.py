@@ -1,14 +1,14 @@
-"""Logits, loss, gradients and decoding in float64 NumPy, over the whole table at once: the oracle of the head.
+"""Oracle of the head: logits, loss, gradients and decoding in float64 NumPy.
 
-It holds ``[tokens, vocab]`` in memory and knows no ranks. Shape suffixes: T tokens, V padded columns, E hidden columns.
+It holds ``[tokens, vocab]`` in memory. Shape suffixes: T tokens, V padded columns, E hidden columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.head import LossOptions
 
@@ -17,22 +17,26 @@ __all__ = ["HeadLoss", "argmax", "logits", "loss", "sample", "top_k"]
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """The loss of hidden states against targets, with its gradients, all in float64."""
+    """Loss, its statistics and its gradients, in float64.
+
+    Attributes:
+        loss: 0-d, or one per token for ``reduction="none"``.
+        lse: logsumexp of each token's logits, padding excluded.
+        logprobs: log-probability of each target; 0 where the target is ignored.
+        count: number of targets that count.
+        hidden_grad, weight_grad: gradients, shaped as ``hidden`` and ``weight``.
+    """
 
     loss: np.ndarray
-    """0-d, or one a token for ``reduction="none"``."""
     lse: np.ndarray
-    """Logsumexp of each token's logits, padding left out."""
     logprobs: np.ndarray
-    """Log-probability of each target; 0 where the target is ignored."""
     count: int
-    """Targets that count."""
     hidden_grad: np.ndarray
     weight_grad: np.ndarray
 
 
 def logits(hidden: np.ndarray, weight: np.ndarray, vocab_size: int, softcap: float | None = None) -> np.ndarray:
-    """Logits of every column, ``[*, V]``; -inf in those of padding, whatever their rows hold.
+    """Logits of every column, ``[*, V]``; -inf in padding columns.
 
     Args:
         hidden: ``[*, E]``.
@@ -59,9 +63,9 @@ def loss(
     targets: np.ndarray,
     vocab_size: int,
     options: LossOptions | None = None,
-    grad_loss: Any = 1.0,
-    grad_lse: Any = 0.0,
-    grad_logprobs: Any = 0.0,
+    grad_loss: npt.ArrayLike = 1.0,
+    grad_lse: npt.ArrayLike = 0.0,
+    grad_logprobs: npt.ArrayLike = 0.0,
 ) -> HeadLoss:
     """Cross entropy of ``hidden @ weight.T`` against the targets, and its gradients.
 
@@ -70,14 +74,14 @@ def loss(
         weight: the whole table, ``[V, E]``, padding rows included.
         targets: ``[*]``. ``ignore_index`` and every target outside ``[0, vocab_size)`` give no loss.
         vocab_size: rows that are not padding.
-        options: of the loss; ``seq_dim``, ``returns`` and ``invalid_targets`` play no part.
-        grad_loss: the gradient of the loss: a number, or one a token for ``reduction="none"``.
-        grad_lse: the gradient of ``lse``, one a token.
-        grad_logprobs: the gradient of ``logprobs``, one a token.
+        options: of the loss; ``seq_dim``, ``returns`` and ``invalid_targets`` are ignored.
+        grad_loss: gradient of the loss: a number, or one per token for ``reduction="none"``.
+        grad_lse, grad_logprobs: gradients of ``lse`` and ``logprobs``, one per token.
 
-    Each token's loss is ``lse - (1 - s) * logit[target] - s * mean(logits) + z * lse ** 2`` with s ``label_smoothing``, z
-    ``z_loss``, and the mean over ``vocab_size`` columns: the formula of PyTorch's ``F.cross_entropy``, and the z-loss of
-    ST-MoE (Zoph et al., 2022, arXiv:2202.08906).
+    Each token's loss is ``lse - (1 - s) * logit[target] - s * mean(logits) + z * lse ** 2``. Here s is
+    ``label_smoothing``, z is ``z_loss``, and the mean runs over ``vocab_size`` columns.
+
+    Source: PyTorch's ``F.cross_entropy``; the z-loss of ST-MoE (Zoph et al., 2022, arXiv:2202.08906).
 
     Example:
         >>> import numpy as np
@@ -96,7 +100,7 @@ def loss(
     tokens, columns = np.arange(len(targets)), np.where(counted, targets, 0)
     smoothing = options.label_smoothing
 
-    with np.errstate(all="ignore"):  # infinities and NaN go where they go
+    with np.errstate(all="ignore"):  # infinities and NaN propagate
         x = logits(hidden_TE, weight_VE, vocab_size, options.softcap)[:, :vocab_size]
         lse = _logsumexp(x)
         target_logit = x[tokens, columns]
@@ -130,7 +134,7 @@ def loss(
 
 
 def argmax(logits: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The id of each token's greatest logit; of equal ones the lowest id; NaN is the greatest.
+    """Id of each token's greatest logit: NaN first, then the lower id.
 
     Example:
         >>> import numpy as np
@@ -142,7 +146,7 @@ def argmax(logits: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def top_k(logits: np.ndarray, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest logits of each token, descending, and their ids; of equal ones the lower id first, NaN before all.
+    """The k greatest logits and their ids: NaN first, ties by id.
 
     Example:
         >>> import numpy as np
@@ -151,20 +155,18 @@ def top_k(logits: np.ndarray, k: int, vocab_size: int) -> tuple[np.ndarray, np.n
         (array([3., 3., 2.]), array([1, 2, 3]))
     """
     x = logits[..., :vocab_size].astype(np.float64)
-    key = np.where(np.isnan(x), -np.inf, -x)  # ascending; NaN and +inf are told apart by the other key
+    key = np.where(np.isnan(x), -np.inf, -x)  # ascending; the other key tells NaN from +inf
     ids = np.lexsort((key, ~np.isnan(x)), axis=-1)[..., :k]
     return np.take_along_axis(logits, ids, -1), ids
 
 
 def sample(logits: np.ndarray, uniform: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The smallest id whose cumulative probability is above ``uniform``; -1 for a token without a distribution.
+    """Smallest id whose cumulative probability exceeds ``uniform``; -1 where there is none.
 
     Args:
-        logits: ``[*, V]``.
+        logits: ``[*, V]``; a token with NaN or +inf, or with -inf only, has no distribution.
         uniform: ``[*]``, in [0, 1).
         vocab_size: columns that are not padding.
-
-    A token whose logits hold NaN or +inf, or nothing but -inf, has no distribution.
 
     Example:
         >>> import numpy as np

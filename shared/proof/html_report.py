@@ -1,4 +1,4 @@
-"""A comparison as one HTML page, which needs nothing but itself."""
+"""Comparisons as self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -34,11 +34,23 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem 1.5rem; }
 """
 
 
-def as_html(report: Report) -> str:
-    """The page: verdict, facts, a map of rank by kind of difference, differing rows, and distances.
+# The policy keeps a browser from loading or running anything, whatever the page contains.
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>"""
 
-    Args:
-        report: what was compared. All text in it is escaped.
+
+def as_html(report: Report) -> str:
+    """Format a report as one page.
+
+    All text of the report is escaped.
 
     Example:
         >>> from shared import VocabPartition
@@ -61,25 +73,8 @@ def as_html(report: Report) -> str:
         *_section("Distances of the elements that differ", [bar for pair in report.pairs() for bar in _ulps(pair)]),
         *_section("Kinds of difference", ["<dl>", *map(_kind, kinds), "</dl>"] if kinds else []),
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            # Whatever a page says, a browser then fetches nothing and runs nothing.
-            """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">""",
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>pve: {'different' if report.different else 'equal'}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    title = f"pve: {'different' if report.different else 'equal'}"
+    return "\n".join([_HEAD.format(title=title, style=_STYLE), *body, "</body>\n</html>\n"])
 
 
 def _text(text: str) -> str:
@@ -91,7 +86,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> list[str]:
-    """A table of cells that are HTML already."""
+    """Table of cells that are HTML already."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
     lines = (f"<tr>{''.join(row)}</tr>" for row in rows)
     return [f'<div class="wide"><table class="{name}">', f"<tr>{head}</tr>", *lines, "</table></div>"]
@@ -108,7 +103,7 @@ def _sides(report: Report) -> list[str]:
 
 
 def _map(report: Report, pair: Pair) -> list[str]:
-    """A row a rank; for each array, the rows compared and one column for each kind of difference in it."""
+    """One row per rank, with the number of differing rows by kind."""
     kinds = {
         what: list(dict.fromkeys(kind for part in pair.of_array(what) for kind in part.kinds)) for what in report.arrays
     }
@@ -127,7 +122,7 @@ def _map(report: Report, pair: Pair) -> list[str]:
 
 
 def _hot(part: Comparison, kind: str) -> str:
-    """How many rows of a part look like that, darker the more of its rows they are."""
+    """Number of rows of a kind, shaded by their share."""
     count = part.kinds.get(kind, 0)
     return f'<td class="hot" style="--share: {count / part.rows:.3f}">{count}</td>' if count else "<td></td>"
 
@@ -148,18 +143,18 @@ def _rows(report: Report, part: Comparison) -> list[str]:
 
 
 def _ulps(pair: Pair) -> list[str]:
-    """A bar for each range of distances, over all ranks of an array."""
+    """Histograms of distances, over all ranks of each array."""
     lines = []
     for what in dict.fromkeys(part.what for found in pair.ranks.values() for part in found):
         *ranks, whole = pair.of_array(what)
         by_rank, together = sum((Counter(part.ulps) for part in ranks), Counter[str]()), Counter(whole.ulps)
-        # A table is its ranks' rows, but a sum may differ where no rank's result does.
+        # The sum may differ where no rank's result does; a whole table differs as its ranks do.
         shown = {"": together} if by_rank == together else {", ranks": by_rank, ", sum": together}
         for name, counts in shown.items():
             if counts:
                 lines += [f"<h3>{_text(f'{pair.left} against {pair.right}, {what}{name}')}</h3>", *_bars(counts)]
     if lines:
-        lines.append('<p class="note">The bars grow with the logarithm of the count.</p>')
+        lines.append('<p class="note">The length of a bar is the logarithm of the count.</p>')
     return lines
 
 
@@ -177,7 +172,7 @@ def _bars(counts: Counter[str]) -> list[str]:
 
 
 def _distance(least: str) -> str:
-    """The name of one of the ranges of ``Comparison.ulps``."""
+    """Range of distances of a key of ``Comparison.ulps``."""
     if least == "NaN":
         return "NaN"
     low = int(least)

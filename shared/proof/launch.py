@@ -1,4 +1,4 @@
-"""Running each backend in a process of its own."""
+"""Backends, each run in its own process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shared.proof.record import Record
 __all__ = ["BACKENDS", "FRAMEWORKS", "BackendError", "is_installed", "record_backend"]
 
 BACKENDS = {"oracle": "shared.proof.runner", "torch": "torch_impl.runner", "jax": "jax_impl.runner"}
-"""The module that runs each backend."""
+"""Runner module of each backend."""
 
 FRAMEWORKS = ("torch", "jax")
-"""The backends that need a package to be installed."""
+"""Backends that need a package of the same name."""
 
 
 class BackendError(RuntimeError):
-    """A backend's process failed; the message is its last words, ``details`` all it said."""
+    """Failure of a backend's process; ``details`` is all of its standard error."""
 
     def __init__(self, message: str, details: str) -> None:
         super().__init__(message)
@@ -32,18 +32,14 @@ class BackendError(RuntimeError):
 
 
 def is_installed(backend: str) -> bool:
-    """Whether a backend's package is there."""
+    """Whether a backend's package is installed."""
     return backend not in FRAMEWORKS or importlib.util.find_spec(backend) is not None
 
 
 def record_backend(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> Record:
-    """Have a backend compute the case in the folder ``case`` and write the file ``record``.
-
-    Raises:
-        BackendError: its process failed.
-    """
+    """Have a backend compute ``case`` into ``record``; BackendError if it fails."""
     command = [sys.executable, "-m", BACKENDS[backend], str(case), str(record)]
-    # Else the current folder comes first on sys.path, for the backend's own child processes too: what lies there would run.
+    # Keeps the current folder off sys.path, also in child processes: a json.py lying there would be run.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,

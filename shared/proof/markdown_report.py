@@ -1,4 +1,4 @@
-"""A comparison as Markdown, for the summary of a CI run."""
+"""Comparisons as Markdown, for the summary of a CI run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from shared.checks import printable
-from shared.proof.report import Report, describe_number, describe_row
+from shared.proof.report import Report, describe_kinds, describe_number, describe_parts, describe_row
 
 __all__ = ["as_markdown"]
 
 
 def as_markdown(report: Report) -> str:
-    """The verdict, a row a rank, and a row for each array that differs with its first differing row.
+    """Format verdict, results per rank, and the differing arrays.
 
     Example:
         >>> from shared import VocabPartition
@@ -27,23 +27,17 @@ def as_markdown(report: Report) -> str:
     pairs = report.pairs()
     lines = [f"**{report.verdict}**", "", _escape(report.title), ""]
     lines += [f"- {_escape(note)}" for note in (*report.notes, *report.advice)]
-    for name, found in report.sides.items():
-        facts = ", ".join(f"{package} {version}" for package, version in found.items())
-        lines.append(f"- {_escape(name)}: {_escape(facts)}")
-    ranks = []
-    for rank in pairs[0].ranks:
-        cells = []
-        for pair in pairs:
-            different = [f"{part.what} {part.differing}" for part in pair.ranks[rank] if part.differing]
-            cells.append(f"differ: {', '.join(different)}" if different else "equal")
-        ranks.append([*report.rank_cells(rank), *cells])
+    lines += [f"- {_escape(name)}: {_escape(facts)}" for name, facts in report.side_lines.items()]
+    ranks = [
+        [*report.rank_cells(rank), *(describe_parts(pair.ranks[rank]) for pair in pairs)] for rank in pairs[0].ranks
+    ]
     lines += ["", *_table(["rank", "owns ids", *(f"{pair.left} = {pair.right}" for pair in pairs)], ranks)]
     found_different = [
         [
             f"{part.left} = {part.right}",
             part.what,
             report.rank_cells(part.rank)[0],
-            ", ".join(f"{count} {kind}" for kind, count in part.kinds.items()),
+            describe_kinds(part),
             describe_number(part.max_ulp),
             ", ".join(filter(None, describe_row(part.what, part.examples[0]))),
         ]
@@ -61,5 +55,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """The text with all that Markdown or HTML in it could mean taken literally."""
+    """Escape Markdown and HTML."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", printable(text))

@@ -1,11 +1,11 @@
-"""The layer in plain NumPy: the oracle that both backends are held to, written to be read, not to be fast."""
+"""Oracle of the layer: lookup, sum and gradient in plain NumPy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.ids import widen
 from shared.partition import VocabPartition
@@ -13,23 +13,23 @@ from shared.partition import VocabPartition
 __all__ = ["accumulation_dtype", "partial_lookup", "sum_partials", "weight_grad"]
 
 
-def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype in which gradients are added up: float32 for 16-bit tables, the table's own otherwise."""
+def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
+    """Dtype of gradient sums: float32 for 16-bit tables, else the table's own."""
     dtype = np.dtype(dtype)
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
 
 
 def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int) -> np.ndarray:
-    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
+    """Look up the ids that ``rank`` owns; others get +0.0.
 
     Args:
-        weight: the rank's own rows, ``[n, e]``.
-        ids: any shape, any integer dtype; ids outside the vocabulary are owned by no rank.
-        partition: who owns what.
-        rank: whose rows ``weight`` holds.
+        weight: the rows of ``rank``, ``[n, e]``.
+        ids: any shape and integer dtype.
+        partition: ownership of the rows.
+        rank: the rank that looks up.
 
     Returns:
-        The incomplete embedding ``Er``, ``ids.shape + (e,)``, in the dtype of ``weight``.
+        The incomplete embedding ``Er``, ``[*ids.shape, e]``, in the dtype of ``weight``.
 
     Example:
         >>> import numpy as np
@@ -43,16 +43,16 @@ def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartitio
                [4., 5.]])
     """
     ids = widen(np.asarray(ids))
-    owned = np.asarray(partition.owns(ids, rank))
+    rows, owned = partition.locate(ids, rank)
     output = np.zeros((*ids.shape, weight.shape[1]), weight.dtype)
-    output[owned] = weight[partition.local_ids(ids[owned], rank)]
+    output[owned] = weight[rows[owned]]
     return output
 
 
 def sum_partials(partials: Iterable[np.ndarray]) -> np.ndarray:
-    """Add the ranks' incomplete embeddings up, in rank order, to the full embedding ``E``.
+    """Sum the ranks' incomplete embeddings, in rank order, to the embedding ``E``.
 
-    No two partials have a row in common, so nothing rounds; as in every sum, -0.0 + 0.0 gives +0.0.
+    At most one partial holds each row, so nothing rounds. A -0.0 becomes +0.0.
     """
     total: np.ndarray | None = None
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -66,19 +66,19 @@ def sum_partials(partials: Iterable[np.ndarray]) -> np.ndarray:
 def weight_grad(
     grad_output: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int, padding_idx: int | None = None
 ) -> np.ndarray:
-    """The gradient of a rank's rows: for each, the sum of ``grad_output`` over the positions that asked for it.
+    """Gradient of a rank's rows: ``grad_output`` summed by id.
 
-    Sums run over the positions in row-major order, from +0.0, in ``accumulation_dtype``, and are rounded once.
+    Sums start from +0.0, run in row-major order in ``accumulation_dtype``, and are rounded once.
 
     Args:
-        grad_output: the gradient of ``Er`` (or of ``E``, which is the same), ``ids.shape + (e,)``.
-        ids: any shape, any integer dtype.
-        partition: who owns what.
-        rank: whose rows to sum for.
-        padding_idx: a global id whose row gets no gradient, or None.
+        grad_output: gradient of ``Er`` or ``E``, ``[*ids.shape, e]``.
+        ids: any shape and integer dtype.
+        partition: ownership of the rows.
+        rank: the rank whose gradient to compute.
+        padding_idx: global id whose row gets no gradient, or None.
 
     Returns:
-        ``[n, e]`` in the dtype of ``grad_output``; zero for rows that no id asked for.
+        ``[n, e]`` in the dtype of ``grad_output``; zero for rows whose id does not occur.
 
     Example:
         >>> import numpy as np
@@ -89,10 +89,10 @@ def weight_grad(
                [0.]])
     """
     ids = widen(np.asarray(ids))
-    owned = np.asarray(partition.owns(ids, rank))
+    rows, owned = partition.locate(ids, rank)
     if padding_idx is not None:
-        owned &= ids != padding_idx
+        owned = owned & (ids != padding_idx)
     sums = np.zeros((partition.rows_per_rank, grad_output.shape[-1]), accumulation_dtype(grad_output.dtype))
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; sums too large for the dtype
-        np.add.at(sums, partition.local_ids(ids[owned], rank), grad_output[owned].astype(sums.dtype))
+    with np.errstate(invalid="ignore", over="ignore"):  # inf - inf; sums out of the dtype's range
+        np.add.at(sums, rows[owned], grad_output[owned].astype(sums.dtype))
         return sums.astype(grad_output.dtype)

@@ -1,4 +1,4 @@
-"""What a backend computed for a case, in one file."""
+"""Records: a backend's results for one case, in one file."""
 
 from __future__ import annotations
 
@@ -25,25 +25,21 @@ _VERSION = 5
 
 
 def writable_file(path: Path) -> Path:
-    """Where a file of that name would be written, links followed.
-
-    Raises:
-        ValueError: there is something that is no regular file, or the folder does not exist.
-    """
+    """Resolve links of a file to write; ValueError if impossible."""
     target = path.resolve()
     if target.exists() and not target.is_file():
         raise ValueError(f"{path}: exists and is not a regular file; name another one")
     if not target.parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist")
+        raise ValueError(f"{path}: its folder does not exist; create it first")
     return target
 
 
 class RecordWriter:
-    """Gathers what a backend computes and writes it, whole or not at all.
+    """Collects a backend's arrays and writes them to a safetensors file.
 
-    The file is a safetensors file: for each of ``forward.R``, ``gradient.R`` (R a rank) and ``sum``, the rows that are not
-    zero in every bit (``.index``, ``.values``), with the case's ids and row hashes. Sizes, versions and SHA-256 checksums
-    of the case's inputs and of every tensor are in the file's metadata.
+    The file holds the nonzero rows (``.index``, ``.values``) of ``forward.R`` and ``gradient.R`` for each rank R, and of
+    ``sum``. It also holds the case's ids and row hashes. Its metadata hold sizes, versions, and SHA-256 checksums of the
+    case's inputs and of every tensor.
     """
 
     def __init__(self, case: Case, backend: str, versions: dict[str, str]) -> None:
@@ -57,16 +53,14 @@ class RecordWriter:
         self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Keep an array: ``forward.R``, what rank R returns, ``gradient.R`` ``[n, e]``, ``sum`` ``[*ids.shape, e]``."""
+        """Keep an array: ``forward.R``, ``gradient.R`` (R a rank) or ``sum``."""
         rows = Rows.of(array)
         self._tensors[f"{name}.index"], self._tensors[f"{name}.values"] = rows.index, rows.values
 
     def write(self, path: Path) -> None:
-        """Write the file, through a symbolic link too: at any moment there is the old one or the whole new one."""
+        """Write the file atomically; a symbolic link is followed."""
         path = writable_file(path)
-        expected = {f"{name}.{part}" for name in _names(self._case.world_size) for part in ("index", "values")}
-        missing = expected - set(self._tensors)
-        if missing:
+        if missing := _tensors(self._case.world_size) - set(self._tensors):
             raise ValueError(f"the record lacks {', '.join(sorted(missing))}")
         sums = {name: sha256(array) for name, array in self._tensors.items()}
         header = {**self._header, "sha256": sums}
@@ -81,13 +75,14 @@ class RecordWriter:
             temporary.unlink(missing_ok=True)
 
 
-def _names(world_size: int) -> list[str]:
-    return [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+def _tensors(world_size: int) -> set[str]:
+    arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+    return {f"{name}.{part}" for name in arrays for part in ("index", "values")}
 
 
 @dataclass(frozen=True)
 class Record(CaseFacts):
-    """A record file, its header checked; its tensors are read and verified when they are asked for."""
+    """A record file with a validated header; tensors are read on demand."""
 
     path: Path
     backend: str
@@ -97,18 +92,16 @@ class Record(CaseFacts):
 
     @classmethod
     def open(cls, path: Path) -> Record:
-        """Open a record.
-
-        Raises:
-            ValueError: the file is missing, truncated, of another kind or version, or contradicts itself.
-        """
+        """Open a record; ValueError if missing, damaged or of another version."""
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             names = set(file.keys())
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path}: not a record of `pve record`")
         if metadata.get("version") != str(_VERSION):
-            raise ValueError(f"{path}: a record of version {metadata.get('version')}, this program reads {_VERSION}")
+            raise ValueError(
+                f"{path}: a record of version {metadata.get('version')}, this program reads {_VERSION}; record it again"
+            )
         try:
             record = cls.from_stored(json.loads(metadata["header"]), path=path)
             record._check_header(names)
@@ -121,23 +114,21 @@ class Record(CaseFacts):
             raise ValueError(f"dtype {self.dtype!r}")
         if not all(type(size) is int and size >= 0 for size in self.ids_shape):
             raise ValueError(f"ids_shape {self.ids_shape}")
-        _ = self.output_shape  # a sequence that cannot be split is a ValueError
+        _ = self.output_shape  # raises ValueError for a sequence that cannot be split
         if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
-            raise ValueError("backend, machine or source is no text")
+            raise ValueError("backend, machine or source is not text")
         if type(self.seed) is not int:
             raise ValueError(f"seed {self.seed!r}")
         for facts in (self.versions, self.checksums, self.sha256):
             if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
-                raise ValueError("versions or checksums are no texts by name")
-        if len(names) != 2 * (2 * self.world_size + 1) + 2:  # before world_size, which may be any number, sizes a set
+                raise ValueError("versions or checksums are not text")
+        if len(names) != 2 * (2 * self.world_size + 1) + 2:  # first: a hostile world_size would make the set below huge
             raise ValueError(f"{len(names)} tensors for {self.world_size} ranks")
-        tensors = {f"{name}.{part}" for name in _names(self.world_size) for part in ("index", "values")}
-        tensors |= {"ids", "row_hashes"}
-        if not tensors == names == set(self.sha256):
+        if not {*_tensors(self.world_size), "ids", "row_hashes"} == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor, verified against its checksum."""
+        """Read a tensor and verify its checksum."""
         with open_safetensors(self.path) as file:
             array = np.asarray(file.get_tensor(name))
         if sha256(array) != self.sha256[name]:
@@ -145,7 +136,7 @@ class Record(CaseFacts):
         return array
 
     def rows(self, name: str) -> Rows:
-        """The rows of ``forward.R``, ``gradient.R`` or ``sum``."""
+        """Read the rows of ``forward.R``, ``gradient.R`` or ``sum``."""
         if name.startswith("gradient"):
             total = self.partition.rows_per_rank
         else:
@@ -161,7 +152,10 @@ class Record(CaseFacts):
         return Rows(index, values, total)
 
     def same_case(self, other: Record) -> None:
-        """Raise ValueError, saying what differs, unless both records are of one case."""
+        """Raise ValueError, naming what differs, unless both records are of one case.
+
+        Exchange and source may differ: results do not depend on them.
+        """
         mine, theirs = self.facts, other.facts
         checksums, their_checksums = mine.pop("checksums"), theirs.pop("checksums")
         unlike = [name for name in mine if mine[name] != theirs[name] and name not in ("exchange", "source")]
@@ -170,15 +164,11 @@ class Record(CaseFacts):
         inputs = [name for name in names if checksums.get(name) != their_checksums.get(name)]
         if inputs and not differing:
             differing = [f"{' and '.join(inputs)} differ ({self.source} against {other.source})"]
-        if differing:  # values do not depend on the exchange, nor on what the files were called
+        if differing:
             raise ValueError(f"{self.path} and {other.path} are records of different cases: {', '.join(differing)}")
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is a record, of any version.
-
-    Raises:
-        ValueError: it is no whole safetensors file.
-    """
+    """Whether a safetensors file is a record, of any version."""
     with open_safetensors(path) as file:
         return (file.metadata() or {}).get("format") == _FORMAT

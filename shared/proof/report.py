@@ -1,4 +1,4 @@
-"""What a comparison came to, as plain data; the terminal, JSON, Markdown and HTML show it."""
+"""Results of a comparison, for terminal, JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -13,43 +13,38 @@ from shared.partition import VocabPartition
 from shared.proof.case import CaseFacts
 from shared.proof.comparison import Comparison, DifferingRow
 
-__all__ = ["Pair", "Report", "case_report", "describe_number", "describe_row"]
+__all__ = ["Pair", "Report", "case_report", "describe_kinds", "describe_number", "describe_parts", "describe_row"]
 
 Versions = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The comparisons of two sides.
-
-    Attributes:
-        left, right: the sides' names.
-        ranks: for each rank, and last for all of them together (None), the comparison of each array.
-    """
+    """Comparisons of two sides by rank; None for all ranks together."""
 
     left: str
     right: str
     ranks: dict[int | None, list[Comparison]]
 
     def of_array(self, what: str) -> list[Comparison]:
-        """The comparisons of one array."""
+        """Comparisons of one array."""
         return [comparison for found in self.ranks.values() for comparison in found if comparison.what == what]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared and what came out.
+    """Result of a comparison, and what was compared.
 
     Attributes:
-        title: the sizes, in a line.
-        notes: what else there is to know of what was compared.
+        title: sizes, in one line.
+        notes: further facts about the input.
         sides: facts of each side, by its name.
-        partition: which rank owns which rows.
-        arrays: the arrays that were compared, and what a row of each that is not zero is called.
-        comparisons: of every array of every rank of every pair of sides.
-        facts: what JSON has besides.
+        partition: ownership of the rows.
+        arrays: for each array compared, the heading for its number of nonzero rows.
+        comparisons: of each array, rank and pair of sides.
+        facts: further fields of the JSON form.
         missing: backends that are not installed.
-        seconds: how long it took, where that is of interest.
+        seconds: time taken.
     """
 
     title: str
@@ -64,12 +59,12 @@ class Report:
 
     @property
     def different(self) -> int:
-        """How many comparisons found a difference."""
+        """Number of comparisons that found a difference."""
         return sum(comparison.differing > 0 for comparison in self.comparisons)
 
     @property
     def verdict(self) -> str:
-        """EQUAL or DIFFERENT, and of how much."""
+        """EQUAL or DIFFERENT, with totals, in one line."""
         time = "" if self.seconds is None else f" ({self.seconds:.1f} s)"
         if self.different:
             return f"DIFFERENT: {self.different} of {len(self.comparisons)} comparisons{time}"
@@ -78,14 +73,21 @@ class Report:
 
     @property
     def advice(self) -> list[str]:
-        """What to install for a whole comparison."""
+        """How to install the missing backends."""
         return [
             f"{name} is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[{name}]'"
             for name in self.missing
         ]
 
+    @property
+    def side_lines(self) -> dict[str, str]:
+        """Facts of each side in one line, by its name."""
+        return {
+            side: ", ".join(f"{name} {value}" for name, value in facts.items()) for side, facts in self.sides.items()
+        }
+
     def pairs(self) -> list[Pair]:
-        """The comparisons by pair of sides, then by rank."""
+        """Group the comparisons by pair of sides, then by rank."""
         pairs = []
         for (left, right), group in itertools.groupby(self.comparisons, key=lambda c: (c.left, c.right)):
             ranks: dict[int | None, list[Comparison]] = {}
@@ -95,13 +97,13 @@ class Report:
         return pairs
 
     def rank_cells(self, rank: int | None) -> tuple[str, str]:
-        """The name of a rank, or of all of them together, and the ids that it owns."""
+        """Label and owned ids of a rank; None for all ranks."""
         label = "sum" if "forward" in self.arrays else "all"
         start, stop = (0, self.partition.vocab_size) if rank is None else self.partition.owned_range(rank)
         return label if rank is None else str(rank), f"{start} - {stop - 1}" if start < stop else "none"
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values. Distances without a finite number are strings, as in ``"inf"``."""
+        """Convert to plain values; infinite distances become strings."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -122,8 +124,8 @@ def case_report(
     missing: Sequence[str] = (),
     seconds: float | None = None,
 ) -> Report:
-    """The report of backends that computed one case; ``ids`` are the case's."""
-    outside = int((~np.asarray(case.partition.is_valid(ids))).sum())
+    """Report on backends that computed one case, with these ids."""
+    outside = int((~case.partition.is_valid(ids)).sum())
     shape = "x".join(map(str, case.ids_shape)) or "one"
     how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"
     padded = f" (padded to {case.padded_vocab_size})" if case.partition.padding_rows else ""
@@ -135,24 +137,30 @@ def case_report(
         partition=case.partition,
         arrays={"forward": "looked up" if case.reduction == "none" else "returns", "gradient": "with gradient"},
         comparisons=comparisons,
-        facts={
-            "case": case.facts,
-            "ids_outside": outside,
-            "backends": versions,
-            "missing": list(missing),
-        },
+        facts={"case": case.facts, "ids_outside": outside, "backends": versions, "missing": list(missing)},
         missing=missing,
         seconds=seconds,
     )
 
 
+def describe_parts(comparisons: Sequence[Comparison]) -> str:
+    """``equal``, or the number of differing rows of each array."""
+    different = [f"{part.what} {part.differing}" for part in comparisons if part.differing]
+    return f"differ: {', '.join(different)}" if different else "equal"
+
+
+def describe_kinds(comparison: Comparison) -> str:
+    """Number of differing rows of each kind."""
+    return ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
+
+
 def describe_number(value: float) -> str:
-    """A distance, short."""
+    """Format a distance."""
     return f"{value:.0f}" if abs(value) < 1e6 and value == round(value) else f"{value:.3g}"
 
 
 def describe_row(what: str, row: DifferingRow) -> tuple[str, str, str, str, str, str]:
-    """Where a differing row is, its id, its owner, what it looks like, how far apart the sides are, and the note."""
+    """Position, id, owner, kind, distance and note of a differing row."""
     place = "position" if what == "forward" else "row"
     owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
     ulp = "NaN" if row.max_ulp is None else f"{describe_number(row.max_ulp)} ULP"

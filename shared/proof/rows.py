@@ -1,4 +1,4 @@
-"""A tall array of which most rows are zero, kept as the rows that are not."""
+"""Tall arrays of mostly zero rows, stored as their nonzero rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Rows"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a ``[total, e]`` array that are not +0.0 in every bit: nothing is lost, -0.0 and NaN are kept.
+    """Rows with any nonzero bit, of an array ``[total, e]``.
 
     Attributes:
-        index: their row numbers, ascending, int64 ``[k]``.
+        index: row numbers, ascending, int64 ``[k]``.
         values: the rows, ``[k, e]``.
-        total: number of rows, the zero ones included.
+        total: number of all rows.
     """
 
     index: np.ndarray
@@ -27,7 +27,7 @@ class Rows:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Rows:
-        """The rows of an array ``[..., e]``, its leading dimensions flattened.
+        """Nonzero rows of an array ``[..., e]``, its leading dimensions flattened.
 
         Example:
             >>> import numpy as np
@@ -40,7 +40,7 @@ class Rows:
         return cls(index, flat[index], len(flat))
 
     def take(self, index: np.ndarray) -> np.ndarray:
-        """The rows numbered ``index``, zero ones included."""
+        """Rows numbered ``index``, zero rows included."""
         found = np.zeros((len(index), self.values.shape[1]), self.values.dtype)
         if len(self.index):
             slot = np.minimum(np.searchsorted(self.index, index), len(self.index) - 1)

@@ -1,4 +1,4 @@
-"""The oracle as a backend: the whole case in NumPy, rank by rank."""
+"""The oracle as a backend: a case in NumPy, rank by rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["run"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
-    """Record what every rank returns and its gradient, and the whole embedding, as NumPy computes them."""
+    """Record every rank's result and gradient, and the whole embedding."""
     ids, grad_output = case.batch_array("ids"), case.batch_array("grad_output")
     total = np.zeros_like(grad_output)
     for rank in range(case.world_size):
@@ -24,8 +24,8 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         if case.reduction == "none":
             record.add(f"forward.{rank}", partial)
             total = partial if rank == 0 else sum_partials([total, partial])
-        else:  # the embedding is a copy, whatever way its rows go: nothing makes 0.0 of -0.0
-            owned = np.asarray(case.partition.owns(ids, rank))
+        else:  # a reduction copies rows: -0.0 stays -0.0
+            owned = case.partition.owns(ids, rank)
             total[owned] = partial[owned]
         record.add(f"gradient.{rank}", weight_grad(grad_output, ids, case.partition, rank, case.padding_idx))
     if case.reduction != "none":

@@ -1,9 +1,8 @@
-"""Comparing two tables in files, row by row, in memory that does not grow with them beyond a few bytes a row."""
+"""Comparison of two tables in files, in bounded memory per row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +18,7 @@ from shared.tables.table_file import TableFile
 __all__ = ["compare_tables"]
 
 _BATCH = 1 << 21
-"""Elements in memory at a time, of each table; classifying them takes some eight times as many bytes as int64."""
+"""Elements of each table in memory at a time; classifying them takes about eight int64 per element."""
 
 
 def compare_tables(
@@ -31,18 +30,17 @@ def compare_tables(
 ) -> Report:
     """Compare the rows of two tables bit by bit.
 
-    Of two dtypes, the wider one's numbers are rounded once to the narrower. Padding is described and takes no part in the
-    verdict.
+    If dtypes differ, the wider one is rounded once to the narrower. Padding is reported but not compared.
 
     Args:
         left, right: the tables, opened with their padding.
-        vocab_size: rows to compare; what follows is padding. Left out, all rows, except that rows which only the taller
-            table has are padding if they are all alike, as zeros are; else they are missing from the other.
-        world_size: ranks by which rows are attributed; left out, those of the files, else one.
-        progress: called with what is being done, how many rows are done, and of how many.
+        vocab_size: rows to compare; later rows are padding. None: all rows. Then rows that only the taller table has are
+            padding if they all hold the same values, and missing from the other table otherwise.
+        world_size: ranks that rows are attributed to. None: the number of parts of the files, or one.
+        progress: called with the step, the rows done and the rows in all.
 
     Raises:
-        ValueError: the tables differ in their number of columns, one has less than ``vocab_size`` rows, or a file is
+        ValueError: the tables have different numbers of columns, one has fewer than ``vocab_size`` rows, or a file is
             damaged.
 
     Example:
@@ -64,7 +62,7 @@ def compare_tables(
 
 
 class _Pair:
-    """Two tables, read as rows of one dtype."""
+    """Two tables, read in one dtype."""
 
     def __init__(self, left: TableFile, right: TableFile, vocab_size: int | None, world_size: int | None) -> None:
         self.tables, self.names = (left, right), _names(left, right)
@@ -97,7 +95,7 @@ class _Pair:
         return VocabPartition(self.vocab_size, 1 if world_size is None else world_size, "even")
 
     def rows(self, side: int, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of a table, zeros where it ends before."""
+        """Rows ``[start, stop)`` of one table; zeros beyond its end."""
         table = self.tables[side]
         rows = np.zeros((stop - start, table.emb_size), self.dtype)
         if start < table.vocab_size:
@@ -105,7 +103,7 @@ class _Pair:
         return rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows)
 
     def fingerprint(self, progress: Callable[[str, int, int], None]) -> np.ndarray:
-        """Each row's hash in both tables, and whether it differs and is not zero in the left one; structured ``[v]``."""
+        """Hash rows of both tables; mark differing rows and nonzero left ones."""
         facts = np.zeros(self.vocab_size, [("hash", np.uint64, 2), ("differs", bool), ("nonzero", bool)])
         for start in range(0, self.vocab_size, self.step):
             stop = min(start + self.step, self.vocab_size)
@@ -119,13 +117,14 @@ class _Pair:
         return facts
 
     def differences(self, facts: np.ndarray, progress: Callable[[str, int, int], None]) -> list[Comparison]:
-        """The comparison of each rank's rows, and of all of them."""
+        """Compare the rows of each rank, then all rows."""
         ranks = range(self.partition.world_size)
         references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
         total, results = Differences(self.names, self.partition), []
         for rank in ranks:
             found, (first, last) = Differences(self.names, self.partition), self.partition.owned_range(rank)
-            for start, stop in self._batches(first, last):
+            for start in range(first, last, self.step):
+                stop = min(start + self.step, last)
                 ids = start + np.flatnonzero(facts["differs"][start:stop])
                 if not len(ids):
                     continue
@@ -134,16 +133,12 @@ class _Pair:
                 sides = (Side(values[0], references[0]), Side(values[1], references[1]))
                 kinds = classify(ids, sides, self.partition, None, np.ones(len(ids), bool))
                 kinds[ids >= self.shorter] = "row missing"
-                found.add(ids, ids[:, None].__getitem__, sides, kinds)
+                found.add(ids, ids[:, None], sides, kinds)
             total.merge(found)
             nonzero = int(facts["nonzero"][first:last].sum())
             results.append(found.comparison("table", rank, last - first, nonzero))
         whole = total.comparison("table", None, self.vocab_size, int(facts["nonzero"].sum()))
         return [*results, whole] if len(ranks) > 1 else [whole]
-
-    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        for start in range(first, last, self.step):
-            yield start, min(start + self.step, last)
 
     def report(self, comparisons: list[Comparison]) -> Report:
         facts = [
@@ -165,7 +160,7 @@ class _Pair:
                 notes.append(f"{name}: {each['padding_rows']} rows of padding ({each['padding']}), not compared")
             if table.vocab_size < self.vocab_size:
                 missing = self.vocab_size - table.vocab_size
-                notes.append(f"{name}: lacks the last {missing} rows, which are no padding in the other table")
+                notes.append(f"{name}: lacks the last {missing} rows, which are not padding in the other table")
         ranks = f" over {self.partition.world_size} ranks" if self.partition.world_size > 1 else ""
         emb_size = self.tables[0].emb_size
         return Report(
@@ -188,12 +183,12 @@ class _Pair:
         )
 
 
-def _precision(dtype: np.dtype[Any]) -> tuple[int, int]:
+def _precision(dtype: np.dtype) -> tuple[int, int]:
     return dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)
 
 
 def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
-    """Names for two tables: their paths without what these begin and end with alike, else the tensors' names."""
+    """Names for two tables: differing parts of their paths, else the tensors."""
     parts = [list(table.path.parts) for table in (left, right)]
     for end in (-1, 0):
         while min(map(len, parts)) > 1 and parts[0][end] == parts[1][end]:
@@ -204,7 +199,7 @@ def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
 
 
 def _padding(table: TableFile, start: int) -> str:
-    """What the rows from ``start`` on hold: ``none``, ``zeros``, ``one row repeated`` or ``other values``."""
+    """Describe the values of rows from ``start`` on."""
     if start >= table.vocab_size:
         return "none"
     first = unsigned_view(table.rows(start, start + 1))

@@ -1,3 +1,3 @@
-"""Tables in files: find one, read some of its rows, write one."""
+"""Vocabulary tables in files: find, read and write."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Finding a vocabulary table: in a safetensors file, a checkpoint of several, or Megatron-style parts."""
+"""Search for a vocabulary table in safetensors files, checkpoints and Megatron-style parts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from shared.checks import check_size, printable
 from shared.partition import VocabPartition
 from shared.tables.strict_json import load_object
 from shared.tables.table_file import Segment, TableFile
-from shared.tables.tensor_file import STORAGE_CODES, Header, read_header
+from shared.tables.tensor_file import STORAGE_CODES, TensorPlace, read_header
 
 __all__ = ["PICKLE_SUFFIXES", "Paths", "open_table"]
 
@@ -24,10 +23,10 @@ _ANOTHER_TABLE = re.compile(r"position|wpe|token_type|segment|lm_head|output|cla
 _PART = re.compile(r"mp_rank_(\d+)")
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""How names of files end that are pickles, and so never loaded."""
+"""Suffixes of pickle files, which are never loaded."""
 
 Paths = str | Path | Sequence[str | Path]
-"""Where a table is: a file, a folder, or the files of Megatron-style parts in rank order."""
+"""Location of a table: a file, a folder, or the files of Megatron-style parts in rank order."""
 
 
 def open_table(
@@ -36,18 +35,17 @@ def open_table(
     """Open the vocabulary table at ``path`` without reading its rows.
 
     Args:
-        path: a safetensors file; a Hugging Face ``*.index.json`` over several; a folder that holds one of these; a folder of
+        path: a safetensors file; a Hugging Face ``*.index.json``; a folder that holds one of these; a folder of
             Megatron-style parts (``mp_rank_00`` and so on, each with one safetensors file); or a list of the parts' files in
             rank order.
-        tensor_name: the tensor; None chooses the one that looks like an input embedding (``embed_tokens.weight``,
-            ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table there is.
-        vocab_size: the number of rows without padding. Megatron-style parts need it; otherwise it must match the table.
-        with_padding: count the padding rows of Megatron-style parts as rows of the table; ``vocab_size`` may be None then.
+        tensor_name: name of the tensor. None: the tensor named like an input embedding (``embed_tokens.weight``,
+            ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table.
+        vocab_size: rows, padding excluded. Megatron-style parts need it; otherwise it must match the table.
+        with_padding: count padding rows of Megatron-style parts as rows; ``vocab_size`` may then be None.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: there is no such file or tensor, the choice is ambiguous, a file is damaged or is a pickle. Pickles are
-            never loaded.
+        ValueError: there is no such file or tensor, the choice is ambiguous, or a file is damaged or a pickle.
 
     Source: the safetensors format and the index of Hugging Face checkpoints.
 
@@ -71,11 +69,8 @@ def open_table(
         return _open(path, tensor_name, vocab_size, with_padding)
     except OSError as error:
         raise ValueError(printable(f"{error.filename or path}: cannot be read ({error.strerror})")) from error
-    except ValueError as error:  # whose texts hold names out of files
-        line = printable(str(error))
-        if line == str(error):
-            raise
-        raise ValueError(line) from error
+    except ValueError as error:  # its text may hold control characters from a file
+        raise ValueError(printable(str(error))) from error
 
 
 def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_padding: bool) -> TableFile:
@@ -94,12 +89,12 @@ def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_pad
 
 
 def _what_is_at(path: Path) -> Path | list[Path]:
-    """The file to open: an index or a safetensors file; or the files of Megatron-style parts."""
+    """Resolve a path to an index, a safetensors file, or parts."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return _no_pickle(path)
-    for choices in ([path / "model.safetensors.index.json"], [*sorted(path.glob("*.safetensors.index.json"))]):
+    for choices in ([path / "model.safetensors.index.json"], list(path.glob("*.safetensors.index.json"))):
         if len(choices) == 1 and choices[0].is_file():
             return choices[0]
     parts = sorted(p for p in path.iterdir() if p.is_dir() and _PART.fullmatch(p.name))
@@ -136,7 +131,7 @@ def _only_file(folder: Path) -> Path:
 
 
 def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
-    """The file, of those in an index, that has the tensor; and the tensor's name."""
+    """Look up the tensor in an index; return its file and name."""
     names = load_object(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: not an index of a checkpoint, it has no weight_map of file names")
@@ -153,28 +148,27 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
 
 
 def _one_file(path: Path, tensor_name: str | None) -> TableFile:
-    header = read_header(path)
-    tensor = _choose(header, tensor_name, path)
-    place = header.tensors[tensor]
+    tensor, place = _choose(path, tensor_name)
     segment = Segment(path, place.offset, 0, place.shape[0])
     return TableFile(path, tensor, str(place.dtype), place.shape[1], [segment])
 
 
-def _choose(header: Header, tensor_name: str | None, path: Path) -> str:
-    tables = [name for name, place in header.tensors.items() if place.is_table]
+def _choose(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
+    places = read_header(path)
     if tensor_name is None:
+        tables = [name for name, place in places.items() if place.is_table]
         possible = [name for name in tables if not _ANOTHER_TABLE.search(name)]
         looks_like = [name for name in possible if _INPUT_EMBEDDING.search(name)]
-        return _the_one(looks_like or (possible if len(tables) == 1 else []), tables, path)
-    if tensor_name not in header.tensors:
-        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(header.tensors)}")
-    place = header.tensors[tensor_name]
+        tensor_name = _the_one(looks_like or (possible if len(tables) == 1 else []), tables, path)
+    if tensor_name not in places:
+        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(places)}")
+    place = places[tensor_name]
     if not place.is_table:
         raise ValueError(
             f"{path}: tensor {tensor_name!r} must be a 2-D table of {', '.join(STORAGE_CODES)}, "
             f"got {place.code} {list(place.shape)}"
         )
-    return tensor_name
+    return tensor_name, place
 
 
 def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> str:
@@ -187,31 +181,28 @@ def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> st
     )
 
 
-def _listed(names: Any) -> str:
-    names = list(names)
+def _listed(candidates: Iterable[str]) -> str:
+    names = list(candidates)
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
 def _megatron_parts(
     paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None, with_padding: bool
 ) -> TableFile:
-    """The table of which each file has an equal part, the last of it being padding."""
+    """Open equal parts in rank order; the last rows are padding."""
     if not paths:
         raise ValueError("path must name at least one file, got an empty list")
-    segments, start, first = [], 0, None
+    tensor, first = _choose(_no_pickle(paths[0]), tensor_name)
+    segments, start = [], 0
     for path in paths:
-        header = read_header(_no_pickle(path))
-        tensor = _choose(header, tensor_name, path)
-        place = header.tensors[tensor]
-        first = first or (tensor, place.dtype, place.shape)
-        if first != (tensor, place.dtype, place.shape):
+        name, place = _choose(_no_pickle(path), tensor_name)
+        if (name, place.code, place.shape) != (tensor, first.code, first.shape):
             raise ValueError(
-                f"{path}: the parts must be equal, but this one has {tensor} {place.code} {list(place.shape)}, the first "
-                f"{first[0]} {first[1]} {list(first[2])}"
+                f"{path}: the parts must be equal, but this one has {name} {place.code} {list(place.shape)}, the first "
+                f"{tensor} {first.code} {list(first.shape)}"
             )
         segments.append(Segment(path, place.offset, start, start + place.shape[0]))
         start += place.shape[0]
-    assert first is not None
     if vocab_size is None and with_padding:
         vocab_size = start
     if vocab_size is None:
@@ -223,4 +214,4 @@ def _megatron_parts(
         raise ValueError(f"vocab_size must be at most the {start} rows that the parts have, got {vocab_size}")
     segments = [replace(s, stop=min(s.stop, vocab_size)) for s in segments if s.start < vocab_size]
     partition = VocabPartition(vocab_size, len(paths), start)
-    return TableFile(source, first[0], str(first[1]), first[2][1], segments, partition)
+    return TableFile(source, tensor, str(first.dtype), first.shape[1], segments, partition)

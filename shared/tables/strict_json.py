@@ -1,4 +1,4 @@
-"""JSON out of files that may be damaged or hostile."""
+"""JSON objects from files that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ _LARGEST = 100 << 20
 
 
 def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
-    """The object that a JSON document is.
-
-    Args:
-        text: the document, UTF-8.
-        source: what to call it in errors.
+    """Parse a JSON object; ``source`` names it in errors.
 
     Raises:
-        ValueError: it is no JSON object, names a key twice, or holds NaN or an infinity, which JSON does not have.
+        ValueError: it is not a JSON object, repeats a key, or holds NaN or an infinity.
 
     Example:
         >>> from shared.tables.strict_json import parse_object
@@ -30,11 +26,11 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a key that is there twice")
+            raise ValueError("a repeated key")
         return found
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant}, which is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
@@ -46,11 +42,7 @@ def parse_object(text: bytes | str, source: str) -> dict[str, Any]:
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: there is no such file, it is larger than any index, or it holds no such object.
-    """
+    """Read a JSON object from a file of at most 100 MiB."""
     if not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if path.stat().st_size > _LARGEST:

@@ -1,4 +1,4 @@
-"""A vocabulary table in files: read any range of rows without the others."""
+"""Vocabulary tables in files, read by ranges of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,13 +24,7 @@ _CAST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of a table in one file.
-
-    Attributes:
-        path: the file.
-        offset: the byte at which row ``start`` begins.
-        start, stop: the half-open range of rows.
-    """
+    """Rows ``[start, stop)`` of a table, at byte ``offset`` of a file."""
 
     path: Path
     offset: int
@@ -40,15 +33,15 @@ class Segment:
 
 
 class TableFile:
-    """A table in files, whose rows are read on demand. ``shared.tables.find_table.open_table`` opens one.
+    """A table in files, read on demand; made by ``open_table``.
 
     Attributes:
         path: the path that was opened.
-        tensor: the tensor's name.
-        dtype: the name of the stored dtype.
-        vocab_size, emb_size: its shape, without padding.
-        partition: how Megatron-style parts split it; None for one file.
-        files: the files, those without rows included.
+        tensor: name of the tensor.
+        dtype: name of the stored dtype.
+        vocab_size, emb_size: shape, padding excluded.
+        partition: split into Megatron-style parts; None for one file.
+        files: all files, also parts that hold padding only.
     """
 
     def __init__(
@@ -67,11 +60,11 @@ class TableFile:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row as it is stored."""
+        """Stored bytes of one row."""
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Read rows ``[start, stop)`` in the stored dtype, and no others.
+        """Read rows ``[start, stop)``, and only these, in the stored dtype.
 
         Raises:
             IndexError: the range leaves the table.
@@ -83,13 +76,10 @@ class TableFile:
         return rows
 
     def read_rows(self, start: int, out: np.ndarray) -> None:
-        """Read the rows from ``start`` on into ``out``, ``[rows, e]``, cast to its dtype.
+        """Read rows from ``start`` on into ``out``, cast to its dtype.
 
-        Rows of the stored dtype are read in place; others pass through one mebibyte of memory.
-
-        Raises:
-            IndexError: the range leaves the table.
-            ValueError: ``out`` has another width or is not C-contiguous; a file cannot be read or is truncated.
+        Rows of the stored dtype are read in place; others pass through a buffer of 1 MiB. Errors are those of ``rows``,
+        and ValueError where ``out`` has another width or is not C-contiguous.
         """
         if out.ndim != 2 or out.shape[1] != self.emb_size or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous [rows, {self.emb_size}], got {list(out.shape)}")
@@ -117,24 +107,24 @@ class TableFile:
             raise IndexError(f"rows [{start}, {stop}) leave the table's [0, {self.vocab_size})")
 
     def chunks(self, megabytes: int = 64) -> Iterator[np.ndarray]:
-        """Yield all rows in order, a chunk at a time."""
+        """Yield all rows in order, in chunks."""
         step = max(1, (megabytes << 20) // self.row_bytes)
         for start in range(0, self.vocab_size, step):
             yield self.rows(start, min(start + step, self.vocab_size))
 
     def fingerprint(self) -> tuple[str, np.ndarray]:
-        """Return the SHA-256 of the tensor's bytes and a hash of each row, uint64 ``[v]``."""
+        """SHA-256 of the tensor's bytes, and a hash of each row."""
         digest, hashes = hashlib.sha256(), []
         for chunk in self.chunks():
             digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
             hashes.append(row_hashes(chunk))
         return digest.hexdigest(), np.concatenate(hashes)
 
-    def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """Read the rows of ``rank``, ``[n, e]``, cast to ``dtype``; padding rows are zero."""
+    def padded_rows(self, partition: VocabPartition, rank: int, dtype: np.dtype) -> np.ndarray:
+        """Read the rows of ``rank``, cast; padding rows are zero."""
         start, stop = partition.owned_range(rank)
         size = partition.rows_per_rank * self.emb_size * dtype.itemsize
-        # Aligned, so that a framework can adopt the memory without a copy.
+        # 64-byte aligned: frameworks then use the memory without a copy.
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         first = -memory.ctypes.data % _ALIGNMENT
         rows = memory[first : first + size].view(dtype).reshape(partition.rows_per_rank, self.emb_size)
@@ -144,7 +134,7 @@ class TableFile:
 
 @contextlib.contextmanager
 def _open_regular(path: Path) -> Iterator[int]:
-    """Open a file that is still a regular one; opening a pipe in its place would block."""
+    """Open a regular file; without blocking if a pipe has replaced it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:

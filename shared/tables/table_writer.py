@@ -1,4 +1,4 @@
-"""Writing a table to files: a new table appears whole or not at all."""
+"""Atomic writes of a table, by one or many processes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Rows = Callable[[int, int], np.ndarray]
 """Returns rows ``[start, stop)`` of the table, ``[stop - start, e]``, in the dtype to be stored."""
 
 Exchange = Callable[[Any], list[Any]]
-"""Gathers every process's JSON value, in the order of the processes."""
+"""Gathers a JSON value from every process, in process order."""
 
 Progress = Callable[[int], None]
-"""Called with the number of rows that were written."""
+"""Called with the number of rows just written."""
 
 _PIECE_BYTES = 1 << 24
 _PART = "model.safetensors"
@@ -36,16 +36,7 @@ _PART = "model.safetensors"
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table to be written.
-
-    Attributes:
-        tensor: the tensor's name.
-        dtype: the name of the dtype to store.
-        vocab_size, emb_size: its shape, without padding.
-
-    Raises:
-        ValueError: no table can be stored in the dtype.
-    """
+    """Tensor name, stored dtype and unpadded shape of a table to write."""
 
     tensor: str
     dtype: str
@@ -57,12 +48,12 @@ class TableSpec:
             raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}")
 
     def header(self, rows: int) -> bytes:
-        """The first bytes of a file of ``rows`` rows."""
+        """First bytes of a file of ``rows`` rows."""
         return header_bytes(self.tensor, self.dtype, (rows, self.emb_size), {"format": "pt"})
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Stored bytes of one row."""
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
 
@@ -77,27 +68,27 @@ def write_table(
     exchange: Exchange = lambda mine: [mine],
     progress: Progress = lambda count: None,
 ) -> Path:
-    """Write one safetensors file, each process its own rows; every process calls this.
+    """Write one safetensors file, each process its own rows.
 
-    The rows go to a temporary file beside ``path``. They are read back and synced to the disk before it is renamed.
-    Memory does not grow with the table.
+    Every process must call it. Rows go to a temporary file beside ``path``. They are read back and synced to the disk
+    before the file is renamed. Memory use does not depend on the size of the table.
 
     Args:
-        path: the file, which ends in ``.safetensors``; on a file system that all processes see.
+        path: file to write, ending in ``.safetensors``, on a file system shared by all processes.
         spec: the table.
         ranges: half-open ranges of rows that this process writes.
-        rows: where they come from.
+        rows: source of the rows.
         force: replace an existing file.
-        process: this process's number; process 0 creates and renames the file.
-        exchange: gathers a value from all processes; left out, there is one.
+        process: number of this process; process 0 creates and renames the file.
+        exchange: gathers a value from all processes; the default serves a single one.
         progress: called after each piece.
 
     Returns:
-        The file.
+        ``path``.
 
     Raises:
-        ValueError: in every process, if any of them failed, if they disagree about the table, if no process has some row,
-            or if the file exists and ``force`` is False.
+        ValueError: in every process, if one of them failed, they disagree about the table, a row is written by none or by
+            two of them, or the file exists and ``force`` is False.
     """
     path, ranges = Path(path), sorted(ranges)
     facts = {"path": str(path), "table": str(spec), "force": str(force)}
@@ -138,16 +129,10 @@ def write_table(
 def write_parts(
     folder: str | Path, spec: TableSpec, partition: VocabPartition, rows: Rows, progress: Progress = lambda count: None
 ) -> list[Path]:
-    """Write Megatron-style parts: one safetensors file a rank, each of ``rows_per_rank`` rows, padding rows zero.
+    """Write Megatron-style parts: one safetensors file per rank, padding rows zero.
 
-    The parts go to a temporary folder beside ``folder``, which is then renamed. An existing folder is never replaced.
-
-    Args:
-        folder: the folder to create; the files in it are ``mp_rank_00/model.safetensors`` and so on.
-        spec: the table.
-        partition: who owns what.
-        rows: where the rows come from.
-        progress: called after each piece.
+    The parts are ``mp_rank_00/model.safetensors`` and so on, in a temporary folder that is renamed to ``folder`` at the
+    end. A folder that is not empty is never replaced.
 
     Returns:
         The files, in rank order.
@@ -174,7 +159,7 @@ def write_parts(
                 os.fsync(file.fileno())
             _sync_folder(path.parent)
         open_table([temporary / name / _PART for name in names], spec.tensor, spec.vocab_size)
-        _refuse_full(folder)  # rename() itself refuses a folder that is filled from here on
+        _refuse_full(folder)  # later than this, rename() itself refuses a folder that is not empty
         _sync_folder(temporary)
         os.rename(temporary, folder)
         _sync_folder(folder.parent)
@@ -193,22 +178,23 @@ def convert_table(
     force: bool = False,
     progress: Progress = lambda count: None,
 ) -> list[Path]:
-    """Copy a table to one file or to Megatron-style parts, in bounded memory.
+    """Copy a table to one file or Megatron-style parts, in bounded memory.
 
     Args:
         table: the source.
-        target: the file; with ``partition``, the folder.
-        partition: write one part for each of its ranks; None, one file.
-        tensor: the tensor's new name; None keeps it.
-        dtype: the dtype to cast to, rounding once; None keeps it.
-        force: replace an existing file; an existing folder is never replaced.
+        target: file to write; with ``partition``, folder to create.
+        partition: write one part per rank; None: one file.
+        tensor: new name of the tensor; None keeps it.
+        dtype: dtype to cast to, rounding once; None keeps it.
+        force: replace an existing file.
         progress: called after each piece.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        ValueError: the target exists or cannot be written, the partition is of another vocabulary, or the source is damaged.
+        ValueError: the target exists or cannot be written, the partition has another ``vocab_size``, or the source is
+            damaged.
 
     Example:
         >>> import tempfile, numpy as np
@@ -241,7 +227,7 @@ def convert_table(
 def _write_rows(
     descriptor: int, path: Path, spec: TableSpec, offset: int, start: int, stop: int, rows: Rows, progress: Progress
 ) -> None:
-    """Write rows ``[start, stop)`` and read them back; row 0 lies at byte ``offset``."""
+    """Write rows and read them back; row 0 is at byte ``offset``."""
     step = max(1, _PIECE_BYTES // spec.row_bytes)
     for first in range(start, stop, step):
         last = min(first + step, stop)
@@ -310,7 +296,7 @@ def _check_cover(ranges: Sequence[tuple[int, int]], vocab_size: int) -> None:
 
 
 def _in_step(work: Callable[[], None], exchange: Exchange) -> None:
-    """Do the work; raise in every process if it failed in any."""
+    """Do the work; raise in every process if it failed in one."""
     failure: Exception | None = None
     try:
         work()
@@ -325,7 +311,7 @@ def _in_step(work: Callable[[], None], exchange: Exchange) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to the disk."""
+    """Sync a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors file lie in it, and reading and writing their bytes."""
+"""The safetensors format: places of tensors, exact reads and writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from shared.tables.strict_json import parse_object
 
 __all__ = [
     "STORAGE_CODES",
-    "Header",
     "TensorPlace",
     "header_bytes",
     "open_safetensors",
@@ -35,16 +34,16 @@ STORAGE_CODES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-"""What a safetensors header calls the dtypes in which a table can be stored."""
+"""Dtype codes of safetensors, by the name of the dtype."""
 
 _DTYPES = {code: name for name, code in STORAGE_CODES.items()}
 _ALIGNMENT = 64
-_PIECE = 1 << 30  # one read or write of the operating system moves at most 2 GiB
+_PIECE = 1 << 30  # a system call moves at most 2 GiB
 
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file, whose faults come out as one ValueError that names the file."""
+    """Open a safetensors file; ValueError if missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
@@ -56,13 +55,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor in a file.
-
-    Attributes:
-        code: its dtype, as the header has it.
-        shape: its shape.
-        offset: the byte of the file where it begins.
-    """
+    """Dtype code, shape and first byte of a tensor in a file."""
 
     code: str
     shape: tuple[int, ...]
@@ -70,40 +63,27 @@ class TensorPlace:
 
     @property
     def dtype(self) -> str | None:
-        """The name of the dtype, where a table can have it."""
+        """Name of the dtype; None for one that no table can have."""
         return _DTYPES.get(self.code)
 
     @property
     def is_table(self) -> bool:
-        """Whether it has two dimensions, of floating-point numbers, and is not empty."""
+        """Whether it is 2-D, floating-point and not empty."""
         return self.dtype is not None and len(self.shape) == 2 and 0 not in self.shape
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file holds.
-
-    Attributes:
-        tensors: by name.
-        metadata: the texts that it carries.
-    """
-
-    tensors: dict[str, TensorPlace]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Where everything in the file is; nothing but the header is read.
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """Read the header only: each tensor's place, by name.
 
     Raises:
-        ValueError: it is no whole safetensors file: missing, truncated, with offsets that overlap or leave it, and so on.
+        ValueError: the file is missing, truncated or damaged.
     """
-    with open_safetensors(path) as file:  # the library refuses what does not hold together
+    with open_safetensors(path) as file:  # the library checks offsets and sizes
         names = set(file.keys())
     with open(path, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = parse_object(raw.read(length), f"{path}: header")
-    metadata = header.pop("__metadata__", None) or {}
+    header.pop("__metadata__", None)
     places = {}
     try:
         for name, entry in header.items():
@@ -112,12 +92,12 @@ def read_header(path: Path) -> Header:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}: a damaged header ({error})") from error
     if set(places) != names:
-        raise ValueError(f"{path}: a header that can be read in two ways")
-    return Header(places, metadata)
+        raise ValueError(f"{path}: a damaged header (its tensors can be read in two ways)")
+    return places
 
 
 def header_bytes(tensor: str, dtype: str, shape: tuple[int, int], metadata: dict[str, str]) -> bytes:
-    """How a safetensors file of one tensor begins; the tensor's bytes follow, aligned to 64."""
+    """Header of a safetensors file of one tensor, padded to 64 bytes."""
     size = math.prod(shape) * STORED_DTYPES[dtype].itemsize
     entry = {"dtype": STORAGE_CODES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": metadata, tensor: entry}).encode()
@@ -126,11 +106,7 @@ def header_bytes(tensor: str, dtype: str, shape: tuple[int, int], metadata: dict
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill ``buffer`` from byte ``offset`` of an open file.
-
-    Raises:
-        ValueError: the file ends before, or the disk fails.
-    """
+    """Fill ``buffer`` from byte ``offset``; ValueError if the file is too short."""
     done = 0
     while done < len(buffer):
         try:
@@ -143,7 +119,7 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -
 
 
 def write_exactly(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
-    """Write all of ``buffer`` at byte ``offset`` of an open file."""
+    """Write all of ``buffer`` at byte ``offset``."""
     done, view = 0, memoryview(buffer)
     while done < len(view):
         done += os.pwrite(descriptor, view[done : done + _PIECE], offset + done)

@@ -48,7 +48,7 @@ def test_the_exit_status_tells(arguments, status, capsys):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([MODEL, "oracle.record"], "oracle.record is a record, and model.safetensors is not a record"),
+        ([MODEL, "oracle.record"], "oracle.record is a record, but model.safetensors is not a record"),
         (["parts", "oracle.record"], "give two of one kind"),
         ([MODEL, "two.safetensors"], "two.safetensors: pass --tensor; none looks like an input embedding"),
         ([MODEL, "two.safetensors", "--tensor", "a"], "no tensor 'a' in it"),

@@ -116,7 +116,7 @@ def test_impossible_reductions_are_refused(capsys, tmp_path):
     ids = ["--ids", str(tmp_path / "ids.npy"), "--reduction", "reduce_scatter"]
     refused(capsys, "4 positions along dimension 1, which leaves 1 over with --world-size 3", "compare", *SMALL, *ids)
     refused(capsys, "--seq-dim must name a dimension of the ids", "compare", *SMALL, *ids, "--seq-dim", "2")
-    refused(capsys, "--exchange says how a reduction's rows travel", "compare", *SMALL, "--exchange", "dense")
+    refused(capsys, "--exchange dense needs a reduction, got none", "compare", *SMALL, "--exchange", "dense")
     refused(capsys, "invalid choice: 'sum'", "compare", *SMALL, "--reduction", "sum")
 
 
@@ -303,10 +303,10 @@ def test_compare_over_padded_ranks_from_parts(capsys, tmp_path):
         ("--world-size must be at least 1", ["--world-size", "0"]),
         ("invalid choice: 'int8'", ["--dtype", "int8"]),
         ("not a readable .npy file", ["--ids", "nowhere.npy"]),
-        ("go together", ["--text", "README.md"]),
+        ("need each other", ["--text", "README.md"]),
         ("--seed must not be negative", ["--seed", "-1"]),
         ("--backends takes torch and jax, separated by a comma; got 'mlx'", ["--backends", "mlx"]),
-        ("--backends names one twice", ["--backends", "torch,torch"]),
+        ("--backends must name each backend once", ["--backends", "torch,torch"]),
         ("--padding-idx must be an id", ["--padding-idx", "96"]),
     ],
 )
@@ -332,14 +332,14 @@ def test_record_is_replaced_with_force_only(capsys, tmp_path):
     path = tmp_path / "oracle.record"
     path.write_bytes(b"mine")
     command = ["record", "--backend", "oracle", "-o", str(path), *SMALL]
-    refused(capsys, "is there already: choose another name, or add --force", *command)
+    refused(capsys, "exists: choose another name, or add --force", *command)
     assert path.read_bytes() == b"mine"
     assert main([*command, "--force"]) == 0
     assert path.read_bytes() != b"mine"
 
 
 def test_seq_dim_needs_reduce_scatter(capsys):
-    refused(capsys, "--seq-dim needs --reduction reduce_scatter, got none", "compare", "--seq-dim", "0")
+    refused(capsys, "--seq-dim needs a reduction that splits the ids, got none", "compare", "--seq-dim", "0")
 
 
 def test_short_names_of_dtypes(capsys):

@@ -13,6 +13,13 @@ MAY_NOT = {
     "torch_impl": ("jax", "jax_impl"),
     "jax_impl": ("torch", "torch_impl"),
 }
+# What each part of `shared` may import besides the standard library.
+WINGS = {
+    "shared": {"numpy", "ml_dtypes", "shared"},
+    "shared.tables": {"numpy", "safetensors", "shared", "shared.tables"},
+    "shared.proof": {"numpy", "ml_dtypes", "safetensors", "tokenizers", "shared", "shared.tables", "shared.proof"},
+    "shared.cli": {"rich", "shtab", "shared", "shared.tables", "shared.proof", "shared.cli"},
+}
 
 
 # Prints what was looked for although it is not installed, and what was imported.
@@ -51,13 +58,44 @@ def test_hidden_module_is_noticed():
 @pytest.mark.parametrize("room", MAY_NOT)
 def test_import_statements_stay_in_the_room(room):
     for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            named = []
-            if isinstance(node, ast.Import):
-                named = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                named = [node.module or ""]
-            assert not {name.partition(".")[0] for name in named} & set(MAY_NOT[room]), path
+        assert not {name.partition(".")[0] for name in imports_of(path)} & set(MAY_NOT[room]), path
+
+
+def imports_of(path):
+    """The modules that a file names, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+
+
+def wing_of(module):
+    """`shared.tables` for `shared.tables.find_table`; the top-level package for other modules."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in WINGS else parts[0]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_no_import_runs_upward(wing):
+    paths = list((ROOT / wing.replace(".", "/")).glob("*.py"))
+    assert paths
+    for path in paths:
+        assert {wing_of(name) for name in imports_of(path)} - set(sys.stdlib_module_names) <= WINGS[wing], path
+
+
+@pytest.mark.parametrize("room", ["shared", "jax_impl"])  # in torch_impl, files imports checkpoint on use
+def test_no_imports_run_in_a_circle(room):
+    named = {module: set() for module in all_modules(room)}
+    for path in (ROOT / room).rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        named[module] = set(imports_of(path)) & set(named) - {module}
+    assert any(named.values())
+    while named:
+        leaves = {module for module, imported in named.items() if not imported & set(named)}
+        assert leaves, f"imports in a circle among {sorted(named)}"
+        named = {module: imported for module, imported in named.items() if module not in leaves}
 
 
 UMBRELLA = "parallel_vocab_embedding"

@@ -97,12 +97,12 @@ def test_text_becomes_ids(table, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
     (tmp_path / "text").write_text("a")
     refused(tmp_path, "not a tokenizer.json", **both)
-    refused(tmp_path, "go together", weights=table[0], text=tmp_path / "text")
-    refused(tmp_path, "choose one", ids=tmp_path / "ids.npy", **both)
+    refused(tmp_path, "need each other", weights=table[0], text=tmp_path / "text")
+    refused(tmp_path, "give ids in one way", ids=tmp_path / "ids.npy", **both)
 
 
 def test_other_options_out_of_range_are_refused(tmp_path):
-    refused(tmp_path, "--tensor names a tensor of --weights", tensor="x")
+    refused(tmp_path, "--tensor needs --weights", tensor="x")
     refused(tmp_path, "vocab_size must be at least 1", vocab_size=0)
     refused(tmp_path, "emb_size must be at least 1", vocab_size=8, emb_size=-1)
     refused(tmp_path, "padding_idx must be an id", vocab_size=16, emb_size=2, padding_idx=16)

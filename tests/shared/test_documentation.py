@@ -1,4 +1,11 @@
-"""The examples run and `__all__` is true."""
+"""Examples run, `__all__` is true, and first lines of docstrings are short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
 
 
 def test_documentation(check_documentation):
@@ -12,3 +19,10 @@ def test_documentation(check_documentation):
             "shared.proof.rows.Rows.of",
         },
     )
+
+
+@pytest.mark.parametrize("path", sorted(SHARED.rglob("*.py")), ids=lambda path: str(path.relative_to(SHARED)))
+def test_first_lines_have_at_most_12_words(path):
+    tree = ast.parse(path.read_text())
+    texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    assert [line for line in (text.splitlines()[0] for text in texts if text) if len(line.split()) > 12] == []

@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import VocabPartition, pad_vocab_size
 from shared.padding_rules import padded_by_rule
 
 
+@settings(deadline=None)  # times say nothing on a busy machine
 @given(rows=st.integers(1, 1000), world_size=st.integers(1, 64), data=st.data())
 def test_every_id_has_exactly_one_owner(rows, world_size, data):
     padding = data.draw(st.integers(0, rows * world_size - 1))
@@ -20,18 +21,15 @@ def test_every_id_has_exactly_one_owner(rows, world_size, data):
     np.testing.assert_array_equal(owned.sum(0), (ids >= 0) & (ids < partition.vocab_size))
     np.testing.assert_array_equal(np.where(owned.any(0), owned.argmax(0), -1), partition.owner(ids))
     for rank in range(world_size):
-        local = partition.local_ids(ids, rank)
-        np.testing.assert_array_equal((local >= 0) & (local < partition.rows_per_rank), owned[rank])
-        np.testing.assert_array_equal(local[owned[rank]] + partition.start(rank), ids[owned[rank]])
-        start, stop = partition.owned_range(rank)
-        assert partition.has_padding(rank) == (stop - start < partition.rows_per_rank)
+        np.testing.assert_array_equal(owned[rank], (ids >= 0) & (ids < partition.vocab_size) & (ids // rows == rank))
+        np.testing.assert_array_equal(owned[rank], np.isin(ids, range(*partition.owned_range(rank))))
         before = ids.copy()
-        rows, found = partition.locate(ids, rank)
+        local, found = partition.locate(ids, rank)
         np.testing.assert_array_equal(found, owned[rank])
-        np.testing.assert_array_equal(rows[found], local[found])
-        np.testing.assert_array_equal(partition.keys(ids, rank), np.where(found, rows, partition.rows_per_rank))
-        assert rows.min(initial=0) >= 0
-        assert rows.max(initial=0) < partition.rows_per_rank
+        np.testing.assert_array_equal(local[found] + partition.start(rank), ids[found])
+        np.testing.assert_array_equal(partition.keys(ids, rank), np.where(found, local, partition.rows_per_rank))
+        assert local.min(initial=0) >= 0
+        assert local.max(initial=0) < partition.rows_per_rank
         np.testing.assert_array_equal(ids, before)
 
 
@@ -44,7 +42,6 @@ def test_ranges_are_half_open_and_meet():
 def test_no_integer_dtype_wraps(dtype):
     partition = VocabPartition(600, 3)
     ids = np.array([0, 5, 100, 127], dtype)
-    np.testing.assert_array_equal(partition.local_ids(ids, 2), ids.astype(object) - 400)
     np.testing.assert_array_equal(partition.owner(ids), [0, 0, 0, 0])
     extremes = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
     exact = [int(i) // 200 if 0 <= int(i) < 600 else -1 for i in extremes]
@@ -58,7 +55,7 @@ def test_python_ints_work_too():
     assert [partition.owner(i) for i in (-1, 0, 4, 11, 12, 2**70)] == [-1, 0, 1, 2, -1, -1]
     assert partition.owns(4, 1)
     assert not partition.owns(4, 0)
-    assert partition.local_ids(6, 1) == partition.keys(6, 1) == 2
+    assert partition.keys(6, 1) == 2
     assert [partition.keys(i, 1) for i in (-1, 3, 8, 2**70)] == [4] * 4
     assert partition.locate(6, 1) == (2, True)
 
@@ -143,8 +140,7 @@ def test_padding_belongs_to_no_id():
     np.testing.assert_array_equal(partition.is_valid(ids), (ids >= 0) & (ids < 10))
     np.testing.assert_array_equal(partition.owner(ids), np.where((ids >= 0) & (ids < 10), ids // 3, -1))
     for rank in range(4):
-        local = partition.local_ids(ids, rank)
-        np.testing.assert_array_equal((local >= 0) & (local < 3), partition.owns(ids, rank))
+        np.testing.assert_array_equal(partition.owns(ids, rank), partition.owner(ids) == rank)
 
 
 def test_without_padding_the_padded_size_is_the_size():

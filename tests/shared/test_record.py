@@ -128,7 +128,7 @@ def test_ids_that_contradict_the_header_are_refused(make_record):
             metadata["header"] = json.dumps(header)
 
         rewrite(record.path, other_ids)
-    with pytest.raises(ValueError, match="its ids are not those that its header tells of"):
+    with pytest.raises(ValueError, match="its ids do not match the checksum in its header"):
         compare_records(*(Record.open(record.path) for record in records))
 
 

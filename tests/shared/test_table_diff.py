@@ -125,7 +125,7 @@ def test_distances_are_counted_by_element(stored, table):
 def test_rows_that_one_table_lacks(stored, table):
     report = compare_tables(stored("left", table), stored("right", table[:28]), world_size=4)
     assert kinds(report) == {3: {"row missing": 2}, None: {"row missing": 2}}
-    assert report.notes == ("right: lacks the last 2 rows, which are no padding in the other table",)
+    assert report.notes == ("right: lacks the last 2 rows, which are not padding in the other table",)
     assert not compare_tables(stored("a", table), stored("b", table[:28]), vocab_size=28).different
 
 

@@ -20,7 +20,7 @@ from shared.cli import main
 from shared.tables import table_writer
 from shared.tables.find_table import open_table
 from shared.tables.table_writer import TableSpec, convert_table, write_table
-from shared.tables.tensor_file import STORAGE_CODES, header_bytes, read_header
+from shared.tables.tensor_file import STORAGE_CODES, header_bytes, open_safetensors
 
 PARTITION = VocabPartition(30, 4, 40)
 """The last rank has no row but padding."""
@@ -69,7 +69,8 @@ def test_every_bit_comes_back_in_every_form(tmp_path, rng, small_pieces, dtype):
     with safe_open(merged, "np") as file:
         whole = file.get_slice("wte.weight")
         assert (whole.get_dtype(), whole.get_shape()) == (STORAGE_CODES[dtype], [30, 6])
-    assert read_header(merged).metadata == {"format": "pt"}
+    with open_safetensors(merged) as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,4 @@
-"""A comparison on a terminal: a table of the results, the differing rows, and the verdict."""
+"""Comparisons as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison
-from shared.proof.report import Report, describe_number, describe_row
+from shared.proof.report import Report, describe_kinds, describe_number, describe_parts, describe_row
 
 __all__ = ["print_report"]
 
@@ -16,7 +16,7 @@ _SHOWN = 3
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Print what was compared, a table of the results, the differing rows, and the verdict."""
+    """Print title, notes, results per rank, differing rows and verdict."""
 
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=True)
@@ -24,8 +24,8 @@ def print_report(console: Console, report: Report) -> None:
     say(report.title, "bold")
     for note in report.notes:
         say(note)
-    for name, found in report.sides.items():
-        say(f"  {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()), "dim")
+    for name, facts in report.side_lines.items():
+        say(f"  {name}: {facts}", "dim")
     console.print(_overview(report))
     kinds: dict[str, None] = {}
     for comparison in report.comparisons:
@@ -41,7 +41,7 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _overview(report: Report) -> Table:
-    """A row a rank: what it owns, how many rows are not zero, and whether each pair of sides agrees."""
+    """One row per rank: owned ids, nonzero rows, result of each pair."""
     pairs, table = report.pairs(), Table()
     for column in ("rank", "owns ids", *report.arrays.values()):
         table.add_column(column, justify="right")
@@ -56,19 +56,18 @@ def _overview(report: Report) -> Table:
 
 
 def _cell(comparisons: list[Comparison]) -> Text:
-    different = [f"{part.what} {part.differing}" for part in comparisons if part.differing]
-    return Text("differ: " + ", ".join(different), "red") if different else Text("equal", "green")
+    text = describe_parts(comparisons)
+    return Text(text, "green" if text == "equal" else "red")
 
 
 def _heading(comparison: Comparison, rank: str) -> str:
-    where = rank if comparison.rank is None else f"rank {rank}"
-    counts = ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
+    where = f"{comparison.what}, {rank if comparison.rank is None else f'rank {rank}'}"
     distances = f"max {describe_number(comparison.max_ulp)} ULP, max abs {describe_number(comparison.max_abs)}"
-    return f"{comparison.left} against {comparison.right}, {comparison.what}, {where}: {counts}; {distances}"
+    return f"{comparison.left} against {comparison.right}, {where}: {describe_kinds(comparison)}; {distances}"
 
 
 def _rows(comparison: Comparison) -> Table:
-    """The first differing rows, a line each, without any frame."""
+    """The first differing rows, one per line."""
     table = Table(box=None, show_header=False, padding=(0, 1))
     shown = comparison.examples[:_SHOWN]
     for row in shown:
