@@ -82,6 +82,8 @@ class VocabPartition:
         array([ 0,  1,  1,  2, -1, -1])
         >>> partition.owns(ids, rank=1)
         array([False,  True,  True, False, False, False])
+        >>> partition.local_ids(ids, rank=1)
+        array([-4,  0,  3,  7,  8, -5])
         >>> padded = VocabPartition(vocab_size=10, world_size=4, padded_vocab_size="even")
         >>> padded.padded_vocab_size, [padded.owned_range(rank) for rank in range(4)]
         (12, [(0, 3), (3, 6), (6, 9), (9, 10)])
@@ -171,6 +173,18 @@ class VocabPartition:
     def owns(self, ids: IdsT, rank: Ids) -> IdsT:
         """Whether ``rank`` owns each id."""
         return self.locate(ids, rank)[1]
+
+    def has_padding(self, rank: int) -> bool:
+        """Whether some of the rows of ``rank`` are padding."""
+        return int(self.stop(rank)) > self.vocab_size
+
+    def local_ids(self, ids: IdsT, rank: Ids) -> IdsT:
+        """Row numbers in the table of ``rank``; outside ``[0, rows_per_rank)`` for foreign ids."""
+        ids = widen(ids)
+        local: Any = ids - self.start(rank)
+        if self.padding_rows:  # an id in the padding must not name a row
+            local = local - ((ids >= self.vocab_size) & (ids < self.padded_vocab_size)) * self.padded_vocab_size
+        return local
 
     def owner(self, ids: IdsT) -> IdsT:
         """Rank that owns each id; -1 for ids outside the vocabulary."""

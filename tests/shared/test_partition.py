@@ -27,6 +27,11 @@ def test_every_id_has_exactly_one_owner(rows, world_size, data):
         local, found = partition.locate(ids, rank)
         np.testing.assert_array_equal(found, owned[rank])
         np.testing.assert_array_equal(local[found] + partition.start(rank), ids[found])
+        numbers = partition.local_ids(ids, rank)
+        np.testing.assert_array_equal((numbers >= 0) & (numbers < partition.rows_per_rank), found)
+        np.testing.assert_array_equal(numbers[found], local[found])
+        start, stop = partition.owned_range(rank)
+        assert partition.has_padding(rank) == (stop - start < partition.rows_per_rank)
         np.testing.assert_array_equal(partition.keys(ids, rank), np.where(found, local, partition.rows_per_rank))
         assert local.min(initial=0) >= 0
         assert local.max(initial=0) < partition.rows_per_rank
@@ -42,6 +47,7 @@ def test_ranges_are_half_open_and_meet():
 def test_no_integer_dtype_wraps(dtype):
     partition = VocabPartition(600, 3)
     ids = np.array([0, 5, 100, 127], dtype)
+    np.testing.assert_array_equal(partition.local_ids(ids, 2), ids.astype(object) - 400)
     np.testing.assert_array_equal(partition.owner(ids), [0, 0, 0, 0])
     extremes = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
     exact = [int(i) // 200 if 0 <= int(i) < 600 else -1 for i in extremes]
