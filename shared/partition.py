@@ -179,7 +179,10 @@ class VocabPartition:
         return int(self.stop(rank)) > self.vocab_size
 
     def local_ids(self, ids: IdsT, rank: Ids) -> IdsT:
-        """Row numbers in the table of ``rank``; outside ``[0, rows_per_rank)`` for foreign ids."""
+        """Row numbers in the table of ``rank``.
+
+        Those of foreign ids lie outside ``[0, rows_per_rank)``.
+        """
         ids = widen(ids)
         local: Any = ids - self.start(rank)
         if self.padding_rows:  # an id in the padding must not name a row

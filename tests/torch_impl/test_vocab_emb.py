@@ -152,7 +152,7 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"vocab_size": 50257, "rank": 0, "world_size": 8}, ValueError, "50257 over world_size=8 .* is 50264"),
         ({"rank": 3, "world_size": 3}, ValueError, r"rank must be in .* \[0, 3\), got 3"),
         ({"rank": -1, "world_size": 3}, ValueError, r"rank must be in"),
-        ({"rank": 1}, ValueError, "pass the world_size"),
+        ({"rank": 1}, ValueError, "got 1; correct the rank or the world_size"),
         ({"world_size": 0}, ValueError, "world_size must be at least 1"),
         ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup"),
         ({"dtype": torch.int64}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got torch.int64"),
