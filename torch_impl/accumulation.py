@@ -1,4 +1,4 @@
-"""Gradients that are added straight to the parameter's buffer."""
+"""Gradients added straight to the parameter's buffer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ __all__ = ["accumulate_in_place"]
 
 
 def accumulate_in_place(weight: Tensor) -> Tensor:
-    """Return the table as a tensor whose sparse gradient is added to ``weight.main_grad`` or ``weight.grad`` at once.
+    """Wrap the table so that backward adds sparse gradients to its buffer.
 
-    That costs as much as the rows of the gradient, not as the table. Autograd is handed nothing. ``main_grad`` has the
-    table's shape and device, and its dtype, float32 or a wider one. Megatron's flag ``grad_added_to_main_grad`` is set
-    where the parameter has it.
+    The buffer is ``weight.main_grad``, or ``weight.grad`` without one. Cost is proportional to the gradient's rows, not
+    to the table. Autograd receives no gradient. ``main_grad`` has the table's shape and device, and its dtype, float32
+    or a wider one. Megatron's flag ``grad_added_to_main_grad`` is set if the parameter has it.
 
     Raises:
-        TypeError: ``main_grad`` is no tensor.
-        ValueError: ``main_grad`` does not fit; hooks or DDP expect a gradient from autograd; not in eager mode.
+        TypeError: ``main_grad`` is not a tensor.
+        ValueError: ``main_grad`` does not fit; hooks or DDP expect a gradient from autograd; the call is not in eager
+            mode.
     """
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
         problem: str | None = "it works in eager mode only"
@@ -50,7 +51,7 @@ def _check_main_grad(weight: Tensor) -> None:
 
 
 class _AccumulateInPlace(torch.autograd.Function):
-    """The identity, whose backward adds the gradient's rows to the parameter's buffer."""
+    """Identity whose backward adds the gradient's rows to the parameter's buffer."""
 
     generate_vmap_rule = True
 
@@ -63,10 +64,10 @@ class _AccumulateInPlace(torch.autograd.Function):
         (ctx.weight,) = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
         if torch.is_grad_enabled():
             raise ValueError("gradient_accumulation_fusion must be False where gradients are differentiated again")
-        weight, grad = ctx.weight, grad_outputs[0].coalesce()  # once per graph: of two uses autograd hands on the sum
+        weight, grad = ctx.weight, grad_outputs[0].coalesce()  # once per graph: autograd sums two uses
         rows, values = grad.indices()[0], grad.values()
         buffer = getattr(weight, "main_grad", None)
         if buffer is None:

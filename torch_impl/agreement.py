@@ -1,11 +1,11 @@
-"""Faults between ranks: a collective that fails, and ranks that do not agree on what they compute."""
+"""Failed collectives, and ranks that compute different things."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,41 +18,42 @@ from torch_impl.process_group import find_group
 
 __all__ = ["agreed_ids", "check_agreement", "gather_objects", "naming_the_operation"]
 
+T = TypeVar("T")
+
 _COMPARING = "what each rank is about to compute (check=True)"
 
 
 @contextlib.contextmanager
 def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Turn the failure of a collective into an error that says which one failed, and where.
+    """Name the operation, rank and group size in a collective's error.
 
     Raises:
-        RuntimeError: a rank of the group has ended, does not answer within the group's timeout, or sent another size.
+        RuntimeError: a rank has ended, exceeds the group's timeout, or sent another size.
     """
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{operation} failed on rank {group.rank()} of {group.size()}: {error}\n"
-            f"A rank has ended, does not answer, or computes something else (check=True, or PVE_CHECK=1 in the "
-            f"environment, tells which)."
+            f"A rank has ended, does not answer, or runs another operation: pass check=True, or set PVE_CHECK=1 in the "
+            f"environment, to learn which."
         ) from error
 
 
-def check_agreement(ids: Any, weight: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> None:
-    """Compare what all ranks of the group are about to compute, before any row travels.
+def check_agreement(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> None:
+    """Compare what the ranks are about to compute, before any row travels.
 
     Args:
-        ids: this rank's ids; whatever they are, the other ranks are not left waiting.
-        weight: this rank's rows, of which a few are compared too.
-        config: what else must be equal on all ranks.
+        ids: this rank's ids. Illegal ones are compared too, so that no rank is left waiting.
+        weight: this rank's rows, of which eight are compared.
+        config: the options; those of ``config.agreement()`` must be equal.
         group: the ranks.
 
     Raises:
-        ValueError: on every rank, naming the first difference and which ranks have what, or the ranks that hold the same
-            rows.
+        ValueError: on every rank. It names the first difference and the ranks on each side, or two ranks with equal rows.
     """
     mine, own_ids = {"dtype": str(weight.dtype), **config.agreement()}, config.reduction == "all_to_all"
-    if own_ids and isinstance(ids, Tensor):  # only their dtype is the same
+    if own_ids and isinstance(ids, Tensor):  # their dtype alone must be equal
         mine["dtype of the ids"] = str(ids.dtype)
     elif isinstance(ids, Tensor) and not is_dtensor(ids):
         mine |= describe_ids(ids.detach().float().cpu().numpy() if ids.is_floating_point() else ids.cpu().numpy())
@@ -69,13 +70,13 @@ def check_agreement(ids: Any, weight: Tensor, config: EmbeddingConfig, group: di
     if alike := _ranks_alike(rows):
         raise ValueError(
             f"ranks {alike[0]} and {alike[1]} hold the same rows, where each rank must hold its own: the table was "
-            f"broadcast, loaded from another rank's file, or drawn from one seed; load it again, and keep it out of what "
-            f"copies parameters from rank to rank"
+            f"broadcast, loaded from another rank's file, or drawn from one seed; load it again, and exclude it from "
+            f"broadcasts of parameters"
         )
 
 
 def _some_rows(weight: Tensor, config: EmbeddingConfig, rank: int) -> list[bytes | None]:
-    """Hashes of 8 rows at the same places on every rank; None for rows that are padding or zero."""
+    """Hashes of eight sampled rows; None for padding and zero rows."""
     n, (start, stop) = config.partition.rows_per_rank, config.partition.owned_range(rank)
     places = sorted({place * (n - 1) // 7 for place in range(8)})
     owned = [place for place in places if place < stop - start]
@@ -86,8 +87,8 @@ def _some_rows(weight: Tensor, config: EmbeddingConfig, rank: int) -> list[bytes
 
 
 def _ranks_alike(rows: Sequence[list[bytes | None]]) -> tuple[int, int] | None:
-    """The first two ranks with the same rows, by one look at each row."""
-    seen: dict[Any, int] = {}
+    """First two ranks with equal rows, in one pass; or None."""
+    seen: dict[tuple[int, bytes | None], int] = {}
     for rank, own in enumerate(rows):
         for place in enumerate(own):
             if (other := seen.setdefault(place, rank)) != rank and _same_rows(rows[other], own):
@@ -96,16 +97,19 @@ def _ranks_alike(rows: Sequence[list[bytes | None]]) -> tuple[int, int] | None:
 
 
 def _same_rows(first: list[bytes | None], second: list[bytes | None]) -> bool:
-    """Whether two ranks' rows are equal; those of one repeated row say nothing, as of a constant or of unused tokens."""
+    """Whether two ranks' sampled rows are equal and not all one row.
+
+    Rows of a constant initialisation, or of unused tokens, are legally equal.
+    """
     both = [(one, other) for one, other in zip(first, second, strict=True) if one is not None and other is not None]
     return len({one for one, _ in both}) > 1 and all(one == other for one, other in both)
 
 
-def agreed_ids(ids: Any, weight: Tensor, config: EmbeddingConfig, group_name: str) -> Any:
-    """The ids, once all ranks are known to look the same ones up in the same way; compiled graphs can hold it.
+def agreed_ids(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group_name: str) -> Tensor:
+    """Check agreement as an operator of a graph; return the ids.
 
     Raises:
-        ValueError: on every rank, naming the first difference and which ranks have what.
+        ValueError: as ``check_agreement``.
     """
     if isinstance(ids, Tensor) and not is_dtensor(ids):
         return torch.ops.pve.check_agreement(ids, weight.detach(), config.text, group_name)
@@ -125,13 +129,13 @@ def _(ids: Tensor, weight: Tensor, config: str, group_name: str) -> Tensor:
     return torch.empty_like(ids)
 
 
-def gather_objects(mine: Any, group: dist.ProcessGroup, what: str) -> list[Any]:
-    """What every rank passed, on every rank.
+def gather_objects(mine: T, group: dist.ProcessGroup, what: str) -> list[T]:
+    """Gather a Python object from every rank.
 
     Raises:
-        RuntimeError: a rank does not answer; the message says what was being gathered.
+        RuntimeError: a rank does not answer; the message names ``what``.
     """
-    everyones: list[Any] = [None] * group.size()
+    everyones = [mine] * group.size()
     with naming_the_operation(f"all_gather_object of {what}", group):
         dist.all_gather_object(everyones, mine, group=group)
     return everyones

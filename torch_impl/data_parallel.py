@@ -1,9 +1,9 @@
-"""Data parallelism over the ranks that a table is split over, which would mix their rows."""
+"""Refusal of data parallelism over the ranks of one table."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,20 +12,23 @@ from torch import nn
 from torch_impl.files import TableInFiles
 from torch_impl.private_api import active_data_parallel
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 __all__ = ["active_data_parallel_problem", "check_further_split"]
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_further_split(weight: Any, layer: TableInFiles) -> None:
-    """Refuse a DTensor that is split over the layer's own ranks, as by ``fully_shard``.
+def check_further_split(weight: DTensor, layer: TableInFiles) -> None:
+    """Refuse a DTensor split over the layer's own ranks by ``fully_shard``.
 
     Args:
-        weight: what is to be the layer's table.
-        layer: whose table.
+        weight: the new table.
+        layer: the layer that receives it.
 
     Raises:
-        ValueError: the DTensor's mesh has other ranks of the layer: ``fully_shard`` takes their rows for copies of these.
+        ValueError: the DTensor's mesh holds other ranks of the layer, whose rows ``fully_shard`` would take for copies.
     """
     shared = _ranks_of(layer) & set(weight.device_mesh.mesh.flatten().tolist()) - {dist.get_rank()}
     if shared:
@@ -35,12 +38,12 @@ def check_further_split(weight: Any, layer: TableInFiles) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo runs it once, while it traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # dynamo runs it once, while tracing
 def active_data_parallel_problem() -> str | None:
-    """Say what is wrong with the DistributedDataParallel that is running; None if nothing is.
+    """Describe how a running DistributedDataParallel mixes ranks' rows; else None.
 
-    It must not take other ranks' rows for copies. Each one is looked at once. It overwrote the rows with rank 0's when it
-    was built, which nothing public announces.
+    Each wrapper is checked once. It has overwritten the rows with those of its first rank when it was built; no public API
+    announces that.
     """
     wrapper: Any = active_data_parallel()
     if wrapper is None or wrapper in _checked:
@@ -62,7 +65,7 @@ def active_data_parallel_problem() -> str | None:
 
 
 def _ranks_of(layer: TableInFiles) -> set[int]:
-    """The ranks, in the whole world, that hold the table, as far as they are known."""
+    """Global ranks that hold the table; empty if unknown."""
     if layer.process_group is not None:
         return set(dist.get_process_group_ranks(layer.process_group))
     return set(range(layer.world_size)) if layer.world_size == dist.get_world_size() else set()

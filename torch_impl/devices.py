@@ -1,4 +1,4 @@
-"""The devices that PyTorch sees, for ``pve env``."""
+"""Devices that PyTorch sees, for ``pve env``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["devices"]
 
 
 def devices() -> list[str]:
-    """The CPU, and every device of the accelerator if there is one, with its name where it has one.
+    """List the CPU and all accelerators, with their names if known.
 
     Example:
         >>> from torch_impl.devices import devices

@@ -1,9 +1,8 @@
-"""Rows of a tensor as NumPy arrays, to be filled on the host."""
+"""Rows of a tensor as NumPy arrays, filled on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +16,20 @@ _STEP_BYTES = 1 << 24
 
 
 def memory_of(rows: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor as a NumPy array: writing to one is writing to the other."""
+    """View a contiguous CPU tensor's memory as a NumPy array."""
     dtype = str(rows.dtype).removeprefix("torch.")
     flat = rows.detach().view(torch.uint8).numpy()
     return flat.view(STORED_DTYPES[dtype])
 
 
-def fill_rows(rows: Tensor, fill: Callable[[int, np.ndarray], Any]) -> None:
-    """Fill the rows through NumPy arrays: in place on a CPU, else by way of 16 MiB of host memory at a time.
+def fill_rows(rows: Tensor, fill: Callable[[int, np.ndarray], object]) -> None:
+    """Fill rows through NumPy arrays.
+
+    A CPU tensor is filled in place, another device by 16 MiB of host memory at a time.
 
     Args:
-        rows: a contiguous tensor, on any device that has storage.
-        fill: called with the number of the first row, and an array ``[k, e]`` for it and the next ones.
+        rows: contiguous, on a device with storage.
+        fill: called with the number of the first row, and an array ``[k, e]`` for that row and the next ones.
     """
     if rows.device.type == "cpu":
         fill(0, memory_of(rows))

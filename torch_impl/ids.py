@@ -1,8 +1,8 @@
-"""Ids and targets as the layer computes with them, and the checks of those outside the vocabulary."""
+"""Ids and targets: dtype checks, range checks, widening to int64."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from shared.config import EmbeddingConfig
 from shared.head import LossOptions, check_targets_valid, targets_type_error
 from shared.ids import check_ids_valid, widen
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 __all__ = ["check_plain", "checked_ids", "checked_targets", "is_dtensor"]
 
 _INTEGER_DTYPES = frozenset(
@@ -19,36 +22,38 @@ _INTEGER_DTYPES = frozenset(
 )
 
 
-def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor, without the import of those."""
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether a value is a DTensor, found without importing that class."""
     return type(value) is not Tensor and hasattr(value, "placements")
 
 
-def check_plain(name: str, value: Any, remedy: str) -> None:
-    """Refuse a DTensor where a rank's own tensor is meant.
+def check_plain(name: str, value: object, remedy: str) -> None:
+    """Refuse a DTensor where a plain tensor is required.
 
     Raises:
-        TypeError: it is one.
+        TypeError: ``value`` is a DTensor.
     """
     if is_dtensor(value):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor {value.placements}: pass {remedy}")
 
 
-def checked_ids(ids: Any, config: EmbeddingConfig) -> Tensor:
-    """Return the ids as int64; unsigned ones beyond it come out negative, outside every vocabulary.
+def checked_ids(ids: object, config: EmbeddingConfig) -> Tensor:
+    """Validate ids and widen them to int64.
+
+    Unsigned ids beyond int64 become negative, hence invalid.
 
     Args:
         ids: a tensor of integers.
-        config: its ``invalid_ids="zero"`` lets ids outside ``[0, vocab_size)`` pass; ``"error"`` refuses them, for which the
-            host waits for their device. Ids that each rank has of its own are checked where all ranks have gathered them.
+        config: ``invalid_ids="error"`` checks the range; the host then waits for the device. Ids of ``"all_to_all"`` are
+            checked after the ranks have gathered them.
 
     Raises:
         TypeError: ids are not a plain tensor of integers.
-        IndexError: naming the first id outside the vocabulary in row-major order, its position and the legal range.
+        IndexError: names the first invalid id in row-major order, its position and the legal range.
     """
     if not isinstance(ids, Tensor):
         raise ids_type_error(type(ids).__name__, "a torch.Tensor")
-    check_plain("ids", ids, "full_tensor() of them, or to_local() where it is what this rank looks up")
+    check_plain("ids", ids, "full_tensor() of them, or to_local() if this rank looks up its own part")
     if ids.dtype not in _INTEGER_DTYPES:
         raise ids_type_error(f"dtype {ids.dtype}", "a tensor")
     if config.invalid_ids == "zero" or (config.reduction == "all_to_all" and config.world_size > 1):
@@ -56,17 +61,17 @@ def checked_ids(ids: Any, config: EmbeddingConfig) -> Tensor:
     return torch.ops.pve.check_ids(ids, config.vocab_size)
 
 
-def checked_targets(targets: Any, options: LossOptions, vocab_size: int) -> Tensor:
-    """Return the targets as int64, with -1 for those that are ignored.
+def checked_targets(targets: object, options: LossOptions, vocab_size: int) -> Tensor:
+    """Validate targets and widen them to int64; ignored ones become -1.
 
     Args:
         targets: a tensor of integers.
-        options: ``ignore_index`` and ``invalid_targets``; with ``"error"`` the host waits for the targets' device.
-        vocab_size: the first id that is not valid.
+        options: ``ignore_index`` and ``invalid_targets``; with ``"error"`` the host waits for the device.
+        vocab_size: targets must be below it.
 
     Raises:
         TypeError: targets are not a tensor of integers.
-        IndexError: naming the first target outside the vocabulary that is not ``ignore_index``.
+        IndexError: names the first target outside the vocabulary that is not ``ignore_index``.
     """
     if not isinstance(targets, Tensor):
         raise targets_type_error(type(targets).__name__, "a torch.Tensor")
@@ -84,7 +89,7 @@ def _without_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> Ten
 
 @torch.library.custom_op("pve::check_targets", mutates_args=())
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """``checked_targets`` as an operator that compiled graphs can hold."""
+    """``checked_targets`` as an operator of a graph."""
     known = _without_ignored(targets, vocab_size, ignore_index)
     if ((known < 0) & (widen(targets) != ignore_index)).any():
         check_targets_valid(targets.cpu().numpy(), vocab_size, ignore_index)
@@ -98,7 +103,7 @@ def _(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
 
 @torch.library.custom_op("pve::check_ids", mutates_args=())
 def _check_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """The ids as int64 once all of them are known to be valid, as an operator that compiled graphs can hold."""
+    """Range check of ids as an operator of a graph."""
     wide = widen(ids)
     if ((wide < 0) | (wide >= vocab_size)).any():
         check_ids_valid(ids.cpu().numpy(), vocab_size)

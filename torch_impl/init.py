@@ -1,8 +1,6 @@
-"""The initial numbers of a rank's rows."""
+"""Initial numbers of a rank's rows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +14,19 @@ __all__ = ["fill_table"]
 
 
 def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> None:
-    """Fill a rank's rows with their first numbers, in place; padding rows and that of ``padding_idx`` become zero.
+    """Initialise a rank's rows in place; padding and ``padding_idx`` become zero.
 
     Args:
-        rows: the rank's rows, ``[n, e]``, or a part of them, on any device that has storage.
-        first: the number of the first of them among the rank's.
-        config: ``init="per_rank"`` draws by ``nn.init.normal_``, in the table's dtype on its device, from a generator seeded
-            ``init_base_seed + rank``; ``"global"`` makes row i a function of the seed and i alone
-            (``shared.global_normal``). A callable is asked for the rows; with None they are left as they are.
-        rank: whose rows these are.
+        rows: the rank's rows, ``[n, e]``, or a part of them, on a device with storage.
+        first: number of the part's first row within the rank's rows.
+        config: ``init="per_rank"`` draws with ``nn.init.normal_`` in the table's dtype on its device, from a generator
+            seeded ``init_base_seed + rank``. ``"global"`` derives row i from the seed and i alone
+            (``shared.global_normal``). A callable returns the rows. None leaves them unchanged.
+        rank: the owner of the rows.
 
     Raises:
         TypeError: the callable did not return a tensor.
-        ValueError: it did not return a row for each row number.
+        ValueError: the callable did not return one row for each row number.
     """
     partition, seed, mean, std = config.partition, config.init_base_seed, config.init_mean, config.init_std
     start, stop = partition.owned_range(rank)
@@ -42,7 +40,7 @@ def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> 
         generator = torch.Generator(rows.device).manual_seed(seed + rank)
         if len(rows) == partition.rows_per_rank:
             nn.init.normal_(rows, mean, std, generator=generator)
-        else:  # the same numbers, whatever part of them is here
+        else:  # a part has the numbers that it has within the whole
             whole = torch.empty(partition.rows_per_rank, rows.shape[1], dtype=rows.dtype, device=rows.device)
             rows.copy_(nn.init.normal_(whole, mean, std, generator=generator)[first : first + len(rows)])
     elif config.init == "global":
@@ -57,11 +55,9 @@ def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> 
         rows[config.padding_idx - begin].zero_()
 
 
-def _checked_rows(rows: Any, shape: list[int]) -> Tensor:
+def _checked_rows(rows: object, shape: list[int]) -> Tensor:
     if not isinstance(rows, Tensor):
         raise TypeError(f"init must return a tensor, got {type(rows).__name__}")
     if list(rows.shape) != shape:
-        raise ValueError(
-            f"init must return a row for each of the row numbers that it is given, {shape}, got {list(rows.shape)}"
-        )
+        raise ValueError(f"init must return one row for each row number given, {shape}, got {list(rows.shape)}")
     return rows

@@ -1,25 +1,25 @@
-"""A table as a DTensor: its rows on the ranks of a one-dimensional DeviceMesh."""
+"""A table as a DTensor over a one-dimensional DeviceMesh."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:  # half a second to import, for those who need it
+if TYPE_CHECKING:  # importing it takes half a second
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["as_dtensor", "local_rows", "resolve_mesh"]
 
 
 def resolve_mesh(device_mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group of the mesh's ranks; ``process_group`` where there is no mesh.
+    """Process group of the mesh; ``process_group`` if there is no mesh.
 
     Raises:
-        TypeError: ``device_mesh`` is no DeviceMesh.
-        ValueError: it has several dimensions, or this process is not in it; a group is given beside it.
+        TypeError: ``device_mesh`` is not a DeviceMesh.
+        ValueError: the mesh has several dimensions, lacks this process, or comes with a ``process_group``.
     """
     if device_mesh is None:
         return process_group
@@ -34,8 +34,8 @@ def resolve_mesh(device_mesh: DeviceMesh | None, process_group: dist.ProcessGrou
         )
     if device_mesh.ndim != 1:
         raise ValueError(
-            f"device_mesh must have one dimension, got {device_mesh.ndim}, {device_mesh.mesh_dim_names}: slice it by the "
-            f'name of the one that splits the vocabulary, as in mesh["tp"]'
+            f"device_mesh must have one dimension, got {device_mesh.ndim}, {device_mesh.mesh_dim_names}: pass the "
+            f'dimension that splits the vocabulary, such as mesh["tp"]'
         )
     if device_mesh.get_coordinate() is None:
         raise ValueError(f"device_mesh must hold this process, got {device_mesh}")
@@ -43,12 +43,15 @@ def resolve_mesh(device_mesh: DeviceMesh | None, process_group: dist.ProcessGrou
 
 
 def as_dtensor(rows: Tensor, device_mesh: DeviceMesh, table_rows: int) -> Tensor:
-    """Return the ranks' rows as one DTensor ``[table_rows, e]``, ``Shard(0)``; the memory is shared.
+    """Wrap the ranks' rows as one DTensor, ``Shard(0)``, which shares memory.
 
     Args:
-        rows: this rank's, contiguous: ``ceil(table_rows / w)`` of them, fewer or none on the last ranks.
+        rows: this rank's rows, contiguous: ``ceil(table_rows / w)``; fewer or none on the last ranks.
         device_mesh: the ranks.
-        table_rows: rows of all ranks together.
+        table_rows: rows of all ranks.
+
+    Returns:
+        A DTensor ``[table_rows, e]``.
     """
     from torch.distributed.tensor import DTensor, Shard
 
@@ -56,17 +59,17 @@ def as_dtensor(rows: Tensor, device_mesh: DeviceMesh, table_rows: int) -> Tensor
     return DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False, shape=shape, stride=(rows.shape[1], 1))
 
 
-def local_rows(weight: Any) -> Tensor:
-    """This rank's rows of a DTensor, a plain tensor that autograd follows: their gradient is ``Shard(0)`` as they are.
+def local_rows(weight: Tensor) -> Tensor:
+    """This rank's rows of a DTensor, as a differentiable plain tensor.
 
     Raises:
         ValueError: ``weight`` is not a DTensor ``Shard(0)`` over one dimension.
     """
     placements = getattr(weight, "placements", None)
     if placements is None or len(placements) != 1 or not placements[0].is_shard(0):
-        found = "a plain tensor" if placements is None else f"{placements} over {weight.device_mesh}"
+        found = "a plain tensor" if placements is None else f"{placements} over {getattr(weight, 'device_mesh', None)}"
         raise ValueError(
-            f"weight must be a DTensor Shard(0) over the layer's device_mesh, got {found}: leave to fully_shard's hooks "
-            f"what it has split, and give new values by weight.copy_(...) or load_state_dict"
+            f"weight must be a DTensor Shard(0) over the layer's device_mesh, got {found}: after fully_shard call the "
+            f"module itself, whose hooks gather the rows; assign values by weight.copy_(...) or load_state_dict"
         )
-    return weight.to_local()
+    return weight.to_local()  # type: ignore[attr-defined]

@@ -1,3 +1,3 @@
-"""The bodies of the layer's operators: one file per kind of device."""
+"""Bodies of the layer's operators, one file per kind of device."""
 
 __all__: list[str] = []

@@ -1,6 +1,6 @@
-"""The bodies of the operators in stock PyTorch operations, for CPUs.
+"""Bodies of the operators in stock PyTorch operations, for CPUs.
 
-They are right on every device; on an accelerator the host waits for the number of rows.
+They are correct on every device; on an accelerator the host waits for the number of rows.
 Shape suffixes: N rows of the table, E columns, T tokens, K distinct rows.
 """
 
@@ -17,32 +17,32 @@ from torch.utils.dlpack import from_dlpack
 __all__ = ["LARGE_BYTES", "accumulation_dtype", "empty", "gather", "scatter_add", "spread", "sum_rows"]
 
 LARGE_BYTES = 2**25
-"""From here on the C library maps fresh pages for every tensor: a lookup's output is NumPy's, zeros are mapped.
+"""Size from which the C library maps fresh pages for every tensor: NumPy allocates outputs, zeros are mapped.
 
-32 MiB looked up in float32 took 2.1 ms instead of 12.9 on 2 cores, 8 MiB in one process 0.32 instead of 0.14. 180 rows of
-512 bytes written into 16 MiB of zeros: 0.13 ms where all is cleared, 0.26 where it is mapped.
+A lookup of 32 MiB in float32 on 2 cores took 2.1 ms instead of 12.9, one of 8 MiB in one process 0.32 instead of 0.14.
+Writing 180 rows of 512 bytes into 16 MiB of zeros took 0.13 ms with cleared memory, 0.26 with mapped memory.
 """
 
 _HUGE_PAGE_BYTES = 2**22
-"""From here on NumPy asks for huge pages, for which fresh memory costs few page faults.
+"""Size from which NumPy asks for huge pages, which cost few page faults.
 
-What lives between two steps of an exchange, 8 MiB of rows in each of four gloo processes: 1.3 ms instead of 11.
+Allocating the 8 MiB of rows of an exchange in each of four gloo processes took 1.3 ms instead of 11.
 """
 
 _SMALL_TABLE = 2**16
-"""Numbers of a table up to which its gradient is added up as a whole, without finding out which rows occur.
+"""Elements of a table up to which its gradient is summed without finding the rows that occur.
 
-64 tokens on a table of 64 x 16 in bfloat16: 20 us instead of 91.
+64 tokens on a table of 64 x 16 in bfloat16 took 20 us instead of 91.
 """
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients are added up: float32 for 16-bit ones, else their own."""
+    """Dtype of sums: float32 for 16-bit dtypes, else the given one."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; large pieces on a CPU are NumPy's, which asks for huge pages."""
+    """Allocate uninitialised memory; large CPU tensors get NumPy's huge pages."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes < _HUGE_PAGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -50,10 +50,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; large pieces on a CPU are mapped, and take no time until they are touched.
+    """Allocate zeros; large CPU tensors are mapped and cleared on first use.
 
-    In small pages: a huge one is cleared as a whole for a single row. Four gloo processes, forward and backward of an
-    all_reduce over Zipf ids in float32: 60 to 90 ms, with NumPy's huge pages 80 to 400.
+    Pages are small, because a huge page is cleared as a whole for a single row. Forward and backward of an all_reduce
+    over Zipf ids in float32, in four gloo processes, took 60 to 90 ms; with NumPy's huge pages 80 to 400.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes < LARGE_BYTES:
@@ -63,28 +63,31 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _as_tensor(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The bytes as a tensor that is no view of another: FSDP2 warns of modules that return one."""
+    """Wrap bytes as a tensor that is not a view.
+
+    FSDP2 warns of modules that return a view.
+    """
     return from_dlpack(memory.view(dtype).view(shape))
 
 
 def gather(table_NE: Tensor, rows: Tensor) -> Tensor:
-    """Copy a row of the table for each row number: ``[*rows.shape, E]``."""
+    """Copy the table's row for each row number: ``[*rows.shape, E]``."""
     output = empty((*rows.shape, table_NE.shape[1]), table_NE.dtype, table_NE.device)
     torch.index_select(table_NE.detach(), 0, rows.reshape(-1), out=output.view(-1, table_NE.shape[1]))
     return output
 
 
 def sum_rows(grad_TE: Tensor, keys_T: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Sum the gradients of each row that occurs, in the order of the tokens.
+    """Sum the gradients of each occurring row, in the order of tokens.
 
     Args:
-        grad_TE: the tokens' gradients, ``[T, E]``.
-        keys_T: the row each belongs to, int64; ``num_rows`` stands for none.
+        grad_TE: gradients of the tokens, ``[T, E]``.
+        keys_T: each token's row, int64; ``num_rows`` for none.
         num_rows: rows of the table.
-        dtype: of the sums, which are rounded to it once; left out, that of ``grad_TE``.
+        dtype: dtype of the sums, rounded once; default: that of ``grad_TE``.
 
     Returns:
-        The rows that occur, ascending, ``[K]``, and their sums, ``[K, E]``.
+        The occurring rows, ascending, ``[K]``, and their sums, ``[K, E]``.
     """
     positions = (keys_T < num_rows).nonzero().squeeze(1)
     distinct_K, slots = keys_T[positions].unique(return_inverse=True)
@@ -99,16 +102,16 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
-    """Add the tokens' gradients to the rows they belong to: ``[num_rows, E]``, zero for rows that do not occur."""
+    """Sum the tokens' gradients by row: ``[num_rows, E]``, zero for other rows."""
     if num_rows * grad_TE.shape[1] <= _SMALL_TABLE and grad_TE.device.type == "cpu":
         wide = grad_TE.to(accumulation_dtype(grad_TE.dtype))
-        # In the order of the tokens too. The index that it leaves out is that of no row.
+        # It adds in the order of the tokens too, and skips the key of no row.
         sums = torch.ops.aten.embedding_dense_backward(wide, keys_T, num_rows, num_rows, False)
         return sums.to(grad_TE.dtype)
     return spread(*sum_rows(grad_TE, keys_T, num_rows), num_rows)
 
 
 def spread(distinct_K: Tensor, sums_KE: Tensor, num_rows: int) -> Tensor:
-    """Put the sums into their rows of ``[num_rows, E]``; the others are zero."""
+    """Copy distinct rows' sums into a table of zeros, ``[num_rows, E]``."""
     total = _zeros((num_rows, sums_KE.shape[1]), sums_KE.dtype, sums_KE.device)
     return total.index_copy_(0, distinct_K, sums_KE)

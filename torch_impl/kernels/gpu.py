@@ -1,7 +1,7 @@
-"""The body of ``scatter_add`` as Triton kernels, for CUDA and ROCm.
+"""Body of ``scatter_add`` as Triton kernels, for CUDA and ROCm.
 
-Tokens are sorted by row; then each row's gradients are added in that order. The host waits for nothing, no gradient of a
-foreign token is read, and which rows are the rank's is data: all ranks run the same binary.
+Tokens are sorted by row, then each row's gradients are summed in that order. The host does not wait, and gradients of
+foreign tokens are not read. The rank's range is data, so all ranks run the same binary.
 Shape suffixes: N rows of the rank's table, E columns, T tokens.
 """
 
@@ -16,24 +16,24 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch for CPUs comes without
+except ImportError:  # PyTorch for CPUs does not bring it
     triton = None
     tl = None
 
 __all__ = ["scatter_add"]
 
 _WINDOW = 256
-"""Sorted tokens that one program adds up at most: a row that half the batch asks for occupies many programs."""
+"""Most sorted tokens that one program sums: a frequent row occupies many programs."""
 
 _BLOCK_TOKENS = 16
-"""Tokens that a program reads at a time."""
+"""Tokens that a program reads at once."""
 
 _BLOCK_COLUMNS = 256
-"""Columns that a program works on at most: 16-byte accesses by 64 threads for float32."""
+"""Most columns of a program: 16-byte accesses by 64 threads for float32."""
 
 
 def _kernel(*not_specialized: str) -> Any:
-    """``triton.jit`` that does not compile again for other values of these arguments."""
+    """``triton.jit`` without recompilation for other values of these arguments."""
     return (lambda function: function) if triton is None else triton.jit(do_not_specialize=not_specialized)
 
 
@@ -55,8 +55,8 @@ def _sum_pieces(
 ):
     """Sum a row's tokens within one window of the sorted tokens.
 
-    A row that lies in one window is complete: its sum goes to ``sums``. A row that crosses a border leaves a part in
-    ``pieces``. Each window has room for two: one continued from the window before, one continued in the next.
+    The sum of a row within one window goes to ``sums``. A row that crosses a border leaves a part in ``pieces``. Each
+    window has two slots there: for a row continued from the previous window, and for a row continued in the next one.
     """
     first = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -96,7 +96,7 @@ def _join_pieces(
     WINDOW: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Add the pieces of the row that begins in a window and leaves it, in the order of the windows."""
+    """Add the pieces of a row that leaves its window, in order."""
     window = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     cells = columns < emb_size
@@ -117,20 +117,20 @@ def _join_pieces(
         tl.store(sums_ptr + key.to(tl.int64) * emb_size + columns, total.to(sums_ptr.dtype.element_ty), mask=cells)
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Select the tensor's device: Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
-    """Add the tokens' gradients to the rows they belong to.
+    """Sum the tokens' gradients by row.
 
-    16-bit gradients are added in float32 and rounded once. The bits are the same every time: 16 tokens at a time,
-    ascending, then these sums, in windows of 256 of the sorted tokens.
+    16-bit gradients are summed in float32 and rounded once. The order is fixed: 16 sorted tokens at a time, ascending,
+    then these sums within windows of 256 tokens, then the windows.
 
     Args:
-        grad_TE: the tokens' gradients, ``[T, E]``.
-        keys_T: the row each belongs to; ``num_rows`` stands for none.
+        grad_TE: gradients of the tokens, ``[T, E]``.
+        keys_T: each token's row; ``num_rows`` for none.
         num_rows: rows of the table.
 
     Returns:
