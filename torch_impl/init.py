@@ -59,5 +59,7 @@ def _checked_rows(rows: object, shape: list[int]) -> Tensor:
     if not isinstance(rows, Tensor):
         raise TypeError(f"init must return a tensor, got {type(rows).__name__}")
     if list(rows.shape) != shape:
-        raise ValueError(f"init must return one row for each row number given, {shape}, got {list(rows.shape)}")
+        raise ValueError(
+            f"init must return a row for each of the row numbers that it is given, {shape}, got {list(rows.shape)}"
+        )
     return rows

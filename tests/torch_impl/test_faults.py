@@ -213,4 +213,4 @@ def test_a_rank_that_dies(tmp_path, reduction, exchange, where, operation):
         assert ranks[rank].returncode == 3, outputs[rank]
         assert operation in outputs[rank]
         assert f"rank {rank} of 3" in outputs[rank]
-        assert "A rank has ended, does not answer, or computes something else" in outputs[rank]
+        assert "A rank has ended, does not answer, or runs another operation" in outputs[rank]
