@@ -1,9 +1,9 @@
-"""The embedding from all ranks' rows: whole on every rank, split along the sequence, or of each rank's own ids.
+"""Lookups over all ranks' rows: all_reduce, reduce_scatter and all_to_all.
 
-Each reduction is one operator with its transpose. Every rank knows all ids, or gathers them, so it can compute what it sends
-and receives. Rows travel bit for bit.
-Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows. With all_to_all a chunk is one
-rank's ids, filled up with -1 to the longest.
+Each reduction is one operator with its transpose. Every rank knows or gathers all ids, from which it computes what it
+sends and receives. Rows travel bit for bit.
+Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows. With all_to_all a chunk is
+one rank's ids, padded with -1 to the longest.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ __all__ = ["choose_exchange", "reduced_lookup"]
 
 
 def choose_exchange(exchange: str, device: str) -> str:
-    """``"dense"`` or ``"routed"``: what ``"auto"`` stands for is routed on CPUs, dense on accelerators.
+    """Resolve ``"auto"``: routed on CPUs, dense on accelerators.
 
-    Over four gloo processes and 8192 tokens routed is ahead in every published case (``python -m benchmarks``). On an
-    accelerator it makes the host wait for the number of rows, and nothing was measured.
+    Over four gloo processes and 8192 tokens routed was faster in every published case (``python -m benchmarks``). On an
+    accelerator it makes the host wait for the number of rows; it was not measured there.
     """
     if exchange != "auto":
         return exchange
@@ -49,14 +49,14 @@ def reduced_lookup(
     zero_padded: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Look ids up in a table that is split over a process group.
+    """Look up ids in a table split over a process group.
 
     Args:
-        weight: the rank's rows, ``[N, E]``; ``check_rows`` has seen them, or they have ``zero_padded``.
+        weight: the rank's rows, ``[N, E]``, checked by ``check_rows`` or with ``zero_padded``.
         ids: int64, any shape; the same on all ranks, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         group_name: the ranks.
-        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
+        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, if there is one.
         sparse: make the gradient a sparse COO tensor.
 
     Returns:
@@ -65,13 +65,13 @@ def reduced_lookup(
     Raises:
         RuntimeError: a collective failed; the message names it.
     """
-    ids_here = ids.to(weight.device, copy=True)  # the caller may write over them before backward
+    ids_here = ids.to(weight.device, copy=True)  # the caller may overwrite them before backward
     output = _ReducedLookup.apply(weight, ids_here, zero_padded, config.text, group_name, sparse)
     return output.to(ids.device)
 
 
 class _ReducedLookup(torch.autograd.Function):
-    """From a rank's rows to the embedding; its transpose is ``_ReducedScatterAdd``."""
+    """Lookup over the ranks, linear in the rows; transpose: ``_ReducedScatterAdd``."""
 
     @staticmethod
     def forward(
@@ -87,7 +87,7 @@ class _ReducedLookup(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         if ctx.sparse:
             if torch.is_grad_enabled():
@@ -102,7 +102,7 @@ class _ReducedLookup(torch.autograd.Function):
 
 
 class _ReducedScatterAdd(torch.autograd.Function):
-    """From the gradient of the embedding to that of a rank's rows; its transpose is ``_ReducedLookup``."""
+    """Gradient of a rank's rows; its transpose is ``_ReducedLookup``."""
 
     @staticmethod
     def forward(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
@@ -114,10 +114,10 @@ class _ReducedScatterAdd(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         config = replace(EmbeddingConfig.from_text(ctx.config), invalid_ids="zero")  # forward has checked them
-        if config.padding_idx is not None:  # its gradient is zero, whatever the gradient of the embedding
+        if config.padding_idx is not None:  # its gradient is always zero
             ids = ids.masked_fill(ids == config.padding_idx, -1)
         grad = _ReducedLookup.apply(grad_outputs[0], ids, None, config.text, ctx.group_name, False)
         return grad, None, None, None, None
@@ -150,7 +150,7 @@ def _(table: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -
 def _reduced_scatter_add(grad_output: Tensor, ids: Tensor, num_rows: int, config: str, group_name: str) -> Tensor:
     known = EmbeddingConfig.from_text(config)
     if grad_output.device.type != "cpu" and choose_exchange(known.exchange, grad_output.device.type) == "dense":
-        # All tokens in one sum, and the host need not wait for the number of rows.
+        # One sum of all tokens: the host does not wait for the number of rows.
         group = find_group(group_name, None, known.world_size)
         ids_T, grad_TE = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
         if known.reduction != "all_reduce":
@@ -174,7 +174,7 @@ def _output_shape(ids: Tensor, config: EmbeddingConfig) -> tuple[int, ...]:
 
 
 def _by_chunk(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    """The ids chunk by chunk, ``[W, C]``."""
+    """Ids by chunk, ``[W, C]``."""
     if config.reduction == "all_to_all":
         return _gather_ids(ids.reshape(-1), config, group)
     if config.reduction == "all_reduce":
@@ -184,10 +184,10 @@ def _by_chunk(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) ->
 
 
 def _gather_ids(ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    """Each rank's own ids, filled up with -1. Their numbers travel first, eight bytes a rank; the host waits for them.
+    """Gather the ranks' own ids, padded with -1; the host waits.
 
     Raises:
-        IndexError: on every rank, with ``invalid_ids="error"``, naming the first rank that has such an id.
+        IndexError: on every rank, with ``invalid_ids="error"``; names the first rank with an invalid id.
     """
     counts_W = ids.new_empty(config.world_size)
     with naming_the_operation("all_gather of the numbers of ids (all_to_all)", group):
@@ -216,7 +216,7 @@ def _dense_all_reduce(
 
 
 def _routed_all_reduce(table: Tensor, ids: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> Tensor:
-    """Each owner broadcasts the distinct rows that it has: by way of the other ranks, not ``W - 1`` times by itself."""
+    """Owners broadcast their distinct rows, which other ranks relay."""
     partition, rank = config.partition, group.rank()
     wanted_K, slots = _distinct(ids, config)
     bounds = _owner_bounds(wanted_K, config)
@@ -246,7 +246,7 @@ def _dense_reduce_scatter(
     keys_T = row_keys(ids_WC.reshape(-1), config, group.rank(), num_rows)
     partial_TE = gather(table, keys_T, num_rows, cpu.gather)
     whole = math.prod(shape) == ids_WC.shape[1]
-    # No view where nothing is filled up: FSDP2 warns of an operator that returns one.
+    # FSDP2 warns of an operator that returns a view, so none is made where nothing is padded.
     output = table.new_empty(*(shape if whole else ids_WC.shape[1:]), table.shape[1])
     with naming_the_operation("reduce_scatter of the embedding's forward (dense)", group):
         reduce_scatter(_as_integers(output), _as_integers(partial_TE), group=group)
@@ -256,7 +256,7 @@ def _dense_reduce_scatter(
 def _routed_reduce_scatter(
     table: Tensor, ids_WC: Tensor, shape: tuple[int, ...], config: EmbeddingConfig, group: dist.ProcessGroup
 ) -> Tensor:
-    """Each distinct row goes from its owner straight to each rank whose chunk asks for it, once."""
+    """Owners send each distinct row once to each chunk that needs it."""
     rank = group.rank()
     wanted_K, slots_C = _distinct(ids_WC[rank], config)
     bounds = _owner_bounds(wanted_K, config)
@@ -272,9 +272,9 @@ def _routed_reduce_scatter(
 def _sums_of_own_rows(
     grad_output: Tensor, ids: Tensor, config: EmbeddingConfig, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """The rank's rows that occur, ascending, and the sums of their gradients, rounded to the dtype of ``grad_output``.
+    """Occurring rows, ascending, and their gradients' sums in the gradient's dtype.
 
-    A row's gradients are added chunk by chunk, then the chunks' sums in order: the same bits by either exchange.
+    Gradients are added chunk by chunk, then the chunks' sums in order: both exchanges give the same bits.
     """
     group = find_group(group_name, None, config.world_size)
     rank, n = group.rank(), config.partition.rows_per_rank
@@ -314,19 +314,19 @@ def _all_gather(grad_CE: Tensor, count: int, group: dist.ProcessGroup) -> Tensor
 
 
 def _distinct(ids: Tensor, config: EmbeddingConfig) -> tuple[Tensor, Tensor]:
-    """The distinct ids, ascending, and which of them each id is; those outside the vocabulary are one, the last."""
+    """Distinct ids and each id's position; invalid ids are one, the last."""
     valid = config.partition.is_valid(ids)
     return torch.where(valid, ids, config.padded_vocab_size).unique(return_inverse=True)
 
 
 def _owner_bounds(wanted_K: Tensor, config: EmbeddingConfig) -> list[int]:
-    """Where each owner's ids begin among the distinct ones; at the end, how many have an owner. The host waits here."""
+    """Where each owner's distinct ids begin, then invalid ones; the host waits."""
     cuts = torch.arange(config.world_size + 1, device=wanted_K.device) * config.partition.rows_per_rank
     return torch.searchsorted(wanted_K, cuts).tolist()
 
 
 def _rows_to_send(ids_WC: Tensor, config: EmbeddingConfig, rank: int) -> tuple[Tensor, list[int]]:
-    """The rank's distinct rows that each chunk asks for, chunk after chunk, and how many they are. The host waits here."""
+    """The rank's distinct rows for each chunk, and counts; the host waits."""
     n, w = config.partition.rows_per_rank, config.world_size
     rows, owned = config.partition.locate(ids_WC, rank)
     chunks = torch.arange(w, device=ids_WC.device).unsqueeze(1)
@@ -340,7 +340,7 @@ def _counts(bounds: list[int]) -> list[int]:
 
 
 def _as_integers(rows: Tensor) -> Tensor:
-    """View the memory as integers: their sum with zeros keeps every bit, of NaN and -0.0 too."""
+    """View memory as integers, whose sum with zeros keeps every bit."""
     flat, width = rows.view(-1), rows.element_size()
     if width == 2:  # gloo has no int16
         return flat.view(torch.int32 if rows.shape[-1] % 2 == 0 else torch.uint8)

@@ -1,4 +1,4 @@
-"""The lookup as pure functions of one rank's rows."""
+"""Lookups as pure functions of one rank's rows."""
 
 from __future__ import annotations
 
@@ -29,33 +29,32 @@ def partial_lookup(
     padding_idx: int | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
+    """Look up the ids owned by ``rank``; others get rows of +0.0.
 
-    The ranks' results have no row in common: they sum to the embedding.
+    The sum of all ranks' results is the embedding. Order of sums and transforms: ``docs/contract.md``.
 
     Args:
-        weight: the rank's own rows, any floating dtype: ``[partition.rows_per_rank, emb_size]``, or without those of
-            padding, ``partition.owned_range(rank)``: shorter on the last ranks, or empty. So DTensor's ``Shard(0)`` cuts
-            a table that does not divide; its partition is made with ``padded_vocab_size="even"``.
-        ids: global ids, any shape, any integer dtype. They are not modified, and no dtype wraps.
-        partition: who owns what.
-        rank: whose rows ``weight`` holds.
-        invalid_ids: what an id outside ``[0, vocab_size)``, negative ones included, gives on every rank: ``"zero"``, a
-            row of +0.0; ``"error"``, an IndexError (which waits for the device to know).
+        weight: the rank's own rows, any floating dtype: ``[partition.rows_per_rank, emb_size]``, or without its padding
+            rows, ``partition.owned_range(rank)``. The latter is how DTensor's ``Shard(0)`` splits a table that does not
+            divide; its partition has ``padded_vocab_size="even"``.
+        ids: global ids, any shape, any integer dtype; not modified.
+        partition: ownership of the rows.
+        rank: the owner of ``weight``.
+        invalid_ids: result for ids outside ``[0, vocab_size)``, negative ones included, on every rank: ``"zero"``, a
+            row of +0.0; ``"error"``, an IndexError, for which the host waits for the device.
         padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
-        sparse: make the weight's gradient a sparse COO tensor of the distinct rows asked for (not under torch.compile).
+        sparse: make the weight's gradient a sparse COO tensor of the distinct rows (not under torch.compile).
 
     Returns:
         ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. Rows are copied bit for bit.
 
-    The weight's gradient, of the weight's shape, sums a row's occurrences in float32 for 16-bit tables (in the table's
-    dtype otherwise) and rounds once. On a CPU sums run in the order of the tokens. Reverse mode is defined to any order;
-    forward mode is not.
+    The weight's gradient has the weight's shape. For 16-bit tables it is summed in float32 and rounded once. Reverse
+    mode is defined to any order; forward mode is not.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
+        TypeError: ids are not a tensor of integers; the weight's dtype is not floating; either is a DTensor.
         ValueError: ``weight`` has another number of rows; another argument is out of range.
-        IndexError: with ``invalid_ids="error"``, naming the first such id, its position and the legal range.
+        IndexError: with ``invalid_ids="error"``; names the first invalid id, its position and the legal range.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -92,41 +91,38 @@ def reduced_lookup(
     padding_idx: int | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Look ids up in a table that is split over the ranks of a process group: the sum of their ``partial_lookup``.
+    """Sum the ranks' ``partial_lookup`` over a process group.
 
     Every rank of the group calls this with the same options.
 
     Args:
-        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]`` or without those of padding, as in
-            ``partial_lookup``; float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype; not modified. The same on all ranks, but for ``"all_to_all"``, where
-            each rank passes its own, of any shape.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
+        weight: this rank's own rows as in ``partial_lookup``, in float16, bfloat16, float32 or float64.
+        ids: global ids, any shape, any integer dtype; not modified. The same on all ranks; with ``"all_to_all"`` each
+            rank passes its own, of any shape.
+        partition: ownership of the rows; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
         reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it;
             ``"all_to_all"``, the embedding of this rank's own ids.
-        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, each distinct row straight
-            from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators. The results are equal.
+        exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to
+            the ranks that need it; ``"auto"``, routed on CPUs and dense on accelerators. Results are equal.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
         invalid_ids, padding_idx, sparse: as in ``partial_lookup``.
 
     Returns:
-        ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype, for ``"reduce_scatter"`` with the dimension
-        ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit; ids outside the vocabulary give
-        +0.0.
+        ``[*ids.shape, emb_size]`` on the ids' device in the weight's dtype. ``"reduce_scatter"`` divides the dimension
+        ``seq_dim`` by ``partition.world_size``. Rows are copied bit for bit; invalid ids give +0.0.
 
-    The gradient of ``"all_reduce"`` is local: each rank must come to the same gradient of the embedding. That of
-    ``"reduce_scatter"`` brings each rank what all chunks have for the rows it owns. Sums are float32 for 16-bit tables
-    and rounded once.
+    The gradient of ``"all_reduce"`` is local: all ranks must compute the same gradient of the embedding. That of
+    ``"reduce_scatter"`` sums the gradients of all chunks. For 16-bit tables gradients are summed in float32 and rounded
+    once.
 
     Raises:
-        TypeError: ids are not a tensor of integers; the weight's dtype is another; either is a DTensor.
+        TypeError: ids are not a tensor of integers; the weight's dtype is not one of the four; either is a DTensor.
         ValueError: an argument is out of range, or the sequence is not divisible by ``partition.world_size``.
         IndexError: with ``invalid_ids="error"``.
         RuntimeError: a collective failed; the message names it.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053) and its sequence parallelism (Korthikanti et al., 2022,
-    arXiv:2205.05198).
 
     Example:
         >>> import torch
@@ -152,9 +148,9 @@ def reduced_lookup(
 
 
 def _config(weight: Tensor, partition: VocabPartition, rank: int | Tensor, **options: Any) -> EmbeddingConfig:
-    check_plain("weight", weight, "to_local() of it, where it is split as the partition says, or else full_tensor()")
+    check_plain("weight", weight, "to_local() of it if it is split as the partition says, else full_tensor()")
     if weight.dim() != 2:
-        raise ValueError(f"weight must be of two dimensions, the rank's rows and emb_size, got {list(weight.shape)}")
+        raise ValueError(f"weight must have two dimensions, the rank's rows and emb_size, got {list(weight.shape)}")
     sizes = partition.vocab_size, weight.shape[1], partition.world_size, partition.padded_vocab_size
     config = EmbeddingConfig(*sizes, **options)
     check_rows(weight, config, rank)

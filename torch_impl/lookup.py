@@ -1,8 +1,8 @@
-"""One rank's lookup and its transpose, the sum of the gradients of each row.
+"""One rank's lookup and its transpose, ``scatter_add``.
 
-A *key* is a row number of the rank's table, or the number of rows where there is none to look up: a foreign id's.
-A rank has all ``rows_per_rank`` rows of its part, or those alone that are not padding, as DTensor cuts a table.
-Around the operators there are stock operations only, so that compilers, transforms and autograd need no other code.
+A *key* is a row number of the rank's table; a foreign id's key is the number of rows. The table has all
+``rows_per_rank`` rows, or only those that are not padding, as DTensor splits a table. Only stock operations surround
+the operators, so that compilers, transforms and autograd need no other code.
 Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions are flattened to T tokens.
 """
 
@@ -42,14 +42,14 @@ def lookup(
     zero_padded: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Look up the ids that ``rank`` owns; every other id gets a row of +0.0.
+    """Look up the ids owned by ``rank``; others get rows of +0.0.
 
     Args:
-        weight: the rank's rows, ``[N, E]``; ``check_rows`` has seen them, or they have ``zero_padded``.
+        weight: the rank's rows, ``[N, E]``, checked by ``check_rows`` or with ``zero_padded``.
         ids: int64, any shape.
         config: sizes and ``padding_idx``.
-        rank: whose rows ``weight`` holds; a compiled graph takes it as a tensor without dimensions.
-        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, where there is one.
+        rank: the owner of ``weight``; a compiled graph takes it as a 0-d tensor.
+        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, if there is one.
         sparse: make the gradient a sparse COO tensor.
 
     Returns:
@@ -68,28 +68,28 @@ def lookup(
 
 
 def row_keys(ids: Tensor, config: EmbeddingConfig, rank: int | Tensor, num_rows: int) -> Tensor:
-    """The ids' keys in a rank's table of ``num_rows`` rows."""
+    """Keys of the ids in a rank's table of ``num_rows`` rows."""
     keys = config.partition.keys(ids, rank)
     return keys if num_rows == config.partition.rows_per_rank else keys.clamp(max=num_rows)
 
 
 def gradient_keys(keys: Tensor, ids: Tensor, config: EmbeddingConfig, num_rows: int) -> Tensor:
-    """The keys of the gradient: those of the lookup, but none for ``padding_idx``."""
+    """Keys of the gradient: the lookup's, without those of ``padding_idx``."""
     if config.padding_idx is None:
         return keys
     return keys.masked_fill(ids == config.padding_idx, num_rows)
 
 
 def check_rows(weight: Tensor, config: EmbeddingConfig, rank: int | Tensor) -> None:
-    """Refuse a table that is not a rank's own: its rows would be taken for others.
+    """Refuse a table that does not hold exactly the rank's own rows.
 
     Raises:
-        ValueError: it does not have ``rows_per_rank`` rows, nor those alone that are not padding.
-        TypeError: it does not hold floating-point numbers.
+        ValueError: the table has neither ``rows_per_rank`` rows nor only those that are not padding.
+        TypeError: the table does not hold floating-point numbers.
     """
     n, emb_size, given = config.partition.rows_per_rank, config.emb_size, list(weight.shape)
     if given != [n, emb_size]:
-        ranks = range(config.world_size) if isinstance(rank, Tensor) else [rank]  # a compiled graph is for any rank
+        ranks = range(config.world_size) if isinstance(rank, Tensor) else [rank]  # a compiled graph serves any rank
         bounds = [config.partition.owned_range(each) for each in ranks]
         unpadded = sorted({stop - start for start, stop in bounds} - {n})
         if given not in ([rows, emb_size] for rows in unpadded):
@@ -105,16 +105,16 @@ def check_rows(weight: Tensor, config: EmbeddingConfig, rank: int | Tensor) -> N
 def gather(
     table: Tensor, keys: Tensor, num_rows: int, take: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Copy the table's row for each key, bit for bit; a key of ``num_rows`` gives a row of +0.0.
+    """Copy the table's row for each key; key ``num_rows`` gives +0.0.
 
-    A table of ``num_rows + 1`` rows has such a row at its end. Else the bits are multiplied by one or zero: as integers,
-    which no NaN withstands, and by far the fastest way to clear rows in eager mode.
+    A table of ``num_rows + 1`` rows ends with the row of zeros. Without it, bits are multiplied by one or zero as
+    integers: floating-point numbers would keep NaN. That was the fastest way to clear rows in eager mode.
 
     Args:
         table: ``[num_rows, E]`` or ``[num_rows + 1, E]``.
         keys: int64, any shape.
-        num_rows: rows of the table.
-        take: how rows are copied; the body of an operator passes its kernel.
+        num_rows: rows of the table, without the row of zeros.
+        take: copies rows; operators pass their kernel.
     """
     take = take or _take
     if num_rows == 0 == table.shape[0]:
@@ -122,7 +122,7 @@ def gather(
     if table.shape[0] > num_rows:
         return take(table, keys)
     rows, owned = keys.clamp(max=num_rows - 1), (keys < num_rows).unsqueeze(-1)
-    # What is differentiable, and mapped over, as it is; inductor may change a NaN's payload here.
+    # Differentiated and mapped over as it is; inductor may change a NaN's payload here.
     if function_is_inlined() or integers_cannot_be_viewed():
         return torch.where(owned, take(table, rows), 0)
     output = take(table, rows)
@@ -134,7 +134,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _take(table: Tensor, rows: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():  # a graph is to hold for any size
+    if not torch.compiler.is_compiling():  # a graph serves any size
         large = rows.numel() * table.shape[1] * table.element_size() >= cpu.LARGE_BYTES
         if large and table.device.type == "cpu":
             return torch.ops.pve.gather(table, rows)
@@ -142,20 +142,20 @@ def _take(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def scatter_add(grad: Tensor, keys: Tensor, num_rows: int) -> Tensor:
-    """Add the gradients ``[*keys.shape, E]`` to the rows they belong to: ``[num_rows, E]``, itself differentiable."""
+    """Sum the gradients ``[*keys.shape, E]`` by row: ``[num_rows, E]``, differentiable."""
     flat = grad.reshape(-1, grad.shape[-1]), keys.reshape(-1), num_rows
     return _ScatterAdd.apply(*flat) if torch.is_grad_enabled() else torch.ops.pve.scatter_add(*flat)
 
 
 def sparse_gradient(distinct: Tensor, sums: Tensor, num_rows: int) -> Tensor:
-    """The gradient ``[num_rows, E]`` as a sparse COO tensor of its distinct rows."""
+    """Gradient ``[num_rows, E]`` as a sparse COO tensor of distinct rows."""
     size = (num_rows, sums.shape[1])
     return torch.sparse_coo_tensor(distinct.unsqueeze(0), sums, size, is_coalesced=True, check_invariants=False)
 
 
 @contextlib.contextmanager
 def eager_mode_only() -> Iterator[None]:
-    """Refuse compilers and vmap, which cannot hold a gradient whose size only the data tell."""
+    """Refuse compilers and vmap: the gradient's size depends on the data."""
     refusal = "sparse=True and gradient_accumulation_fusion=True"
     if torch.compiler.is_compiling():
         raise ValueError(
@@ -170,7 +170,7 @@ def eager_mode_only() -> Iterator[None]:
 
 
 class _Lookup(torch.autograd.Function):
-    """``gather`` as a linear map of the table; its transpose is ``scatter_add``."""
+    """``gather``, linear in the table; its transpose is ``scatter_add``."""
 
     generate_vmap_rule = True
 
@@ -194,7 +194,7 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(keys if grad_keys is None else grad_keys)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (keys,), num_rows = grad_outputs, ctx.saved_tensors, ctx.num_rows
         if ctx.sparse:
             with eager_mode_only():
@@ -204,7 +204,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _ScatterAdd(torch.autograd.Function):
-    """``scatter_add`` as a linear map of the gradients; its transpose is ``gather``."""
+    """``scatter_add``, linear in the gradients; its transpose is ``gather``."""
 
     generate_vmap_rule = True
 
@@ -218,18 +218,18 @@ class _ScatterAdd(torch.autograd.Function):
         ctx.save_for_backward(keys)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (keys,) = ctx.saved_tensors
         grad = grad_outputs[0].to_dense() if grad_outputs[0].is_sparse else grad_outputs[0]
         return _Lookup.apply(grad, keys, None, None, ctx.num_rows, False), None, None
 
 
-# ``apply`` asks for the signature of ``forward`` at each call: made once, a call takes 15 us less (of 30 on one token).
+# ``apply`` computes the signature of ``forward`` in each call. A stored one saves 15 us of 30 for one token.
 for _function in (_Lookup, _ScatterAdd):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
-# torch.library.custom_op would do; it takes 25 us more a call, a tenth of a small table's forward and backward.
+# torch.library.custom_op takes 25 us more a call, a tenth of a small table's forward and backward.
 torch.library.define("pve::gather", "(Tensor table, Tensor rows) -> Tensor")
 torch.library.define("pve::scatter_add", "(Tensor grad_TE, Tensor keys_T, SymInt num_rows) -> Tensor")
 
@@ -253,16 +253,18 @@ def _gather_batch(info: Any, in_dims: tuple[int | None, int | None], table: Tens
     if in_dims[0] is None:
         return torch.ops.pve.gather(table, rows), 0
     tables = table.movedim(in_dims[0], 0)
-    return torch.ops.pve.gather(tables.flatten(0, 1), _apart(rows, tables.shape[1])), 0
+    return torch.ops.pve.gather(tables.flatten(0, 1), _in_stacked_table(rows, tables.shape[1])), 0
 
 
-def _scatter_add_batch(info: Any, in_dims: Any, grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> tuple[Tensor, int]:
+def _scatter_add_batch(
+    info: Any, in_dims: tuple[int | None, int | None, None], grad_TE: Tensor, keys_T: Tensor, num_rows: int
+) -> tuple[Tensor, int]:
     grads, keys = (
-        _batch_first(each, dim, info.batch_size) for each, dim in zip((grad_TE, keys_T), in_dims, strict=False)
+        _batch_first(each, dim, info.batch_size) for each, dim in zip((grad_TE, keys_T), in_dims[:2], strict=True)
     )
     size = info.batch_size
-    # One call for all: table b has the rows from b * num_rows on. A key of none must stay behind the last of them.
-    keys = torch.where(keys < num_rows, _apart(keys, num_rows), size * num_rows)
+    # One call: table b has the rows from b * num_rows on. The key of no row must stay behind the last table.
+    keys = torch.where(keys < num_rows, _in_stacked_table(keys, num_rows), size * num_rows)
     sums = torch.ops.pve.scatter_add(grads.flatten(0, 1), keys.flatten(), size * num_rows)
     return sums.unflatten(0, (size, num_rows)), 0
 
@@ -271,8 +273,8 @@ def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _apart(rows: Tensor, num_rows: int) -> Tensor:
-    """Row numbers of a batch of tables as those of one table that has all their rows."""
+def _in_stacked_table(rows: Tensor, num_rows: int) -> Tensor:
+    """Row numbers of a batch of tables within their concatenation."""
     first = torch.arange(len(rows), device=rows.device) * num_rows
     return rows + first.view(-1, *[1] * (rows.dim() - 1))
 
