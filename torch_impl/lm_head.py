@@ -1,4 +1,4 @@
-"""The output head as a module: logits or loss from the table of an embedding layer."""
+"""Output head as a module: logits or loss from an embedding's table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shared.checks import check_flag
 from shared.head import LossOptions
+from shared.partition import VocabPartition
 from torch_impl.cross_entropy import linear_loss
 from torch_impl.head import logits_over_group
 from torch_impl.vocab_emb import ParallelVocabEmbedding
@@ -19,27 +20,28 @@ __all__ = ["ParallelLMHead"]
 
 
 class ParallelLMHead(nn.Module):
-    """Output head over the vocabulary-parallel table of a ``ParallelVocabEmbedding``.
+    """Output head over the table of a ``ParallelVocabEmbedding``.
 
     Args:
-        embedding: the layer whose table and process group the head uses; its ``reduction`` plays no part. With
-            ``world_size`` above 1 it must have been built with a ``process_group`` or ``device_mesh``.
-        tied: True: the embedding is the model's own and stays a module of the model alone. The head then holds no parameter
-            and no entry of ``state_dict``, and the gradients of lookup and head add up in the one table. False: the head has
-            the embedding as its submodule ``table``, of whose initialisation, files and checkpoints it makes use.
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim: as in ``linear_cross_entropy``.
+        embedding: the layer that provides the table and the process group; its ``reduction`` is ignored. With several
+            ranks it must have a ``process_group`` or ``device_mesh``.
+        tied: True: the model owns the embedding. The head has no parameter and no entry of ``state_dict``; the
+            gradients of lookup and head add up in the table. False: the embedding becomes the head's submodule
+            ``table``.
+        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim: as in
+            ``linear_cross_entropy``.
 
     Attributes:
-        embedding: the layer that has the table, which is read at every call: it may be moved, replaced or sharded further.
+        embedding: the layer, read in every call: its table may be moved, replaced or sharded further.
         options: the ``shared.head.LossOptions``.
 
-    With FSDP2 a tied head and its embedding go into one group, ``fully_shard([model.embedding, model.head])``: the table is
-    then whole while both are used.
+    With FSDP2 a tied head and its embedding go into one group, ``fully_shard([model.embedding, model.head])``: the
+    table is then gathered while either is used.
 
     Raises:
-        TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option is of the wrong kind.
-        ValueError: an option is out of range; the embedding has several ranks and no process group; it is tied and has
-            ``gradient_accumulation_fusion``, which adds up the lookup's gradient alone.
+        TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option has the wrong type.
+        ValueError: an option is out of range; the embedding has several ranks and no process group; a tied embedding
+            has ``gradient_accumulation_fusion``, which accumulates the lookup's gradient alone.
 
     Source: tied embeddings: Press and Wolf (2017, arXiv:1608.05859).
 
@@ -85,32 +87,33 @@ class ParallelLMHead(nn.Module):
             )
         if not tied:
             self.table = embedding
-        object.__setattr__(self, "embedding", embedding)  # past nn.Module, which would register it a second time
+        object.__setattr__(self, "embedding", embedding)  # nn.Module would register it twice
 
     @property
-    def partition(self) -> Any:
-        """The ``shared.VocabPartition`` of the table."""
+    def partition(self) -> VocabPartition:
+        """The table's ``shared.VocabPartition``."""
         return self.embedding.partition
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *, returns: Sequence[str] = ()) -> Any:
-        """Compute the loss against ``targets``, or this rank's logits without them.
+        """Compute the loss, or this rank's logits if there are no targets.
 
         Args:
             hidden: ``[*, emb_size]``, in the table's dtype, the same on all ranks; with ``seq_dim`` this rank's part.
             targets: ids of all tokens, ``[*]``, the same on all ranks.
-            returns: what to return besides the loss.
+            returns: further results, as in ``linear_cross_entropy``.
 
         Returns:
-            With targets what ``linear_cross_entropy`` returns; else what ``parallel_logits`` returns, of all tokens. The
-            gradient of ``hidden`` is that of all ranks, summed once.
+            The result of ``linear_cross_entropy``, or of ``parallel_logits`` for all tokens. The gradient of ``hidden``
+                is summed
+            over the ranks.
 
         Raises:
-            TypeError, ValueError, IndexError, RuntimeError: as ``linear_cross_entropy``; ``returns`` without targets is a
-                ValueError.
+            TypeError, ValueError, IndexError, RuntimeError: as ``linear_cross_entropy``; ``returns`` without targets is
+                a ValueError.
         """
         embedding, options = self.embedding, self.options
         weight = embedding.rank_weight()
-        if missing := embedding.partition.rows_per_rank - len(weight):  # what DTensor leaves out of the last ranks
+        if missing := embedding.partition.rows_per_rank - len(weight):  # DTensor leaves them out
             weight = F.pad(weight, (0, 0, 0, missing))
         group_name = (embedding.group_name or "") if embedding.partition.world_size > 1 else ""
         if targets is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.agreement import checks_wanted
 from shared.checks import table_dtype_error
@@ -18,7 +18,7 @@ from torch_impl.agreement import agreed_ids
 from torch_impl.data_parallel import active_data_parallel_problem, check_further_split
 from torch_impl.exchange import reduced_lookup
 from torch_impl.files import TableInFiles
-from torch_impl.ids import checked_ids
+from torch_impl.ids import checked_ids, is_dtensor
 from torch_impl.init import fill_table
 from torch_impl.lookup import check_rows, lookup
 from torch_impl.mesh import local_rows, resolve_mesh
@@ -32,78 +32,76 @@ __all__ = ["ParallelVocabEmbedding"]
 
 
 class ParallelVocabEmbedding(TableInFiles):
-    """Rows ``[rank * n, (rank + 1) * n)`` of an embedding table that is split over ``world_size`` ranks.
+    """One rank's rows of a vocabulary-parallel embedding table.
 
-    ``n = padded_vocab_size // world_size``. The module looks up the ids it owns and returns all-zero rows for the others. No
-    two ranks' results have a row in common: they sum to the full embedding, which ``reduction`` makes of them.
+    The rank holds rows ``[rank * n, (rank + 1) * n)``, ``n = padded_vocab_size // world_size``. It looks up the ids
+    that it owns; others give rows of +0.0. The sum of all ranks' results is the embedding. ``docs/contract.md`` says
+    what both backends promise.
 
     Args:
-        vocab_size: rows of the whole table, all ranks together; divisible by ``world_size`` unless it is padded.
+        vocab_size: rows of the whole table, divisible by ``world_size`` unless padded.
         emb_size: columns of the table.
-        rank: this rank, in ``[0, world_size)``. Left out: the group's, or 0 if there is one rank only.
-        world_size: number of ranks. Left out: the group's, or 1 without a group.
-        process_group: where ``rank`` and ``world_size`` come from; numbers given beside it must agree with it.
+        rank: this rank, in ``[0, world_size)``. Default: the group's, or 0 for a single rank.
+        world_size: number of ranks. Default: the group's, or 1 without a group.
+        process_group: the ranks. ``rank`` and ``world_size`` must agree with it.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r draws from a generator of its own, seeded ``init_base_seed + r``. Two layers with the same
-            seed begin alike, and seed 42 on rank 1 is seed 43 on rank 0: give each layer a seed of its own, further apart
-            than there are ranks.
-        dtype: float16, bfloat16, float32 or float64. Left out: PyTorch's default dtype.
-        device: where the table lives. Left out: PyTorch's default device. ``"meta"`` builds it without storage (then
-            ``to_empty`` and ``reset_parameters``).
-        device_mesh: a one-dimensional ``DeviceMesh``, or one dimension of a larger one, ``mesh["tp"]``, in the place of
-            ``process_group``. ``weight`` is then a DTensor, ``Shard(0)`` over it, of all ranks' rows, so that
-            ``torch.nn.utils.clip_grad_norm_``, ``torch.distributed.checkpoint``, optimizers' states and ``fully_shard``
-            over another dimension of the mesh know what they hold. Lookups are those of the plain layer, on the rank's own
-            rows; in backward DTensor adds 0.2 ms of its own. ``vocab_size`` need not be divisible: the last ranks have
-            fewer rows, or none, as DTensor cuts a table.
-        reduction: ``"none"``, each rank returns its own incomplete embedding ``Er``, without communication;
-            ``"all_reduce"``, every rank returns the embedding ``E``; ``"reduce_scatter"``, each rank returns its
-            ``1 / world_size`` of ``E`` along the sequence. The last two need ``process_group`` or ``device_mesh`` where
-            there are several ranks, and the same ids on all of them.
-        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, each
-            distinct row straight from its owner to who needs it; ``"auto"``, routed on CPUs and dense on accelerators.
-            Values and gradients are the same, to the last bit on a CPU.
+        init_base_seed: rank r draws from its own generator, seeded ``init_base_seed + r``. Layers with equal seeds
+            begin equal, and seed 42 on rank 1 is seed 43 on rank 0: choose seeds further apart than the number of
+            ranks.
+        dtype: float16, bfloat16, float32 or float64. Default: PyTorch's default dtype.
+        device: where the table lives. Default: PyTorch's default device. ``"meta"`` allocates no storage: call
+            ``to_empty`` and ``reset_parameters`` later.
+        device_mesh: a one-dimensional ``DeviceMesh``, such as ``mesh["tp"]``, instead of ``process_group``. ``weight``
+            is then a DTensor, ``Shard(0)``, which ``torch.nn.utils.clip_grad_norm_``, ``torch.distributed.checkpoint``,
+            optimizers and ``fully_shard`` over another mesh dimension understand. Backward takes 0.2 ms more.
+            ``vocab_size`` need not divide: the last ranks have fewer rows, or none.
+        reduction: ``"none"``, the incomplete embedding ``Er``; ``"all_reduce"``, the embedding ``E`` on every rank;
+            ``"reduce_scatter"``, this rank's ``1 / world_size`` of ``E`` along the sequence; ``"all_to_all"``, the
+            embedding of this rank's own ids. With several ranks the last three need ``process_group`` or
+            ``device_mesh``.
+        exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to
+            the ranks that need it; ``"auto"``, routed on CPUs and dense on accelerators. On a CPU values and gradients
+            have the same bits.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
-        invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
-            rank; ``"error"``, an IndexError on every rank.
+        invalid_ids: result for ids outside ``[0, vocab_size)``, negative ones included, on every rank: ``"zero"``, a
+            zero row; ``"error"``, an IndexError.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient from lookups.
         padded_vocab_size: rows including padding, a multiple of ``world_size``, or ``"even"`` for the least such size
-            (``shared.pad_vocab_size`` finds others). Padding comes last. It is zero, belongs to no id, gets no gradient from
-            lookups and is never written to a file. A tied head of the caller's own gives it a gradient:
-            ``zero_padding_grad`` removes that. Left out, there is no padding.
-        sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows asked for; eager mode only.
-        init: ``"per_rank"``, as described above; ``"global"``, row i is a function of ``init_base_seed`` and i alone: the
-            same bits in both frameworks, for any number of ranks and any padding; computed on the host. A callable is given
-            the numbers ``[k]`` of the rows that this process holds, int64 on the table's device, without padding, and
-            returns those rows, ``[k, emb_size]``: there is never a whole table. It is called with none where a rank has
-            padding only. None leaves the rows uninitialised, to be loaded. In both cases padding and the row of
-            ``padding_idx`` are zero, and ``init_mean``, ``init_std`` and ``init_base_seed`` are not used. Pickling a layer
-            pickles the callable, by its name: a lambda cannot be.
-        check: compare, in every forward, what all ranks of the group are about to compute, and raise on every rank if
-            they disagree, or if two ranks hold the same rows, as after a broadcast. The environment variable
-            ``PVE_CHECK=1`` does the same. It costs an exchange of a few hundred bytes, and on an accelerator the host
+            (``shared.pad_vocab_size`` computes others). Default: no padding. Padding rows come last, are zero, belong
+            to no id and are never written to a file. Lookups give them no gradient, a tied head does: see
+            ``zero_padding_grad``.
+        sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows; eager mode only.
+        init: ``"per_rank"``, as ``init_base_seed`` describes; ``"global"``, row i is a function of ``init_base_seed``
+            and i alone, computed on the host, with the same bits in both frameworks and for any number of ranks. A
+            callable receives the global numbers ``[k]`` of this process's rows without padding, int64 on the table's
+            device, and returns the rows ``[k, emb_size]``; k may be 0. Pickling a layer pickles the callable by name,
+            so a lambda cannot be. None leaves rows uninitialised, for loading. Padding rows and the row of
+            ``padding_idx`` are always zero.
+        check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
+            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a
+            few hundred bytes; the host waits for the device.
+        gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to
+            ``weight.grad`` if there is no such tensor. A micro-batch then costs as much as its tokens, not as the
+            table. The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and
+            its dtype, float32 or a wider one. Autograd receives no gradient: DistributedDataParallel and hooks on the
+            table are refused, ``torch.autograd.grad`` finds none; ``fully_shard`` works. Eager mode only; the host
             waits for the device.
-        gradient_accumulation_fusion: have backward add the rows' gradients straight to ``weight.main_grad``, or to
-            ``weight.grad`` where there is no such tensor. A micro-batch then costs as much as its tokens, not as the table.
-            The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype,
-            float32 or a wider one. Autograd is handed nothing: DistributedDataParallel and hooks on the table are refused,
-            ``torch.autograd.grad`` finds no gradient. ``fully_shard`` works. Eager mode only. The host waits for the device.
 
     Attributes:
-        weight: parameter of shape ``[n, emb_size]``: the only entry of ``state_dict()``. With ``device_mesh`` a DTensor of
-            shape ``[vocab_size, emb_size]``, or ``[padded_vocab_size, emb_size]`` where that was given.
+        weight: parameter ``[n, emb_size]``, the only entry of ``state_dict()``. With ``device_mesh`` a DTensor of
+            ``[vocab_size, emb_size]``, or of ``[padded_vocab_size, emb_size]`` if that was given.
         device_mesh: as given.
-        config: the ``shared.EmbeddingConfig``: all options, each of them an attribute of the module too.
-        partition: the ``shared.VocabPartition``: who owns what.
+        config: the ``shared.EmbeddingConfig``; each of its options is also an attribute of the module.
+        partition: the ``shared.VocabPartition``, which maps ids to owners.
         rank: this rank.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range; ``vocab_size`` is not divisible by ``world_size`` and not padded; ``rank``
-            or ``world_size`` disagrees with ``process_group``; several ranks and neither ``rank`` nor a group; a reduction
-            needs a group and there is none; ``device_mesh`` has several dimensions, or comes with ``process_group``,
-            ``sparse`` or ``gradient_accumulation_fusion``.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; ``vocab_size`` is neither divisible by ``world_size`` nor padded;
+            ``rank`` or ``world_size`` disagrees with the group, or is needed and missing; a reduction has no group;
+            ``device_mesh`` has several dimensions, or comes with ``process_group``, ``sparse`` or
+            ``gradient_accumulation_fusion``.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -184,17 +182,17 @@ class ParallelVocabEmbedding(TableInFiles):
         if check and size > 1 and process_group is None:
             raise ValueError("check=True compares the ranks of a process_group: pass it")
         self._rank_tensor = torch.tensor(self.rank, device="cpu")
-        if device_mesh is None:  # a DTensor says itself whose rows it has
+        if device_mesh is None:  # a DTensor knows its rows
             self.mark_state_dicts()
         self.allocate(dtype, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the rank's rows again; padding rows and the row of ``padding_idx``, if owned, become zero.
+        """Initialise the rank's rows; padding and ``padding_idx`` become zero.
 
-        With ``init="per_rank"`` the numbers are those of ``torch.manual_seed(init_base_seed + rank)`` followed by
-        ``nn.init.normal_``, in the table's dtype on its device. The caller's random state is left as it was. With
-        ``init=None`` the other rows stay as they are. A table on the meta device stays so.
+        ``init="per_rank"`` draws the numbers of ``torch.manual_seed(init_base_seed + rank)`` followed by
+        ``nn.init.normal_``, in the table's dtype on its device. The caller's random state does not change.
+        ``init=None`` leaves other rows unchanged. A table on the meta device stays there.
         """
         if not self.weight.is_meta:
             fill_table(*self.own_rows(), self.config, self.rank)
@@ -202,10 +200,10 @@ class ParallelVocabEmbedding(TableInFiles):
     def zero_padding_grad(self) -> None:
         """Set the gradient of padding rows to zero, in place.
 
-        Lookups give padding rows no gradient. Whatever else uses the whole ``weight`` does, such as a tied head that
-        computes ``hidden @ emb.weight.T``. Where there is one, call this after backward, before gradients are clipped and
-        the optimizer steps: padding then stays zero. ``weight.grad`` and ``weight.main_grad`` are set; ``fully_shard`` may
-        have split them. The row of ``padding_idx`` keeps what a head gives it, as that of ``nn.Embedding`` does.
+        Lookups give padding rows no gradient; other uses of the whole ``weight`` do, such as a tied head ``hidden @
+        emb.weight.T``. Call this after backward, before clipping and the optimizer's step: padding then stays zero. It
+        sets ``weight.grad`` and ``weight.main_grad``, also if ``fully_shard`` has split them. The row of
+        ``padding_idx`` keeps the gradient that a head gives it, as in ``nn.Embedding``.
 
         Example:
             >>> import torch
@@ -218,32 +216,33 @@ class ParallelVocabEmbedding(TableInFiles):
         """
         start, stop = self.partition.owned_range(self.rank)
         for grad in (self.weight.grad, getattr(self.weight, "main_grad", None)):
-            if grad is not None and not grad.is_sparse:  # a sparse one has rows that were looked up, and no others
+            if grad is not None and not grad.is_sparse:  # a sparse one has no padding rows
                 rows, first = self.own_rows(grad)
                 rows[max(stop - start - first, 0) :].zero_()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look ids up.
+        """Look up ids.
 
         Args:
-            ids: global ids, any shape, any integer dtype; not modified. With a reduction, the same on all ranks.
+            ids: global ids, any shape, any integer dtype; not modified. The same on all ranks with ``"all_reduce"`` and
+                ``"reduce_scatter"``.
 
         Returns:
-            On the ids' device, in the table's dtype: with ``reduction="none"`` the incomplete embedding ``Er``,
-            ``[*ids.shape, emb_size]``, +0.0 for ids that this rank does not own; with ``"all_reduce"`` the embedding,
-            of the same shape; with ``"reduce_scatter"`` this rank's chunk of it, where the ids' dimension ``seq_dim`` is
-            divided by ``world_size``. Rows are copied bit for bit.
+            ``[*ids.shape, emb_size]`` on the ids' device in the table's dtype: the incomplete embedding ``Er`` or the
+                embedding
+            ``E``, as ``reduction`` says. ``"reduce_scatter"`` divides the ids' dimension ``seq_dim`` by ``world_size``.
+                Rows are
+            copied bit for bit.
 
-        The gradient of ``"all_reduce"`` is local: every rank must come to the same gradient of ``E``, as it does where
-        all ranks compute the same loss of it.
+        The gradient of ``"all_reduce"`` is local: all ranks must compute the same gradient of ``E``, as they do from
+        the same loss.
 
         Raises:
             TypeError: ids are not a tensor of integers.
-            IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
-                legal range.
-            ValueError: with ``"reduce_scatter"``, the sequence is not divisible by ``world_size``; with ``check``, the
-                ranks disagree; DistributedDataParallel took other ranks' rows for copies of this rank's.
-            RuntimeError: a collective failed, because a rank has ended, say; the message names the operation.
+            IndexError: with ``invalid_ids="error"``; names the first invalid id, its position and the legal range.
+            ValueError: the sequence of ``"reduce_scatter"`` is not divisible by ``world_size``; with ``check``, the
+                ranks disagree; DistributedDataParallel has overwritten this rank's rows.
+            RuntimeError: a collective failed, for example because a rank has ended; the message names the operation.
         """
         config = self.config
         weight = self.rank_weight()
@@ -255,7 +254,7 @@ class ParallelVocabEmbedding(TableInFiles):
         rank: int | Tensor = self.rank
         zero_padded = None
         if being_traced():
-            # Ranks share a graph that takes the rank as data. The mask is fused; other memory would not follow the weight.
+            # The rank is data, so that ranks share a graph. Compilers fuse the mask; the longer memory would be a constant.
             rank = self._rank_tensor
         else:
             zero_padded = self.zero_padded(weight)
@@ -270,18 +269,20 @@ class ParallelVocabEmbedding(TableInFiles):
         return reduced_lookup(weight, ids, config, self._group_name, zero_padded, sparse)
 
     def rank_weight(self) -> Tensor:
-        """The rank's rows as a plain tensor that autograd follows: ``weight``, or with ``device_mesh`` its part here."""
+        """This rank's rows as a differentiable plain tensor, also with ``device_mesh``."""
         weight: Tensor = self.weight
         return weight if self.device_mesh is None else local_rows(weight)
 
     @property
     def embedding_dim(self) -> int:
-        """``emb_size``, by its name in ``nn.Embedding``."""
+        """``emb_size``, under its name in ``nn.Embedding``."""
         return self.emb_size
 
     @property
     def num_embeddings(self) -> int:
-        """``vocab_size``, by its name in ``nn.Embedding``. Libraries that resize an embedding assign to it.
+        """``vocab_size``, under its name in ``nn.Embedding``.
+
+        Libraries assign to it when they resize an embedding.
 
         Raises:
             ValueError: another number is assigned.
@@ -296,8 +297,8 @@ class ParallelVocabEmbedding(TableInFiles):
                 f"rows, those of one rank): resize the whole nn.Embedding, then build this layer by from_embedding"
             )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and hasattr(value, "device_mesh") and self.device_mesh is None and self.world_size > 1:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        if name == "weight" and is_dtensor(value) and self.device_mesh is None and self.world_size > 1:
             check_further_split(value, self)
         super().__setattr__(name, value)
 
