@@ -21,8 +21,7 @@ def accumulate_in_place(weight: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``main_grad`` is not a tensor.
-        ValueError: ``main_grad`` does not fit; hooks or DDP expect a gradient from autograd; the call is not in eager
-            mode.
+        ValueError: ``main_grad`` does not fit; hooks or DDP expect a gradient from autograd; the call is not in eager mode.
     """
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
         problem: str | None = "it works in eager mode only"

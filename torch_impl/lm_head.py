@@ -25,11 +25,9 @@ class ParallelLMHead(nn.Module):
     Args:
         embedding: the layer that provides the table and the process group; its ``reduction`` is ignored. With several
             ranks it must have a ``process_group`` or ``device_mesh``.
-        tied: True: the model owns the embedding. The head has no parameter and no entry of ``state_dict``; the
-            gradients of lookup and head add up in the table. False: the embedding becomes the head's submodule
-            ``table``.
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim: as in
-            ``linear_cross_entropy``.
+        tied: True: the model owns the embedding. The head has no parameter and no entry of ``state_dict``; the gradients of
+            lookup and head add up in the table. False: the embedding becomes the head's submodule ``table``.
+        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim: as in ``linear_cross_entropy``.
 
     Attributes:
         embedding: the layer, read in every call: its table may be moved, replaced or sharded further.

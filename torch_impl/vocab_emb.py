@@ -46,9 +46,8 @@ class ParallelVocabEmbedding(TableInFiles):
         process_group: the ranks. ``rank`` and ``world_size`` must agree with it.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r draws from its own generator, seeded ``init_base_seed + r``. Layers with equal seeds
-            begin equal, and seed 42 on rank 1 is seed 43 on rank 0: choose seeds further apart than the number of
-            ranks.
+        init_base_seed: rank r draws from its own generator, seeded ``init_base_seed + r``. Layers with equal seeds begin
+            equal, and seed 42 on rank 1 is seed 43 on rank 0: choose seeds further apart than the number of ranks.
         dtype: float16, bfloat16, float32 or float64. Default: PyTorch's default dtype.
         device: where the table lives. Default: PyTorch's default device. ``"meta"`` allocates no storage: call
             ``to_empty`` and ``reset_parameters`` later.
@@ -58,8 +57,7 @@ class ParallelVocabEmbedding(TableInFiles):
             ``vocab_size`` need not divide: the last ranks have fewer rows, or none.
         reduction: ``"none"``, the incomplete embedding ``Er``; ``"all_reduce"``, the embedding ``E`` on every rank;
             ``"reduce_scatter"``, this rank's ``1 / world_size`` of ``E`` along the sequence; ``"all_to_all"``, the
-            embedding of this rank's own ids. With several ranks the last three need ``process_group`` or
-            ``device_mesh``.
+            embedding of this rank's own ids. With several ranks the last three need ``process_group`` or ``device_mesh``.
         exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to
             the ranks that need it; ``"auto"``, routed on CPUs and dense on accelerators. On a CPU values and gradients
             have the same bits.
@@ -68,9 +66,8 @@ class ParallelVocabEmbedding(TableInFiles):
             zero row; ``"error"``, an IndexError.
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient from lookups.
         padded_vocab_size: rows including padding, a multiple of ``world_size``, or ``"even"`` for the least such size
-            (``shared.pad_vocab_size`` computes others). Default: no padding. Padding rows come last, are zero, belong
-            to no id and are never written to a file. Lookups give them no gradient, a tied head does: see
-            ``zero_padding_grad``.
+            (``shared.pad_vocab_size`` computes others). Default: no padding. Padding rows come last, are zero, belong to no
+            id and are never written to a file. Lookups give them no gradient, a tied head does: see ``zero_padding_grad``.
         sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows; eager mode only.
         init: ``"per_rank"``, as ``init_base_seed`` describes; ``"global"``, row i is a function of ``init_base_seed``
             and i alone, computed on the host, with the same bits in both frameworks and for any number of ranks. A
@@ -81,12 +78,11 @@ class ParallelVocabEmbedding(TableInFiles):
         check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
             ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a
             few hundred bytes; the host waits for the device.
-        gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to
-            ``weight.grad`` if there is no such tensor. A micro-batch then costs as much as its tokens, not as the
-            table. The sums are those of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and
-            its dtype, float32 or a wider one. Autograd receives no gradient: DistributedDataParallel and hooks on the
-            table are refused, ``torch.autograd.grad`` finds none; ``fully_shard`` works. Eager mode only; the host
-            waits for the device.
+        gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to ``weight.grad``
+            if there is no such tensor. A micro-batch then costs as much as its tokens, not as the table. The sums are those
+            of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype, float32 or a wider
+            one. Autograd receives no gradient: DistributedDataParallel and hooks on the table are refused,
+            ``torch.autograd.grad`` finds none; ``fully_shard`` works. Eager mode only; the host waits for the device.
 
     Attributes:
         weight: parameter ``[n, emb_size]``, the only entry of ``state_dict()``. With ``device_mesh`` a DTensor of
@@ -98,10 +94,9 @@ class ParallelVocabEmbedding(TableInFiles):
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; ``vocab_size`` is neither divisible by ``world_size`` nor padded;
-            ``rank`` or ``world_size`` disagrees with the group, or is needed and missing; a reduction has no group;
-            ``device_mesh`` has several dimensions, or comes with ``process_group``, ``sparse`` or
-            ``gradient_accumulation_fusion``.
+        ValueError: an argument is out of range; ``vocab_size`` is neither divisible by ``world_size`` nor padded; ``rank``
+            or ``world_size`` disagrees with the group, or is needed and missing; a reduction has no group; ``device_mesh``
+            has several dimensions, or comes with ``process_group``, ``sparse`` or ``gradient_accumulation_fusion``.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
