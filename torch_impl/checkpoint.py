@@ -1,46 +1,40 @@
-"""A rank's rows as torch.distributed.checkpoint stores and loads them: as rows of one whole, unpadded table."""
+"""State dicts for torch.distributed.checkpoint, with rows of whole, unpadded tables."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared.partition import VocabPartition
 from torch_impl.files import TableInFiles
-from torch_impl.further_split import rows_here
-from torch_impl.private_api import tensor_without_storage
+from torch_impl.table_rows import TableRows
 
-if TYPE_CHECKING:  # half a second to import, for those who need it
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-    from torch.distributed.checkpoint.planner import WriteItem
-
-__all__ = ["TableRows", "local_state_dict", "sharded_state_dict"]
+__all__ = ["local_state_dict", "sharded_state_dict"]
 
 
 def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict that ``torch.distributed.checkpoint`` can save and load.
+    """Convert a state dict for ``torch.distributed.checkpoint`` to save and load.
 
-    In it the tables of the model's layers, and what an optimizer holds for each of their rows, are rows of whole tables.
-    Any number of ranks with any padding load what others saved. Loading writes to the memory of the given tensors.
-    A state dict that is given to ``dcp.save`` as it is loses rows without an error: ``dcp`` keeps one rank's.
+    Tables of the model's layers, and an optimizer's state of their rows, become rows of whole tables. Any number of
+    ranks with any padding can load them. Loading overwrites the given tensors' memory. Always convert: ``dcp.save`` of
+    a plain state dict keeps one rank's rows and reports no error.
 
     Args:
         model: holds the layers; ``fully_shard`` may have split them further.
-        state_dict: of the model, from ``get_model_state_dict`` or ``model.state_dict()``, or of an optimizer, from
-            ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint.state_dict``. It is not modified.
+        state_dict: a model's, from ``get_model_state_dict`` or ``model.state_dict()``; or an optimizer's, from
+            ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint.state_dict``. Not modified.
 
     Returns:
-        A copy of its dictionaries, with the same keys. After ``dcp.load`` pass it through ``local_state_dict`` to
+        A copy of the dictionaries with equal keys. After ``dcp.load`` convert it back with ``local_state_dict``, then
+            call
         ``load_state_dict``, ``set_model_state_dict`` or ``set_optimizer_state_dict``.
 
     Raises:
-        ValueError: the state dict has no table of the model, or names parameters by numbers; an optimizer holds something
-            for a table that is neither one number nor one entry a row; a table is on the meta device.
+        ValueError: the state dict has no table of the model, or names parameters by numbers; an optimizer's state of a
+            table is neither one number nor one entry a row; a table is on the meta device.
 
     Example:
         >>> import tempfile, torch, torch.distributed.checkpoint as dcp
@@ -60,7 +54,7 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
     """
     tables = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, TableInFiles)}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    parameters = inner.named_parameters(remove_duplicate=False)  # a tied head is another name of the table
+    parameters = inner.named_parameters(remove_duplicate=False)  # a tied head names the table again
     layers = {_without_wrappers(name): tables[id(each)] for name, each in parameters if id(each) in tables}
     of_optimizer = any(str(key).partition(".")[0] in ("state", "param_groups") for key in state_dict)
     found = False
@@ -75,12 +69,12 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
                 return _rows_of_tables(value, layer, path)
         return value
 
-    prefix = "module." if inner is not model else ""  # which DistributedDataParallel's own state_dict() has
+    prefix = "module." if inner is not model else ""  # of DistributedDataParallel's state_dict()
     keys = [_without_wrappers(key.removeprefix(prefix)) for key in state_dict]
     result = walk(dict(zip(keys, state_dict.values(), strict=True)), "")
     if of_optimizer and any(isinstance(key, int) for key in state_dict.get("state", ())):
         raise ValueError(
-            "state_dict must name parameters as the model does, got numbers: take it from get_optimizer_state_dict of "
+            "state_dict must name parameters as the model does, got numbers: call get_optimizer_state_dict of "
             "torch.distributed.checkpoint.state_dict"
         )
     if not found and not of_optimizer:
@@ -92,10 +86,10 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
 
 
 def local_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with this rank's own rows again, as modules and optimizers load them.
+    """Convert back to this rank's own rows, for modules and optimizers.
 
     Args:
-        state_dict: from ``sharded_state_dict``, filled by ``torch.distributed.checkpoint.load`` or not. It is not modified.
+        state_dict: from ``sharded_state_dict``, loaded or not. Not modified.
 
     Example:
         >>> import torch
@@ -117,7 +111,7 @@ def local_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _rows_of_tables(value: Tensor, layer: TableInFiles, path: str) -> Tensor:
     if value.is_meta:
         raise ValueError(f"{path} must have storage to be saved or loaded: call to_empty(device=...) first")
-    if layer.device_mesh is not None and layer.table_rows == layer.vocab_size:  # a DTensor, which needs no more
+    if layer.device_mesh is not None and layer.table_rows == layer.vocab_size:  # an unpadded DTensor
         return value
     if value.dim() and value.shape[0] == layer.weight.shape[0]:
         return TableRows(value, layer.partition, layer.rank)
@@ -125,88 +119,10 @@ def _rows_of_tables(value: Tensor, layer: TableInFiles, path: str) -> Tensor:
         return value
     raise ValueError(
         f"{path} must be one number or have one entry for each of the rank's {layer.weight.shape[0]} rows, got "
-        f"{list(value.shape)}: it says nothing to other ranks; use an optimizer that treats rows alike, such as Adam"
+        f"{list(value.shape)}, which ranks cannot share: use an optimizer that treats rows alike, such as Adam"
     )
 
 
 def _without_wrappers(name: str) -> str:
-    """A parameter's name as torch.distributed.checkpoint.state_dict gives it."""
+    """Parameter name as in torch.distributed.checkpoint.state_dict, without wrappers."""
     return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name)
-
-
-class TableRows(Tensor):
-    """A rank's rows of a table ``[vocab_size, ...]``, for torch.distributed.checkpoint; not for computing.
-
-    It has the shape of the whole table, so that any number of ranks with any padding can load what others saved, and the
-    storage of one rank's rows, which loading writes to. It follows the protocol by which DTensor tells that library what
-    it has; a DTensor itself could only be split as DTensor splits, ``ceil(vocab_size / world_size)`` rows a rank.
-
-    Args:
-        rows: the rank's rows, ``[n, ...]``, those of padding included; shared, not copied. Those that ``fully_shard`` has
-            split further are this process's part.
-        partition: who owns what.
-        rank: whose rows these are.
-    """
-
-    rank_rows: Tensor
-    """The rank's rows as they were given."""
-    owned: list[int]
-    """The first id that the rank owns, the one after its last, and ``vocab_size``."""
-    _rows: Tensor
-    _start: int
-
-    @staticmethod
-    def __new__(cls, rows: Tensor, partition: VocabPartition, rank: int) -> TableRows:
-        size = torch.Size([partition.vocab_size, *rows.shape[1:]])
-        self: TableRows = tensor_without_storage(cls, size, rows_here(rows)[0])
-        return self
-
-    def __init__(self, rows: Tensor, partition: VocabPartition, rank: int) -> None:
-        start, stop = partition.owned_range(rank)
-        part, first = rows_here(rows)
-        if len(rows) == partition.padded_vocab_size:  # a DTensor of all ranks' rows
-            first -= partition.start(rank)
-        self.rank_rows, self.owned = rows.detach(), [start, stop, partition.vocab_size]
-        self._start = min(start + first, stop)
-        self._rows = part[: stop - self._start]
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        rows = f"{self._start}:{self._start + len(self._rows)}"
-        return f"TableRows([{rows}] of {tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.new_empty.default and args[0].shape == torch.Size(args[1]):
-            # dcp.async_save copies a tensor by making an empty one and copying its attributes.
-            device = (kwargs or {}).get("device") or args[0].device
-            return tensor_without_storage(cls, args[0].shape, torch.empty(0, dtype=args[0].dtype, device=device))
-        raise TypeError(
-            f"TableRows is for torch.distributed.checkpoint's save and load alone, not for {func}: pass the state dict "
-            f"through torch_impl.local_state_dict first"
-        )
-
-    def _offsets(self) -> torch.Size:
-        return torch.Size([self._start, *[0] * (self.dim() - 1)])
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-
-        return ChunkStorageMetadata(offsets=self._offsets(), sizes=self._rows.shape)
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-
-        if not len(self._rows):
-            return []
-        data = TensorWriteData(self._chunk(), TensorProperties(dtype=self.dtype), self.shape)
-        index = MetadataIndex(fqn, self._offsets())
-        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()] if len(self._rows) else []
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        if index.offset != self._offsets():
-            raise ValueError(f"this rank has rows from {self._start} on, not from {index.offset}")
-        return self._rows

@@ -23,22 +23,21 @@ __all__ = ["from_dlpack", "shards_from_dlpack"]
 
 
 def from_dlpack(array: Any, *, copy: bool | None = None) -> Tensor:
-    """Import an array of another library as a tensor, on its device, bit for bit and in its dtype.
+    """Import another library's array as a tensor, bit for bit.
 
-    A tensor that shares memory keeps it alive. Writing to the tensor then changes the array, a JAX array too, although JAX
-    takes arrays as immutable and may still be reading them.
+    Device and dtype stay. A tensor that shares memory keeps it alive. Writing to it changes the array, even a JAX
+    array, which JAX assumes immutable and may still be reading.
 
     Args:
-        array: anything with ``__dlpack__`` and ``__dlpack_device__``: a JAX array on one device or replicated over
-            several, a NumPy array, one of ml_dtypes' dtypes included.
-        copy: as in the array API standard. None copies only where torch cannot share the memory: NumPy arrays with negative
-            strides, read-only ones (torch could write to them), and ones not aligned to their elements. False refuses
-            these. True copies, so that writing to one never shows in the other.
+        array: has ``__dlpack__`` and ``__dlpack_device__``: a JAX array on one device or replicated, or a NumPy array,
+            also of ml_dtypes' dtypes.
+        copy: as in the array API standard. None copies only what torch cannot share: NumPy arrays that have negative
+            strides, are read-only, or are not aligned. False refuses these. True always copies.
 
     Raises:
         TypeError: ``array`` has no such methods.
-        ValueError: it cannot be exported, because it requires a gradient, say; torch does not have its dtype; it is split
-            over several devices; ``copy=False`` and the memory cannot be shared.
+        ValueError: the array cannot be exported, for example because it requires a gradient; torch lacks its dtype; it
+            is split over several devices; its memory cannot be shared and ``copy`` is False.
 
     Example:
         >>> import numpy as np
@@ -67,7 +66,7 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> Tensor:
     if copy and not isinstance(array, np.ndarray):
         tensor = tensor.clone()
         if tensor.device.type != "cpu":
-            # The producer may reuse its memory once this returns, on a stream that knows nothing of torch's.
+            # Once this returns, the producer may reuse its memory on another stream.
             torch.accelerator.synchronize(tensor.device)
     if copy is False and tensor.numel() and address(array) not in (None, tensor.data_ptr()):
         raise sharing_error("torch copied it")
@@ -75,19 +74,19 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> Tensor:
 
 
 def shards_from_dlpack(array: Any, *, copy: bool | None = None) -> list[Tensor]:
-    """Import the shards of an array that is split along dimension 0 over a mesh, one tensor per rank.
+    """Import an array split along dimension 0, one tensor per rank.
 
-    Of a table sharded ``PartitionSpec("tp", None)``, element r is rank r's rows; over further axes of the mesh, where it
-    is replicated, one replica is taken. Of several processes each gets the parts on its own devices.
+    For a table sharded ``PartitionSpec("tp", None)`` element r is rank r's rows. Of replicas over further mesh axes one
+    is taken. With several processes each gets the parts on its own devices.
 
     Args:
-        array: a ``jax.Array``, or whatever has ``shape`` and ``addressable_shards`` with ``data``, ``index`` and
-            ``replica_id``.
+        array: a ``jax.Array``, or an object with ``shape`` and ``addressable_shards``, which have ``data``, ``index``
+            and ``replica_id``.
         copy: as in ``from_dlpack``, for each part.
 
     Raises:
         TypeError: ``array`` has no shards.
-        ValueError: it is split along another dimension too; or as in ``from_dlpack``.
+        ValueError: the array is split along another dimension; or as in ``from_dlpack``.
 
     Example:
         >>> from types import SimpleNamespace
@@ -118,7 +117,7 @@ def shards_from_dlpack(array: Any, *, copy: bool | None = None) -> list[Tensor]:
 
 
 def _on_one_device(array: Any) -> Any:
-    """The array, or one replica of it; of a JAX array on several devices, DLPack gives nothing out."""
+    """The array, or one replica: DLPack does not export multi-device arrays."""
     shards = getattr(array, "addressable_shards", None)
     if not shards:
         return array
@@ -131,7 +130,10 @@ def _on_one_device(array: Any) -> Any:
 
 
 def _obstacle(array: np.ndarray) -> str | None:
-    """Why a NumPy array's memory must not be shared, or None: torch 2.13 ends the process, or shares it nonetheless."""
+    """Why a NumPy array's memory must not be shared; else None.
+
+    torch 2.13 aborts for some of these, and shares others.
+    """
     if not array.size:
         return None
     if min(array.strides, default=0) < 0:

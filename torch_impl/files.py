@@ -1,4 +1,4 @@
-"""A layer's table in files: read a rank's rows, write all ranks' rows, and torch.distributed.checkpoint."""
+"""Tables in files: read a rank's rows, write all ranks' rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.types import Device
 
 from shared.bits import DTYPES
 from shared.config import EmbeddingConfig
@@ -20,43 +21,49 @@ from torch_impl.agreement import gather_objects
 from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows, memory_of
 from torch_impl.process_group import find_group, resolve_rank
+from torch_impl.table_rows import TableRows
 from torch_impl.zero_row import ModuleWithTable
 
 __all__ = ["TableInFiles", "options_of"]
 
 
 class TableInFiles(ModuleWithTable):
-    """A module with a rank's rows of a table, which it reads from files and writes to them."""
+    """Module whose rows of a table are read from and written to files."""
 
     config: EmbeddingConfig
     rank: int
     table_rows: int
-    """Rows that all ranks have together: ``padded_vocab_size``, or ``vocab_size`` where DTensor cuts the table unevenly."""
+    """Rows of all ranks: ``padded_vocab_size``, or ``vocab_size`` where DTensor splits the table unevenly."""
     _group_name: str | None
 
     def mark_state_dicts(self) -> None:
-        """Have ``state_dict()`` say whose rows it holds, beside its keys, and ``load_state_dict`` refuse another rank's."""
-        self.register_state_dict_post_hook(_say_whose_rows)
-        self.register_load_state_dict_pre_hook(_refuse_other_rows)
+        """Record the rank's range in state dicts, and refuse other ranks' rows.
 
-    if TYPE_CHECKING:  # each option is a property, made beside the layer
+        The range lies in the metadata of ``state_dict()``, beside its keys.
+        """
+        self.register_state_dict_post_hook(_record_range)
+        self.register_load_state_dict_pre_hook(_check_range)
+
+    if TYPE_CHECKING:  # vocab_emb.py makes a property of each option
         partition: VocabPartition
         vocab_size: int
         emb_size: int
         world_size: int
         padded_vocab_size: int
 
-    def allocate(self, dtype: torch.dtype, device: Any) -> None:
-        """Give the module an uninitialised ``weight``."""
+    def allocate(self, dtype: torch.dtype, device: Device) -> None:
+        """Allocate an uninitialised ``weight``."""
         bounds = self.partition.start(self.rank), self.partition.stop(self.rank)
         start, stop = (min(bound, self.table_rows) for bound in bounds)
         self.allocate_table(stop - start, self.emb_size, dtype, device, self.table_rows)
 
     def own_rows(self, like_weight: Tensor | None = None) -> tuple[Tensor, int]:
-        """The rows of this process, which share the memory, and the number of its first among the rank's.
+        """This process's rows, sharing memory, and their first row's number.
+
+        The number counts from the rank's first row.
 
         Args:
-            like_weight: a tensor that is split as the table is, such as its gradient; left out, the table.
+            like_weight: a tensor split as the table is, such as its gradient; default: the table.
         """
         rows, first = rows_here(self.weight if like_weight is None else like_weight)
         if self.device_mesh is not None:
@@ -65,10 +72,10 @@ class TableInFiles(ModuleWithTable):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The group that the layer was built with; None without one.
+        """Process group that the layer was built with; None without one.
 
         Raises:
-            RuntimeError: it does not exist in this process (any more), or it is not the one the layer was built for.
+            RuntimeError: this process does not have that group, or it differs from the layer's.
         """
         return None if self._group_name is None else find_group(self._group_name, self.rank, self.world_size)
 
@@ -86,25 +93,25 @@ class TableInFiles(ModuleWithTable):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """Build a rank's layer from a table in files, reading its rows and no others.
+        """Build a rank's layer from its rows of a table in files.
 
         Args:
-            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
-                parts (see ``shared.tables.find_table.open_table``).
-            tensor_name: the tensor; left out, the one that looks like an input embedding.
+            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or
+                Megatron-style parts (``shared.tables.find_table.open_table``).
+            tensor_name: the tensor. Default: the one named like an input embedding.
             rank, world_size, process_group: as for the class.
-            vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
-            dtype: what to cast the rows to, rounding once; left out, the dtype they are stored in, which must then be one
-                that a layer can have (float8 is not).
-            device: where the rows go.
-            **options: what else the class takes by name: ``padded_vocab_size`` where ``world_size`` does not divide the
-                vocabulary, ``reduction`` and so on.
+            vocab_size: rows that are not padding; only Megatron-style parts need it.
+            dtype: dtype of the layer; rows are rounded once. Default: the stored dtype, which must be one that a layer
+                can have (float8 is not).
+            device: where the table lives.
+            **options: the class's keyword arguments, such as ``padded_vocab_size`` or ``reduction``.
 
         Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: there is no such table, the choice is not clear, a file is damaged, or an argument is out of range.
+            TypeError: an argument has the wrong type.
+            ValueError: there is no such table, the choice is ambiguous, a file is damaged, or an argument is out of
+                range.
 
-        A damaged or hostile file is refused; nothing is ever unpickled. Source: the safetensors format.
+        Damaged or hostile files are refused; nothing is unpickled. Source: the safetensors format.
 
         Example:
             >>> import tempfile, torch
@@ -120,7 +127,7 @@ class TableInFiles(ModuleWithTable):
         table = open_table(path, tensor_name, vocab_size)
         if dtype is None:
             if table.dtype not in DTYPES:
-                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as torch.bfloat16")
+                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to: pass torch.bfloat16, say")
             dtype = getattr(torch, table.dtype)
         sizes = table.vocab_size, table.emb_size, rank, world_size, process_group
         self = cls(*sizes, dtype=dtype, device="meta", **options)
@@ -141,20 +148,20 @@ class TableInFiles(ModuleWithTable):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """Build a rank's layer from a whole table in memory, copying its rows.
+        """Build a rank's layer from a copy of a whole table's rows.
 
         Args:
-            table: an ``nn.Embedding``, whose ``padding_idx`` and ``sparse`` are taken over, or a tensor ``[v, e]``. It is
-                not modified; its gradient is not followed.
+            table: an ``nn.Embedding``, whose ``padding_idx`` and ``sparse`` are adopted, or a tensor ``[v, e]``. Not
+                modified; its gradient is not tracked.
             rank, world_size, process_group: as for the class.
-            dtype: what to cast the rows to; left out, the table's.
-            device: where the rows go; left out, where the table is.
-            **options: what else the class takes by name.
+            dtype: dtype of the layer. Default: the table's.
+            device: where the layer's table lives. Default: the table's device.
+            **options: the class's keyword arguments.
 
         Raises:
-            TypeError: ``table`` is neither; an argument is of the wrong kind.
-            ValueError: ``table`` is not of two dimensions or on the meta device; an ``nn.Embedding`` has ``max_norm`` or
-                ``scale_grad_by_freq``, which this layer does not; an argument is out of range.
+            TypeError: ``table`` is neither; an argument has the wrong type.
+            ValueError: ``table`` does not have two dimensions or is on the meta device; the ``nn.Embedding`` has
+                ``max_norm`` or ``scale_grad_by_freq``, which this layer lacks; an argument is out of range.
 
         Example:
             >>> import torch
@@ -191,20 +198,20 @@ class TableInFiles(ModuleWithTable):
         process_group: dist.ProcessGroup | None = None,
         force: bool = False,
     ) -> None:
-        """Write the table to one new safetensors file: each rank its own rows, without padding.
+        """Write the table, without padding, to one new safetensors file.
 
-        All ranks call this. Rows are read back after writing. The file appears whole or not at all; an old one stays until
-        then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
+        All ranks call this; each writes its own rows and reads them back. The file appears whole or not at all; an old
+        one stays until then. A killed process leaves its temporary file ``.NAME.*.tmp``.
 
         Args:
-            path: the file, which ends in ``.safetensors``. All ranks must see its folder.
-            tensor_name: what to call the tensor.
-            process_group: the ranks, where the layer was built without a group.
-            force: replace what is there.
+            path: the file, which ends in ``.safetensors``, in a folder that all ranks see.
+            tensor_name: name of the tensor.
+            process_group: the ranks, if the layer was built without a group.
+            force: replace an existing file.
 
         Raises:
-            ValueError: on every rank: the path exists and ``force`` is not given, or it cannot be written; the table is on
-                the meta device, or split further by ``fully_shard``; ranks and no group.
+            ValueError: on every rank: the path exists and ``force`` is False, or cannot be written; the table is on the
+                meta device, or split further by ``fully_shard``; there are several ranks and no group.
 
         Example:
             >>> import tempfile, torch
@@ -218,33 +225,32 @@ class TableInFiles(ModuleWithTable):
         self._require_storage()
         if len(getattr(self.weight, "placements", ())) > (self.device_mesh is not None):
             raise ValueError(
-                "the table must not be split further, as by fully_shard, to be saved: save it by sharded_state_dict() and "
-                "torch.distributed.checkpoint, or call unshard() on the module first"
+                "the table must not be split further, as by fully_shard, to be saved: call sharded_state_dict() and "
+                "torch.distributed.checkpoint's save, or call unshard() on the module first"
             )
         if process_group is not None:
             resolve_rank(self.rank, self.world_size, process_group)
         elif (process_group := self.process_group) is None and self.world_size > 1:
             raise ValueError(
-                f"process_group must be given: the layer has {self.world_size} ranks and no group of its own"
+                f"process_group must be given: the layer has {self.world_size} ranks and was built without a group"
             )
         _write_table(self.own_rows()[0], self.partition, self.rank, process_group, path, tensor_name, force)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = None, metadata: Any = None
+        self, prefix: str = "", sharded_offsets: object = None, metadata: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """Return ``weight`` as ``torch.distributed.checkpoint`` saves and loads it: as rows of the whole table.
+        """Return ``weight`` as rows of the whole table, for ``torch.distributed.checkpoint``.
 
-        Loading writes to the parameter in place; where ``fully_shard`` has split it further, to this process's part. Any
-        number of ranks with any padding load what others saved.
-        (``state_dict()`` is the rank's own: that library would take the ranks' different rows for copies of one tensor.)
-        ``torch_impl.sharded_state_dict`` does this for a whole model and for its optimizer.
+        Loading overwrites the parameter in place, or this process's part of it after ``fully_shard``. Any number of
+        ranks with any padding can load it. Do not save ``state_dict()``: that library takes the ranks' rows for copies
+        of one tensor. ``torch_impl.sharded_state_dict`` converts a whole model and its optimizer.
 
         Args:
-            prefix: what the name begins with.
-            sharded_offsets, metadata: what Megatron-core passes to a method of this name; refused.
+            prefix: prefix of the name.
+            sharded_offsets, metadata: Megatron-core's arguments; refused.
 
         Raises:
-            TypeError: Megatron-core calls, which takes ``torch_impl.adapters.megatron.VocabParallelEmbedding``.
+            TypeError: the caller is Megatron-core, which needs ``torch_impl.adapters.megatron.VocabParallelEmbedding``.
             ValueError: the table is on the meta device.
 
         Example:
@@ -264,8 +270,6 @@ class TableInFiles(ModuleWithTable):
                 "torch_impl.adapters.megatron.VocabParallelEmbedding writes and reads; build the model with it"
             )
         self._require_storage()
-        from torch_impl.checkpoint import TableRows  # which builds on this module
-
         whole = self.device_mesh is not None and self.table_rows == self.vocab_size
         rows = self.weight.detach() if whole else TableRows(self.weight, self.partition, self.rank)
         return {f"{prefix}weight": rows}
@@ -276,34 +280,35 @@ class TableInFiles(ModuleWithTable):
 
 
 def options_of(embedding: nn.Embedding) -> dict[str, Any]:
-    """The options of a layer that does what the ``nn.Embedding`` does.
+    """Options of a layer that computes what the ``nn.Embedding`` does.
 
     Raises:
-        ValueError: it has ``max_norm`` or ``scale_grad_by_freq``, which the layer has not.
+        ValueError: ``max_norm`` or ``scale_grad_by_freq`` is set, which the layer lacks.
     """
     if embedding.max_norm is not None or embedding.scale_grad_by_freq:
-        raise ValueError("table must be an nn.Embedding without max_norm and scale_grad_by_freq")
+        raise ValueError(
+            f"table must be an nn.Embedding without max_norm and scale_grad_by_freq, got max_norm={embedding.max_norm} and "
+            f"scale_grad_by_freq={embedding.scale_grad_by_freq}; build it without them"
+        )
     return {"padding_idx": embedding.padding_idx, "sparse": embedding.sparse}
 
 
-def _say_whose_rows(layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+def _record_range(layer: TableInFiles, state: object, prefix: str, local_metadata: dict[str, object]) -> None:
     local_metadata["rows"] = _rows_of(layer)
 
 
-def _refuse_other_rows(
-    layer: TableInFiles, state: Any, prefix: str, local_metadata: dict[str, Any], *others: Any
+def _check_range(
+    layer: TableInFiles, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
 ) -> None:
-    from torch_impl.checkpoint import TableRows
-
     saved, own, given = local_metadata.get("rows"), _rows_of(layer), state.get(f"{prefix}weight")
-    if isinstance(given, TableRows):  # what torch.distributed.checkpoint loaded
+    if isinstance(given, TableRows):  # loaded by torch.distributed.checkpoint
         saved, state[f"{prefix}weight"] = given.owned, given.rank_rows
-    if saved is None or saved == own:  # files of other formats do not say
+    if saved is None or saved == own:  # other formats record no range
         return
     names = [f"rows [{start}, {stop}) of {vocab_size}" for start, stop, vocab_size in (saved, own)]
     others[-1].append(
-        f"{prefix}weight must hold this rank's own {names[1]}, got {names[0]}: load the state dict of this rank, or all "
-        f"ranks' by sharded_state_dict() and torch.distributed.checkpoint"
+        f"{prefix}weight must hold this rank's own {names[1]}, got {names[0]}: load this rank's state dict, or use "
+        f"sharded_state_dict() and torch.distributed.checkpoint"
     )
 
 
@@ -312,15 +317,15 @@ def _rows_of(layer: TableInFiles) -> list[int]:
 
 
 def _fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition, rank: int) -> None:
-    """Read a rank's rows, in place and cast to its dtype; those of padding become zero.
+    """Read a rank's rows in place and cast them; padding becomes zero.
 
-    On a CPU the bytes go from the file to the tensor's memory; to another device, 16 MiB at a time.
+    A CPU tensor's memory is filled from the file, another device's 16 MiB at a time.
 
     Args:
         weight: the rank's rows, ``[n, e]``.
-        table: where they come from.
-        partition: who owns what.
-        rank: whose rows these are.
+        table: the source.
+        partition: ownership of the rows.
+        rank: the owner of ``weight``.
 
     Raises:
         ValueError: a file of the table is damaged.
@@ -340,23 +345,25 @@ def _write_table(
     tensor_name: str,
     force: bool,
 ) -> None:
-    """Write a table whose ranks each have their rows; every rank of ``group`` calls this with the same arguments.
+    """Write the ranks' rows as one table.
+
+    Every rank of ``group`` calls this with equal arguments.
 
     Args:
         weight: the rank's rows, ``[n, e]``.
-        partition: who owns what.
-        rank: whose rows these are.
-        group: the ranks; None where there is one.
-        path, tensor_name, force: as in ``ParallelVocabEmbedding.save_table``.
+        partition: ownership of the rows.
+        rank: the owner of ``weight``.
+        group: the ranks; None for a single one.
+        path, tensor_name, force: as in ``save_table``.
 
     Raises:
-        ValueError: on every rank, if any of them could not do its part.
+        ValueError: on every rank, if one of them failed.
     """
     dtype = str(weight.dtype).removeprefix("torch.")
     rows, (start, stop) = weight.detach(), partition.owned_range(rank)
 
     def read(first: int, last: int) -> np.ndarray:
-        # A copy: a storage that NumPy has seen cannot be resized any more, which fully_shard does.
+        # A copy: fully_shard resizes storages, which is impossible once NumPy has seen them.
         return memory_of(rows[first - start : last - start].to("cpu", copy=True).contiguous())
 
     def exchange(mine: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
-from torch_impl.checkpoint import TableRows
+from torch_impl.table_rows import TableRows
 
 
 def table(dtype=torch.bfloat16):

@@ -223,7 +223,7 @@ def refused(error, match, **arguments):
 
 def check_refusals():
     mesh, flat = mesh_of(2, 2), mesh_of(4)
-    refused(ValueError, r'device_mesh must have one dimension, got 2, .*: pass the dimension .* mesh\["tp"\]', device_mesh=mesh)
+    refused(ValueError, r'device_mesh must have one dimension, got 2, .*: pass .* mesh\["tp"\]', device_mesh=mesh)
     refused(ValueError, "process_group must be left out", device_mesh=flat, process_group=dist.group.WORLD)
     refused(TypeError, "device_mesh must be a torch.distributed.device_mesh.DeviceMesh, got int", device_mesh=4)
     refused(ValueError, "rank must agree with device_mesh", device_mesh=flat, rank=(dist.get_rank() + 1) % 4)
