@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_impl.private_api import who_waits_for_the_gradient
+from torch_impl.private_api import gradient_listener
 
 __all__ = ["accumulate_in_place"]
 
@@ -28,7 +28,7 @@ def accumulate_in_place(weight: Tensor) -> Tensor:
     elif not weight.is_leaf:
         problem = "the table is computed, not a parameter"
     else:
-        problem = who_waits_for_the_gradient(weight)
+        problem = gradient_listener(weight)
     if problem is not None:
         raise ValueError(f"gradient_accumulation_fusion must be False here: {problem}")
     _check_main_grad(weight)

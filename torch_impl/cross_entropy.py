@@ -1,10 +1,10 @@
-"""Cross entropy over a split vocabulary: from a rank's logits, or straight from hidden states.
+"""Cross entropy over a split vocabulary, from logits or hidden states.
 
-What depends on the vocabulary are three numbers a token: the logsumexp, the target's logit and, for label smoothing, the sum
-of the logits. One operator computes them for all ranks; the loss is stock operations on them. Its transpose turns the three
-gradients a token into that of the logits, block by block.
-Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block, G and P
-groups and pieces of blocks, W ranks.
+Three numbers a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum of
+the logits. One operator computes them over all ranks; the loss applies stock operations to them. Its transpose computes
+the logits' gradient from theirs, block by block.
+Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block, G and
+P groups and pieces of blocks, W ranks.
 """
 
 from __future__ import annotations
@@ -61,39 +61,36 @@ def parallel_cross_entropy(
     reduction: str = "mean",
     invalid_targets: str = "error",
 ) -> Tensor:
-    """Cross entropy of logits whose columns are split over the ranks of a process group.
+    """Cross entropy of logits whose columns are split over ranks.
 
     Every rank of the group calls this with the same targets and options, and gets the same loss, bit for bit.
 
     Args:
-        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Columns of padding take no part,
-            whatever they hold.
+        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Padding columns are ignored.
         targets: global ids, ``[*]``, any integer dtype; the same on all ranks.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
-        ignore_index: targets that give a loss of exactly 0 and no gradient.
-        label_smoothing: share of the target that is spread evenly over all ``vocab_size`` ids, in [0, 1).
-        z_loss: factor of the squared logsumexp that is added to each token's loss.
-        reduction: ``"mean"`` over the targets that are not ignored (0 if all are), ``"sum"``, or ``"none"``.
-        invalid_targets: what a target outside ``[0, vocab_size)`` gives on every rank: ``"error"``, an IndexError (the host
-            waits for the device to know); ``"ignore"``, no loss.
+        partition: ownership of the columns; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
+        ignore_index: targets with a loss of exactly 0 and no gradient.
+        label_smoothing: share of the target spread evenly over all ``vocab_size`` ids, in [0, 1).
+        z_loss: factor of the squared logsumexp, added to each token's loss.
+        reduction: ``"mean"`` over the targets that are not ignored (0 without any), ``"sum"``, or ``"none"``.
+        invalid_targets: result for targets outside ``[0, vocab_size)`` on every rank: ``"error"``, an IndexError, for
+            which the host waits for the device; ``"ignore"``, no loss.
 
     Returns:
-        The loss, float32 (float64 for float64 logits): without dimensions, or ``[*]`` for ``reduction="none"``.
+        The loss, float32 (float64 for float64 logits): 0-d, or ``[*]`` for ``reduction="none"``.
 
-    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an id that cannot occur: as a
-    target it gives inf, and so does any with label smoothing. Logits that hold NaN or +inf, or nothing but -inf, give NaN. A
+    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an impossible id: as a
+    target it gives inf, as does any target with label smoothing. Logits with NaN or +inf, or all -inf, give NaN. A
     token without an upstream gradient has a gradient of exactly 0. The gradient cannot be differentiated again.
 
     Raises:
-        TypeError: logits are not floating, targets not integers, or an option is of the wrong kind.
-        ValueError: logits are not as wide as one rank's part (gathered ones are wider), targets are not one a token, or an
-            option is out of range.
-        IndexError: with ``invalid_targets="error"``, naming the first such target, its position and the legal range.
+        TypeError: logits are not floating, targets are not integers, or an option has the wrong type.
+        ValueError: logits do not have one rank's width, there is not one target a token, or an option is out of range.
+        IndexError: with ``invalid_targets="error"``; names the first invalid target, its position and the legal range.
         RuntimeError: a collective failed; the message names it.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); label smoothing as in ``F.cross_entropy``; z-loss: ST-MoE
-    (Zoph et al., 2022, arXiv:2202.08906).
 
     Example:
         >>> import torch
@@ -131,39 +128,40 @@ def linear_cross_entropy(
     invalid_targets: str = "error",
     returns: Sequence[str] = (),
 ) -> Any:
-    """Cross entropy of ``hidden @ table.T`` over a split table, without the logits in memory.
+    """Cross entropy of ``hidden @ table.T`` over a split table, without logits.
 
     Every rank of the group calls this with the same targets and options, and gets the same loss, bit for bit.
 
     Args:
         hidden: hidden states, ``[*, emb_size]``, the same on all ranks; with ``seq_dim`` this rank's part of the sequence.
-        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, of the dtype of ``hidden``. Rows of padding
-            take no part, whatever they hold, and get a gradient of 0.
+        weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, in the dtype of ``hidden``. Padding rows
+            are ignored and get a gradient of 0.
         targets: global ids of all tokens, ``[*]``, any integer dtype; the same on all ranks.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
+        partition: ownership of the rows; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
         ignore_index, label_smoothing, z_loss, reduction, invalid_targets: as in ``parallel_cross_entropy``.
         softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
-        seq_dim: the dimension of the targets along which ``hidden`` is split over the ranks (sequence parallel): it is
-            gathered once and its gradient reduce-scattered once. None: it is not split.
-        returns: what to return besides, of ``"lse"``, the logsumexp of each token's logits; ``"logprobs"``, the
-            log-probability of each target, 0 where it is ignored; ``"count"``, how many targets are not ignored.
+        seq_dim: the dimension of the targets along which ``hidden`` is split (sequence parallel); None if it is not.
+            ``hidden`` is gathered once and its gradient reduce-scattered once.
+        returns: further results: ``"lse"``, the logsumexp of each token's logits; ``"logprobs"``, each target's
+            log-probability, 0 if ignored; ``"count"``, the number of targets that are not ignored.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs): without dimensions, or ``[*]`` for ``reduction="none"``. With
-        ``returns``, a tuple of the loss and what is asked for, in that order; ``lse`` and ``logprobs`` are ``[*]`` and
-        differentiable, ``count`` is int64.
+        The loss, float32 (float64 for float64 inputs): 0-d, or ``[*]`` for ``reduction="none"``. With ``returns`` a
+            tuple of the
+        loss and these results in the given order. ``lse`` and ``logprobs`` are ``[*]`` and differentiable, ``count`` is
+            int64.
 
-    Forward is one all-gather of a few numbers a token, after which nothing of the vocabulary's size is kept; backward
-    computes the logits again, block by block. It sums hidden's gradient over the ranks once, in float32; that of the table
-    needs no communication. Loss, ``lse`` and the table's gradient do not depend on the number of ranks
-    (``shared.head.ColumnBlocks`` says for which numbers). Products and sums are float32 for 16-bit inputs, and gradients are
-    rounded once. Special values and orders of differentiation are those of ``parallel_cross_entropy``.
+    Forward is one all-gather of a few numbers a token and keeps nothing of the vocabulary's size. Backward recomputes
+    the logits block by block. It sums hidden's gradient over the ranks once, in float32; the table's gradient needs no
+    communication. Loss, ``lse`` and the table's gradient do not depend on the number of ranks
+    (``shared.head.ColumnBlocks`` says for which numbers). For 16-bit inputs products and sums are float32, and
+    gradients are rounded once. Special values and orders of differentiation are those of ``parallel_cross_entropy``.
 
     Raises:
-        TypeError: a dtype is not legal, or an option is of the wrong kind.
+        TypeError: a dtype is not legal, or an option has the wrong type.
         ValueError: a shape does not fit, or an option is out of range.
-        IndexError: with ``invalid_targets="error"``, naming the first such target, its position and the legal range.
+        IndexError: with ``invalid_targets="error"``; names the first invalid target, its position and the legal range.
         RuntimeError: a collective failed; the message names it.
 
     Source: cut cross entropy (Wijmans et al., 2024, arXiv:2411.09009), over a split vocabulary and in a fixed order.
@@ -192,7 +190,7 @@ def linear_loss(
     rank: int,
     group_name: str,
 ) -> Any:
-    """``linear_cross_entropy`` with its options in one object and the group by name."""
+    """``linear_cross_entropy`` with one options object and the group's name."""
     check_products(hidden, weight, partition)
     known = checked_targets(targets, options, partition.vocab_size)
     dim, tokens = None, list(hidden.shape[:-1])
@@ -214,10 +212,10 @@ def _sizes(partition: VocabPartition) -> list[int]:
 def _loss(
     statistics: Tensor, targets: Tensor, options: LossOptions, partition: VocabPartition
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and what else it can return, from the statistics ``[2 or 3, T]``; a target of -1 is ignored."""
+    """Loss and further results from the statistics; target -1 is ignored."""
     counted = targets >= 0
     lse = statistics[0].view(targets.shape)
-    # Selected before the formula: 0 times NaN in its gradient would be NaN.
+    # Masked before the formula, whose gradient would otherwise be 0 times NaN.
     clean = torch.where(counted, statistics.view(len(statistics), *targets.shape), 0)
     smoothing, logprobs = options.label_smoothing, clean[1] - clean[0]
     loss = clean[0] - (1 - smoothing) * clean[1] if smoothing else -logprobs
@@ -242,9 +240,9 @@ def _statistics(
     group: dist.ProcessGroup | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Logsumexp, target's logit and, if ``smoothed``, sum of the logits of all ranks' columns: ``[2 or 3, T]``.
+    """Logsumexp, target's logit and, if ``smoothed``, logits' sum: ``[2 or 3, T]``.
 
-    ``block(tokens, columns)`` returns logits in memory that may be written to.
+    They are those of all ranks' columns. ``block(tokens, columns)`` returns logits, which are overwritten.
     """
     start, owned = partition.start(rank), owned_columns(partition, rank)
     blocks = ColumnBlocks.of(partition)
@@ -282,7 +280,7 @@ def _statistics(
 
 
 def _merge_ranks(mine: Tensor, targets_T: Tensor, partition: VocabPartition, group: dist.ProcessGroup) -> list[Tensor]:
-    """Gather the ranks' statistics and merge them as if they were blocks."""
+    """Gather the ranks' statistics and merge them like blocks."""
     w = partition.world_size
     everyones = mine.new_empty(tree_size(w), *mine.shape)
     with naming_the_operation("all_gather of the statistics of the cross entropy", group):
@@ -297,12 +295,12 @@ def _merge_ranks(mine: Tensor, targets_T: Tensor, partition: VocabPartition, gro
 
 
 def _finite_shift(maximum: Tensor) -> Tensor:
-    """What to subtract before exp: the maximum, or 0 where it is -inf and the difference would be NaN."""
+    """Maximum to subtract before exp; 0 for -inf, which would give NaN."""
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
 def _merge(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
-    """Maximum, sum of exponentials below it, and sum of the logits, of two parts of the columns."""
+    """Merge maximum, sum of exponentials and sum of logits of adjacent columns."""
     maximum = torch.maximum(left[0], right[0])
     shift = _finite_shift(maximum)
     scaled = [exponentials * (each - shift).exp() for each, exponentials, _ in (left, right)]
@@ -310,7 +308,7 @@ def _merge(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Gradients:
-    """The gradients of a token's statistics, and what they make of a block of its logits."""
+    """Logits' gradients from those of the statistics, block by block."""
 
     def __init__(self, grads: Tensor, statistics: Tensor, targets_T: Tensor, start: int) -> None:
         self.lse_T1 = statistics[0].unsqueeze(1)
@@ -319,7 +317,7 @@ class _Gradients:
         self.silent_T = (grads == 0).all(0)
 
     def of_block(self, x_CB: Tensor, tokens: slice, columns: slice, softcap: float | None) -> Tensor:
-        """Turn logits into their gradient, or into that of the logits before ``softcap``, in place."""
+        """Overwrite logits with their gradient, before ``softcap`` if given."""
         slope_CB = None if softcap is None else 1 - (x_CB / softcap).square_()
         grad_CB = x_CB.sub_(self.lse_T1[tokens]).exp_().mul_(self.of_lse_T1[tokens])
         for of_sums_T1 in self.of_sums_T1:
@@ -332,7 +330,7 @@ class _Gradients:
 
 
 class _LogitStatistics(torch.autograd.Function):
-    """From a rank's logits to the statistics of all ranks' logits."""
+    """Statistics over all ranks from a rank's logits."""
 
     @staticmethod
     def forward(
@@ -346,7 +344,7 @@ class _LogitStatistics(torch.autograd.Function):
         ctx.save_for_backward(logits, targets_T, output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets_T, statistics = ctx.saved_tensors
         arguments = grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank
         grad = FirstOrder.apply(torch.ops.pve.logit_statistics_backward, *arguments)
@@ -354,7 +352,7 @@ class _LogitStatistics(torch.autograd.Function):
 
 
 class _LinearStatistics(torch.autograd.Function):
-    """From hidden states and a rank's rows to the statistics of all ranks' logits."""
+    """Statistics over all ranks from hidden states and a rank's rows."""
 
     @staticmethod
     def forward(
@@ -380,7 +378,7 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets_T, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         arguments = grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]

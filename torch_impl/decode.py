@@ -1,13 +1,11 @@
-"""Decoding over a split vocabulary: a few candidates a token travel, never the logits.
+"""Decoding over a split vocabulary: candidates travel, logits do not.
 
-A candidate is one int64: its logit in an order that integers keep in the upper half, its id in the lower one. Equal logits
-are then ordered by id, and ids travel as integers.
+A candidate is an int64: its logit, ordered as integers, in the upper half, its id in the lower half. Equal logits are
+thus ordered by id.
 Shape suffixes: T tokens, N columns of the rank, K candidates, W ranks.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,14 +28,15 @@ def parallel_argmax(logits: Tensor, partition: VocabPartition, process_group: di
     """Find the id of each token's greatest logit.
 
     Args:
-        logits: this rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16 or float32. Columns of padding take
-            no part.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
+        logits: this rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16 or float32. Padding columns are
+            ignored.
+        partition: ownership of the columns; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
 
     Returns:
         Global ids, int64 ``[*]``, the same on all ranks. Of equal logits the lowest id wins (-0.0 equals 0.0); NaN is
-        greater than any number.
+            greater
+        than any number.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``parallel_top_k``.
@@ -58,23 +57,24 @@ def parallel_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Find each token's k greatest logits, in descending order, and their ids.
 
-    Args:
-        logits: this rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16 or float32. Columns of padding take
-            no part.
-        k: how many, at most ``partition.vocab_size``.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
-
-    Returns:
-        ``(values, ids)``, both ``[*, k]``, the same on all ranks: values in the dtype of ``logits``, with -0.0 as 0.0 and
-        one kind of NaN; global ids, int64. Of equal logits the lower id comes first; NaN comes before all numbers.
-
     Each rank contributes ``min(k, rows_per_rank)`` candidates of eight bytes a token to one all-gather. There is no
     gradient.
 
+    Args:
+        logits: this rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16 or float32. Padding columns are
+            ignored.
+        k: number of logits, at most ``partition.vocab_size``.
+        partition: ownership of the columns; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
+
+    Returns:
+        ``(values, ids)``, both ``[*, k]``, the same on all ranks. Values have the dtype of ``logits``, -0.0 as 0.0 and
+            one kind
+        of NaN. Ids are global, int64. Of equal logits the lower id comes first; NaN precedes all numbers.
+
     Raises:
-        TypeError: logits are of another dtype, or k is not an integer.
-        ValueError: logits are not as wide as one rank's part, or k is out of range.
+        TypeError: logits have another dtype, or k is not an integer.
+        ValueError: logits do not have one rank's width, or k is out of range.
         RuntimeError: a collective failed; the message names it.
 
     Example:
@@ -93,7 +93,7 @@ def parallel_top_k(
     mine_TK = found_TK.new_full((len(found_TK), min(k, n)), _LOWEST)
     mine_TK[:, : found_TK.shape[1]] = found_TK
     everyones_TK = _gather(mine_TK, group, "candidates of the top k").movedim(0, 1).flatten(1)
-    values, ids = _taken_apart(everyones_TK.topk(k).values)
+    values, ids = _unpacked(everyones_TK.topk(k).values)
     shape = *logits.shape[:-1], k
     return values.to(logits.dtype).view(shape), ids.view(shape)
 
@@ -102,21 +102,22 @@ def parallel_top_k(
 def parallel_sample(
     logits: Tensor, partition: VocabPartition, process_group: dist.ProcessGroup | None, *, uniform: Tensor
 ) -> Tensor:
-    """Draw an id a token with the probabilities that its logits give.
+    """Draw one id a token from the distribution of its logits.
+
+    Probabilities are summed in float64, in the order of ids. Two numbers and then one id a token travel. The host waits
+    for the device to check ``uniform``.
 
     Args:
-        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype; divided by the temperature, if
-            there is to be one. Columns of padding take no part.
-        partition: who owns what; its ``world_size`` is the group's.
-        process_group: the ranks; None where ``partition.world_size`` is 1.
+        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Divide them by the
+            temperature first. Padding columns are ignored.
+        partition: ownership of the columns; its ``world_size`` is the group's.
+        process_group: the ranks; None if ``partition.world_size`` is 1.
         uniform: a random number in [0, 1) a token, ``[*]``, the same on all ranks.
 
     Returns:
-        Global ids, int64 ``[*]``, the same on all ranks: the smallest id whose cumulative probability is above
-        ``uniform``. A token whose logits hold NaN or +inf, or nothing but -inf, has no distribution and gets -1.
-
-    Probabilities are added up in float64, in the order of the ids. Two numbers and then one id a token travel. The host
-    waits for the device, to check ``uniform``.
+        Global ids, int64 ``[*]``, the same on all ranks: the smallest id whose cumulative probability exceeds
+            ``uniform``. Logits
+        with NaN or +inf, or all -inf, have no distribution and give -1.
 
     Raises:
         TypeError: logits or uniform are not floating.
@@ -149,7 +150,7 @@ def parallel_sample(
     bounds_WT = (totals_WT * scales_WT).cumsum(0)  # where each rank's cumulative sums end
     threshold_T = uniform_T * bounds_WT[-1]
     before_T = bounds_WT[rank - 1] if rank else torch.zeros_like(threshold_T)
-    # The last sum is the bound itself: else rounding might leave a token without a rank.
+    # The last sum is set to the bound: rounding could leave a token without an owner.
     own_TN = before_T.unsqueeze(1) + cumulative_TN * scales_WT[rank].unsqueeze(1)
     if owned:
         own_TN[:, -1] = bounds_WT[rank]
@@ -162,9 +163,9 @@ def parallel_sample(
 
 
 def _checked(
-    logits: Any, partition: VocabPartition, process_group: dist.ProcessGroup | None
+    logits: object, partition: VocabPartition, process_group: dist.ProcessGroup | None
 ) -> tuple[int, dist.ProcessGroup | None]:
-    """This rank and the group, once the logits are known to be a rank's."""
+    """Validate a rank's logits; return the rank and the group."""
     if not isinstance(logits, Tensor) or logits.dtype not in FLOAT_DTYPES:
         raise logits_dtype_error("logits", getattr(logits, "dtype", type(logits).__name__))
     check_logits_width(logits.shape[-1] if logits.dim() else 1, partition)
@@ -173,22 +174,23 @@ def _checked(
 
 
 def _candidates(logits_TN: Tensor, start: int) -> Tensor:
-    """Logits and their ids as int64: greater for a greater logit, then for a lower id."""
+    """Pack logits and ids into int64, ordered by logit, then id descending."""
     x = logits_TN.float() + 0.0  # -0.0 becomes 0.0
-    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)  # NaN, its sign bit off: above all others
+    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)  # NaN without its sign bit is above all numbers
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     ids = torch.arange(start, start + logits_TN.shape[1], device=logits_TN.device)
     return (ordered << 32) | (_ID_MASK - ids)
 
 
-def _taken_apart(candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _unpacked(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and ids of candidates."""
     ordered = (candidates >> 32).int()
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     return bits.view(torch.float32), _ID_MASK - (candidates & _ID_MASK)
 
 
 def _gather(mine: Tensor, group: dist.ProcessGroup | None, what: str) -> Tensor:
-    """Every rank's tensor, ``[W, *]``."""
+    """Gather every rank's tensor, ``[W, *]``."""
     if group is None:
         return mine.unsqueeze(0)
     everyones = mine.new_empty(group.size(), *mine.shape)

@@ -28,7 +28,7 @@ __all__ = ["TableInFiles", "options_of"]
 
 
 class TableInFiles(ModuleWithTable):
-    """Module whose rows of a table are read from and written to files."""
+    """Module that reads and writes its rows of a table."""
 
     config: EmbeddingConfig
     rank: int
@@ -93,7 +93,7 @@ class TableInFiles(ModuleWithTable):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """Build a rank's layer from its rows of a table in files.
+        """Build a layer and read its rows of a table in files.
 
         Args:
             path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or
@@ -108,8 +108,7 @@ class TableInFiles(ModuleWithTable):
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: there is no such table, the choice is ambiguous, a file is damaged, or an argument is out of
-                range.
+            ValueError: there is no such table, the choice is ambiguous, a file is damaged, or an argument is out of range.
 
         Damaged or hostile files are refused; nothing is unpickled. Source: the safetensors format.
 
@@ -148,11 +147,11 @@ class TableInFiles(ModuleWithTable):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """Build a rank's layer from a copy of a whole table's rows.
+        """Build a rank's layer from a whole table in memory.
 
         Args:
-            table: an ``nn.Embedding``, whose ``padding_idx`` and ``sparse`` are adopted, or a tensor ``[v, e]``. Not
-                modified; its gradient is not tracked.
+            table: an ``nn.Embedding``, whose ``padding_idx`` and ``sparse`` are adopted, or a tensor ``[v, e]``. The
+                rank's rows are copied, without gradient tracking.
             rank, world_size, process_group: as for the class.
             dtype: dtype of the layer. Default: the table's.
             device: where the layer's table lives. Default: the table's device.

@@ -1,14 +1,14 @@
-"""Logits of one rank's columns, and the products that everything at this end of the table is made of.
+"""Logits of one rank's columns, and products with blocks of its rows.
 
-Products and sums are float32, or float64 for float64 tables; 16-bit operands are widened block by block, and results
-are rounded once. Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns
-of a block.
+Products and sums are float32, or float64 for float64 tables. 16-bit operands are widened block by block, and results
+are rounded once.
+Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ __all__ = [
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 TOKENS_AT_ONCE = 1024
-"""Tokens of a chunk: with a block's 1024 columns in float32 it takes 4 MiB."""
+"""Tokens of a chunk: 4 MiB with a block's 1024 columns in float32."""
 
 
 def parallel_logits(
@@ -53,25 +53,23 @@ def parallel_logits(
 
     Args:
         hidden: hidden states, ``[*, emb_size]``, the same on all ranks.
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, of the dtype of ``hidden``.
-        partition: who owns what.
-        rank: whose rows ``weight`` holds.
+        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, in the dtype of ``hidden``.
+        partition: ownership of the rows.
+        rank: the owner of ``weight``.
         softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
 
     Returns:
-        ``[*, partition.rows_per_rank]``, float32 (float64 for float64 inputs). Columns of padding are -inf, whatever their
-        rows hold.
+        ``[*, partition.rows_per_rank]``, float32 (float64 for float64 inputs). Padding columns are -inf.
 
-    There is no communication. The gradient of ``hidden`` is this rank's part: the ranks' gradients sum to the whole one.
-    Products are those of fixed blocks of columns (``shared.head.ColumnBlocks``), and do not depend on the number of ranks.
-    Reverse mode is defined once; torch.compile takes it as an operator.
+    There is no communication. The gradient of ``hidden`` is this rank's part, to be summed over the ranks. Products use
+    fixed blocks of columns (``shared.head.ColumnBlocks``), so they do not depend on the number of ranks. Derivatives
+    are of first order; torch.compile sees one operator.
 
     Raises:
         TypeError: the dtypes are not floating, or differ; ``rank`` is not an integer.
-        ValueError: a shape does not fit, ``rank`` or ``softcap`` is out of range.
+        ValueError: a shape does not fit; ``rank`` or ``softcap`` is out of range.
 
     Source: the parallel output layer of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); softcap: Gemma 2 (2024,
-    arXiv:2408.00118).
 
     Example:
         >>> import torch
@@ -95,9 +93,10 @@ def logits_over_group(
     seq_dim: int | None,
     group_name: str,
 ) -> Tensor:
-    """Compute the rank's logits as ``parallel_logits`` does; with a group's name, hidden's gradient is that of all ranks.
+    """``parallel_logits`` whose gradient of ``hidden`` is summed over a group.
 
-    ``seq_dim`` counts among the dimensions before the last: hidden states split along it are gathered first.
+    An empty ``group_name`` sums nothing. ``seq_dim`` counts among the dimensions before the last: hidden states split
+    along it are gathered first.
     """
     check_products(hidden, weight, partition)
     dim = None if seq_dim is None else resolve_seq_dim(hidden.dim() - 1, seq_dim)
@@ -107,7 +106,7 @@ def logits_over_group(
 
 
 def check_products(hidden: Tensor, weight: Tensor, partition: VocabPartition) -> None:
-    """Refuse hidden states and tables that do not fit each other or the partition.
+    """Validate dtypes and shapes of hidden states and rows.
 
     Raises:
         TypeError: a dtype is not floating, or they differ.
@@ -122,13 +121,13 @@ def check_products(hidden: Tensor, weight: Tensor, partition: VocabPartition) ->
 
 
 def owned_columns(partition: VocabPartition, rank: int) -> int:
-    """Columns of the rank that are not padding."""
+    """Number of the rank's columns without padding."""
     start, stop = partition.owned_range(rank)
     return stop - start
 
 
 def column_slices(partition: VocabPartition, rank: int) -> Iterator[slice]:
-    """The blocks of the rank's columns that are not padding, in order."""
+    """Blocks of the rank's columns without padding, in order."""
     for group in ColumnBlocks.of(partition).ranges(owned_columns(partition, rank)):
         yield from (slice(start, stop) for start, stop in group if start < stop)
 
@@ -145,7 +144,7 @@ def block_buffer(tokens: int, partition: VocabPartition, dtype: torch.dtype, dev
 
 
 def logits_block(hidden_CE: Tensor, weight_BE: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
-    """The logits ``[C, B]`` of a chunk and a block, in the memory of ``buffer``."""
+    """Logits ``[C, B]`` of a chunk and a block, written to ``buffer``."""
     c, b = len(hidden_CE), len(weight_BE)
     x_CB = torch.mm(hidden_CE, weight_BE.T, out=buffer[: c * b].view(c, b))
     return x_CB if softcap is None else x_CB.div_(softcap).tanh_().mul_(softcap)
@@ -160,21 +159,21 @@ def backward_products(
     silent_T: Tensor,
     gradient: Callable[[Tensor, Tensor, slice, slice], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a rank's hidden states and rows, block by block of the gradient of its logits.
+    """Gradients of a rank's hidden states and rows, block by block.
 
     Args:
         hidden_TE: all tokens.
         weight_NE: the rank's rows.
-        partition: who owns what.
+        partition: ownership of the rows.
         rank: this rank.
-        wanted: whether the gradient of the hidden states, of the rows, is wanted; another is returned empty.
-        silent_T: tokens without a gradient: NaN in their hidden states reaches nothing.
-        gradient: called as ``gradient(hidden_CE, weight_BE, tokens, columns)`` with widened operands; returns the gradient
-            of ``hidden_CE @ weight_BE.T``.
+        wanted: whether to compute the gradient of the hidden states, and of the rows; one not computed is returned empty.
+        silent_T: tokens without a gradient; NaN in their hidden states must not spread.
+        gradient: called as ``gradient(hidden_CE, weight_BE, tokens, columns)`` with widened operands; returns the
+            gradient of ``hidden_CE @ weight_BE.T``.
 
     Returns:
-        The gradient of the hidden states as this rank's columns have it, ``[T, E]``, in the accumulation dtype; that of the
-        rows, ``[N, E]``, in the dtype of the table, zero in padding.
+        The hidden states' gradient from this rank's columns, ``[T, E]``, in the accumulation dtype. The rows' gradient,
+        ``[N, E]``, in the dtype of the table, zero in padding.
     """
     wide = accumulation_dtype(weight_NE.dtype)
     hidden_grad = hidden_TE.new_zeros(hidden_TE.shape if wanted[0] else (0,), dtype=wide)
@@ -206,14 +205,14 @@ def backward_products(
 def reduce_hidden_grad(
     grad_TE: Tensor, shape: list[int], dtype: torch.dtype, seq_dim: int | None, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Sum the ranks' gradients of the hidden states, before they are rounded to ``dtype``.
+    """Sum the hidden states' gradients over the ranks, then round to ``dtype``.
 
     Args:
         grad_TE: this rank's part, of all tokens; overwritten.
         shape: of this rank's hidden states.
         dtype: of the result.
-        seq_dim: the dimension along which the hidden states are split; None: they are not.
-        group: the ranks; None: there is one, or nothing is to be summed.
+        seq_dim: the dimension along which the hidden states are split; None if they are not.
+        group: the ranks; None sums nothing.
     """
     if group is None:
         return grad_TE.view(shape).to(dtype)
@@ -230,7 +229,7 @@ def reduce_hidden_grad(
 
 
 def gather_sequence(hidden: Tensor, seq_dim: int | None, group: dist.ProcessGroup | None) -> Tensor:
-    """The hidden states of all ranks' parts of the sequence; a copy of no elements where they are not split."""
+    """Gather hidden states split along the sequence; empty if not split."""
     if seq_dim is None or group is None:
         return hidden.new_empty(0)
     w, hidden = group.size(), hidden.contiguous()
@@ -242,7 +241,7 @@ def gather_sequence(hidden: Tensor, seq_dim: int | None, group: dist.ProcessGrou
 
 
 class FirstOrder(torch.autograd.Function):
-    """Calls an operator that computes a gradient, and refuses to differentiate it again."""
+    """Call an operator that computes a gradient; refuse second derivatives."""
 
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> Any:
@@ -253,15 +252,15 @@ class FirstOrder(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
-            "logits and cross entropies over a split vocabulary have first derivatives only: their gradients cannot be "
-            "differentiated again; detach them, or use F.linear and F.cross_entropy on the whole table"
+            "logits and cross entropies over a split vocabulary have first derivatives only, but a gradient was "
+            "differentiated again: detach it, or use F.linear and F.cross_entropy on the whole table"
         )
 
 
 class _Logits(torch.autograd.Function):
-    """From hidden states and a rank's rows to its logits."""
+    """Logits of a rank from hidden states and its rows."""
 
     @staticmethod
     def forward(
@@ -279,12 +278,12 @@ class _Logits(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         hidden, weight, *ctx.options = inputs
         ctx.shape, ctx.gathered = list(hidden.shape), output[1].numel() > 0
-        logits = () if ctx.options[2] is None else (output[0],)  # the softcap's derivative is in them
+        logits = () if ctx.options[2] is None else (output[0],)  # they determine the softcap's derivative
         ctx.save_for_backward(output[1] if ctx.gathered else hidden, weight, *logits)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *logits = ctx.saved_tensors
         arguments = grads[0], logits[0] if logits else None, hidden, weight, ctx.shape, *ctx.options
         hidden_grad, weight_grad = FirstOrder.apply(

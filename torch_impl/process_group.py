@@ -1,4 +1,4 @@
-"""Who am I: rank, world size and process group of a layer."""
+"""Rank, world size and process group of a layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["find_group", "resolve_group", "resolve_partition", "resolve_rank"]
 def resolve_rank(
     rank: int | None, world_size: int | None, process_group: dist.ProcessGroup | None, source: str = "process_group"
 ) -> tuple[int, int]:
-    """``(rank, world_size)``, taken from ``process_group`` where left out; 0 and 1 without a group.
+    """Resolve ``(rank, world_size)`` from ``process_group``; 0 and 1 without a group.
 
     Raises:
         TypeError: a number is not an integer, or ``process_group`` is not a ``torch.distributed.ProcessGroup``.
-        ValueError: a number is out of range or disagrees with the group; several ranks, and nothing tells which this is.
+        ValueError: a number is out of range or disagrees with the group; the rank of several is not given.
     """
     if process_group is None:
         size = 1 if world_size is None else check_size("world_size", world_size)
@@ -45,10 +45,10 @@ def resolve_rank(
 
 
 def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world_size: int) -> str | None:
-    """The group's name: modules are copied and pickled with it, and compiled graphs hold it.
+    """Name of the group, which graphs, copies and pickles can hold.
 
     Raises:
-        ValueError: there is no group, and ``reduction`` needs one.
+        ValueError: ``reduction`` needs a group and there is none.
     """
     if process_group is not None:
         return str(process_group.group_name)
@@ -61,11 +61,11 @@ def resolve_group(process_group: dist.ProcessGroup | None, reduction: str, world
 
 
 def resolve_partition(partition: VocabPartition, process_group: dist.ProcessGroup | None) -> tuple[int, str]:
-    """This rank and the group's name, which is empty where the partition has one rank.
+    """This rank and the group's name, empty for a single rank.
 
     Raises:
         TypeError: ``process_group`` is not a ``torch.distributed.ProcessGroup``.
-        ValueError: it has another number of ranks than the partition, or is None where there are several.
+        ValueError: its size differs from the partition's, or it is None with several ranks.
     """
     if process_group is None and partition.world_size > 1:
         raise ValueError(
@@ -77,21 +77,21 @@ def resolve_partition(partition: VocabPartition, process_group: dist.ProcessGrou
 
 
 def find_group(name: str, rank: int | None, world_size: int) -> dist.ProcessGroup:
-    """Find the group of that name and check that it is the one a module was built for.
+    """Find a module's group by name, and check its rank and size.
 
     Raises:
-        RuntimeError: this process has no such group (any more), or it gives another rank or size.
+        RuntimeError: this process does not have the group, or its rank or size differs.
     """
     try:
         group = group_of_name(name)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"the process group {name!r} of this ParallelVocabEmbedding does not exist in this process; "
+            f"the process group {name!r} of this ParallelVocabEmbedding does not exist in this process: "
             f"build the module after init_process_group, and use it before destroy_process_group"
         ) from error
     if group.size() != world_size or rank not in (None, group.rank()):
         raise RuntimeError(
-            f"the process group {name!r} makes this process rank {group.rank()} of {group.size()}, this "
-            f"ParallelVocabEmbedding was made as rank {rank} of {world_size}; build it anew with the group at hand"
+            f"the process group {name!r} makes this process rank {group.rank()} of {group.size()}, but this "
+            f"ParallelVocabEmbedding was built as rank {rank} of {world_size}: build it again with this group"
         )
     return group

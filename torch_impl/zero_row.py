@@ -57,7 +57,7 @@ class ModuleWithTable(ModuleThatMoves):
             setattr(self.weight, name, value)
 
     def zero_padded(self, rows: Tensor | None = None) -> Tensor | None:
-        """Memory of ``weight`` and its row of zeros, ``[n + 1, e]``, or None.
+        """Memory of ``weight`` and its row of zeros, or None.
 
         Args:
             rows: this process's rows of a DTensor, if the caller has them.

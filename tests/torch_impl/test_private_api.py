@@ -22,14 +22,14 @@ def test_a_tensor_without_storage():
     assert (type(found), found.shape, found.dtype) == (Piece, (7, 3), torch.float16)
 
 
-def test_who_waits_for_the_gradient():
+def test_gradient_listener_is_described():
     weight = nn.Parameter(torch.ones(2))
-    assert private_api.who_waits_for_the_gradient(weight) is None
+    assert private_api.gradient_listener(weight) is None
     handle = weight.register_hook(lambda grad: grad)
-    assert "gradient hooks" in private_api.who_waits_for_the_gradient(weight)
+    assert "gradient hooks" in private_api.gradient_listener(weight)
     handle.remove()
     weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    assert "gradient hooks" in private_api.who_waits_for_the_gradient(weight)
+    assert "gradient hooks" in private_api.gradient_listener(weight)
     assert private_api.active_data_parallel() is None
 
 

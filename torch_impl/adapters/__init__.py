@@ -1,8 +1,8 @@
-"""The layer in the terms of other libraries; each module imports its library when it is used."""
+"""The layer for other libraries, which are imported on use."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch_impl.adapters.dtensor import VocabParallel
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["VocabParallel"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[VocabParallel]:
     if name in __all__:
         from torch_impl.adapters import dtensor
 

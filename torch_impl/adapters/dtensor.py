@@ -1,4 +1,4 @@
-"""A parallel style for ``parallelize_module``: an ``nn.Embedding`` that is there becomes the layer."""
+"""Parallel style for ``parallelize_module`` that replaces an ``nn.Embedding``."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["VocabParallel"]
 
 
 class VocabParallel(ParallelStyle):
-    """Split an ``nn.Embedding`` over the vocabulary, in place, in a plan of ``parallelize_module``.
+    """Parallel style that splits an ``nn.Embedding`` over the vocabulary in place.
 
-    The module stays an ``nn.Embedding``, of its own class and under its own names, and becomes a
-    ``ParallelVocabEmbedding`` built with ``device_mesh``. Its weight ``[v, e]`` becomes a DTensor, ``Shard(0)``; where
-    the ranks do not divide ``v``, the last ones have fewer rows. The rows are those of ``src_data_rank``'s weight, or each
-    rank's own where ``parallelize_module`` is given None. A weight on the meta device stays there; after ``to_empty``,
-    ``reset_parameters`` draws its numbers. Tie the output layer's weight to it afterwards, and call ``fully_shard`` last.
+    The module remains an ``nn.Embedding`` of its own class and name, and becomes a ``ParallelVocabEmbedding`` built
+    with ``device_mesh``. Its weight ``[v, e]`` becomes a DTensor, ``Shard(0)``; where the ranks do not divide ``v``,
+    the last ones have fewer rows. Rows come from ``src_data_rank``'s weight, or with None from each rank's own. A
+    weight on the meta device stays there until ``to_empty`` and ``reset_parameters``. Tie the output layer's weight
+    afterwards, and call ``fully_shard`` last.
 
     Args:
-        input_layouts: of ids that are plain tensors: ``Replicate()``, the same on all ranks; ``Shard(d)``, each rank's
-            equal part along dimension d.
+        input_layouts: layout of ids that are plain tensors: ``Replicate()``, the same on all ranks; ``Shard(d)``, each
+            rank's equal part along dimension d.
         output_layouts: ``Replicate()``, the embedding on every rank; ``Shard(d)``, each rank's equal part along
             dimension d of the ids, such as ``Shard(1)`` for the sequence of ``[b, s]``.
-        use_local_output: return a plain tensor; else a DTensor of ``output_layouts``.
+        use_local_output: return a plain tensor; False: a DTensor of ``output_layouts``.
 
     Raises:
         TypeError: the module is not an ``nn.Embedding``.
-        ValueError: a layout is another; the weight is a DTensor already; the ``nn.Embedding`` has ``max_norm``,
-            ``scale_grad_by_freq`` or ``sparse``; the mesh has several dimensions.
+        ValueError: a layout is not one of these; the weight is already a DTensor; the ``nn.Embedding`` has
+            ``max_norm``, ``scale_grad_by_freq`` or ``sparse``; the mesh has several dimensions.
 
     Source: RowwiseParallel of PyTorch.
 
@@ -71,7 +71,7 @@ class VocabParallel(ParallelStyle):
         if not isinstance(module, nn.Embedding) or isinstance(module, ParallelVocabEmbedding):
             raise TypeError(
                 f"VocabParallel must be given an nn.Embedding, got {type(module).__name__}; "
-                f"a ParallelVocabEmbedding is built with device_mesh instead"
+                f"a ParallelVocabEmbedding is built with device_mesh= instead"
             )
         weight = module.weight
         if isinstance(weight, DTensor):
@@ -82,7 +82,7 @@ class VocabParallel(ParallelStyle):
             {"reduction": "all_reduce"} if shard is None else {"reduction": "reduce_scatter", "seq_dim": shard.dim}
         )
         layer = ParallelVocabEmbedding(*weight.shape, **options)
-        # parallelize_module goes on with the module that it has: it is to be the layer, with its hooks and attributes.
+        # parallelize_module keeps the module that it has, so that one becomes the layer and keeps hooks and attributes.
         module.__class__ = _class_from(type(module))  # type: ignore[arg-type]
         vars(module).update({name: value for name, value in vars(layer).items() if name not in vars(module)})
         assert isinstance(module, _VocabParallelEmbedding)
@@ -100,12 +100,12 @@ class VocabParallel(ParallelStyle):
 
 
 class _VocabParallelEmbedding(ParallelVocabEmbedding, nn.Embedding):  # type: ignore[override]
-    """The layer under the name of ``nn.Embedding``."""
+    """The layer as an ``nn.Embedding``."""
 
     weight: nn.Parameter
     style: VocabParallel
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding has for it
+    def forward(self, input: Tensor) -> Tensor:  # nn.Embedding's name for ids
         style, mesh = self.style, self.device_mesh
         if not isinstance(input, DTensor) and not style.input_layouts.is_replicate():
             input = DTensor.from_local(input, mesh, [style.input_layouts], run_check=False)
@@ -119,7 +119,7 @@ class _VocabParallelEmbedding(ParallelVocabEmbedding, nn.Embedding):  # type: ig
 
 @lru_cache
 def _class_from(cls: type[nn.Embedding]) -> type[nn.Embedding]:
-    """A class of that name whose ``super().forward`` is the layer's."""
+    """Subclass of the same kind whose ``super().forward`` is the layer's."""
     if cls is nn.Embedding:
         return _VocabParallelEmbedding
     return type(f"VocabParallel{cls.__name__}", (cls, _VocabParallelEmbedding), {})

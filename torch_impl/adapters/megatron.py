@@ -1,4 +1,4 @@
-"""The layer in the place of Megatron-core's own. Megatron-core is imported when a layer is built."""
+"""Replacement for Megatron-core's layer; Megatron-core is imported on use."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["VocabParallelEmbedding"]
 
 
 class VocabParallelEmbedding(ParallelVocabEmbedding):
-    """A vocabulary-parallel embedding with Megatron-core's constructor and checkpoints.
+    """Vocabulary-parallel embedding with Megatron-core's constructor and checkpoints.
 
-    It takes the place of ``megatron.core.tensor_parallel.VocabParallelEmbedding``: the parameter has the same name, shape,
-    device, numbers and attributes, and ``sharded_state_dict`` the same entry, so that either loads what the other saved.
-    Ids outside the vocabulary give zero rows, also on one rank.
+    It replaces ``megatron.core.tensor_parallel.VocabParallelEmbedding``. The parameter has the same name, shape,
+    device, numbers and attributes. ``sharded_state_dict`` has the same entry, so that either class loads the other's
+    checkpoints. Invalid ids give zero rows, also on one rank.
 
-    The gradient reaches ``weight.main_grad`` by the hooks of Megatron's DistributedDataParallel, as that of Megatron's
-    class does: ``config.gradient_accumulation_fusion`` concerns matrix products. Sums are made in a fixed order with and
-    without ``config.deterministic_mode``.
+    The gradient reaches ``weight.main_grad`` through the hooks of Megatron's DistributedDataParallel, as with
+    Megatron's class: ``config.gradient_accumulation_fusion`` concerns matrix products. Sums have a fixed order,
+    whatever ``config.deterministic_mode`` is.
 
     Args:
-        num_embeddings: rows of the whole table, padding included; divisible by the size of the group.
+        num_embeddings: rows of the whole table, padding included; divisible by the group's size.
         embedding_dim: columns of the table.
-        init_method: called with the tensor to fill: the rank's rows under Megatron's random state of the rank, or, with
-            ``config.use_cpu_initialization``, the whole table on the host, of which each rank keeps its rows.
+        init_method: fills a tensor in place: the rank's rows, under the rank's random state of Megatron. With
+            ``config.use_cpu_initialization`` it fills the whole table on the host, of which each rank keeps its rows.
         reduce_scatter_embeddings: return the rank's chunk of the sequence, the sequence first.
-        config: Megatron's ModelParallelConfig or TransformerConfig. It is read for ``params_dtype``,
-            ``use_cpu_initialization``, ``perform_initialization`` and ``deterministic_mode``.
-        tp_group: the ranks. Left out: Megatron's tensor-parallel group.
+        config: Megatron's ModelParallelConfig or TransformerConfig. Its ``params_dtype``, ``use_cpu_initialization``,
+            ``perform_initialization`` and ``deterministic_mode`` are read.
+        tp_group: the ranks. Default: Megatron's tensor-parallel group.
 
     Raises:
         ImportError: megatron-core is not installed.
@@ -57,7 +57,7 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        init_method: Callable[[Tensor], Any],
+        init_method: Callable[[Tensor], object],
         reduce_scatter_embeddings: bool = False,
         config: Any,
         tp_group: dist.ProcessGroup | None = None,
@@ -66,7 +66,7 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
             from megatron.core.utils import get_tensor_model_parallel_group_if_none
         except ImportError as error:
             raise ImportError(
-                "VocabParallelEmbedding takes the place of Megatron-core's: pip install megatron-core"
+                "VocabParallelEmbedding needs Megatron-core, which is not installed: pip install megatron-core"
             ) from error
         super().__init__(
             num_embeddings,
@@ -89,12 +89,15 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
-        """The ranks, by Megatron's name."""
+        """The ranks, under Megatron's name."""
         return self.process_group
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the rank's rows by ``init_method``, as Megatron-core does; a table on the meta device stays so."""
+        """Fill the rank's rows with ``init_method``.
+
+        A table on the meta device stays there.
+        """
         if self.weight.is_meta:
             return
         if self._init_whole_table:
@@ -110,7 +113,7 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
             self._init_method(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look ids up.
+        """Look up ids.
 
         Args:
             ids: global ids, ``[b, s]``; the same on all ranks.
@@ -125,17 +128,17 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
         return super().forward(torch.transpose(ids, 0, 1) if self.reduce_scatter_embeddings else ids)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+        self, prefix: str = "", sharded_offsets: object = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return ``weight`` as Megatron's ``dist_checkpointing`` saves and loads it.
 
         Args:
-            prefix: what the name begins with.
+            prefix: prefix of the name.
             sharded_offsets: Megatron's offsets of dimensions before the table's.
-            metadata: Megatron's; its ``dp_cp_group`` holds the replicas of the table. Left out: Megatron's groups.
+            metadata: Megatron's; its ``dp_cp_group`` holds the table's replicas. Default: Megatron's groups.
 
         Returns:
-            A ``ShardedTensor`` of the whole table, which may be loaded with another padding.
+            A ``ShardedTensor`` of the whole table, which can be loaded with another padding.
         """
         from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
         from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -153,25 +156,25 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
         return {key: entry}
 
     @classmethod
-    def from_table(cls, *arguments: Any, **options: Any) -> NoReturn:
-        """Refuse: Megatron-core builds the layer; load its rows afterwards.
+    def from_table(cls, *arguments: object, **options: object) -> NoReturn:
+        """Refused: Megatron-core builds the layer; load its rows afterwards.
 
         Raises:
             TypeError: always; the message says how.
         """
         raise TypeError(
-            "from_table does not know Megatron's config: build the layer, then copy the rows of "
+            "from_table has no argument for Megatron's config: build the layer, then copy the rows of "
             "torch_impl.ParallelVocabEmbedding.from_table(..., process_group=emb.tp_group).weight into emb.weight"
         )
 
     @classmethod
-    def from_embedding(cls, *arguments: Any, **options: Any) -> NoReturn:
-        """Refuse: Megatron-core builds the layer; copy its rows afterwards.
+    def from_embedding(cls, *arguments: object, **options: object) -> NoReturn:
+        """Refused: Megatron-core builds the layer; copy its rows afterwards.
 
         Raises:
             TypeError: always; the message says how.
         """
         raise TypeError(
-            "from_embedding does not know Megatron's config: build the layer, then copy rows "
+            "from_embedding has no argument for Megatron's config: build the layer, then copy rows "
             "[emb.vocab_start_index, emb.vocab_end_index) of the table into emb.weight"
         )
