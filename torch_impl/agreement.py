@@ -43,11 +43,7 @@ def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[N
 def check_agreement(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> None:
     """Compare what the ranks are about to compute, before any row travels.
 
-    Args:
-        ids: this rank's ids. Illegal ones are compared too, so that no rank is left waiting.
-        weight: this rank's rows, of which eight are compared.
-        config: the options; those of ``config.agreement()`` must be equal.
-        group: the ranks.
+    Illegal ids are compared too, so that no rank is left waiting. Eight rows of ``weight`` are compared.
 
     Raises:
         ValueError: on every rank. It names the first difference and the ranks on each side, or two ranks with equal rows.

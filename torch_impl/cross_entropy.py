@@ -137,9 +137,8 @@ def linear_cross_entropy(
         weight: this rank's own rows, ``[partition.rows_per_rank, emb_size]``, in the dtype of ``hidden``. Padding rows
             are ignored and get a gradient of 0.
         targets: global ids of all tokens, ``[*]``, any integer dtype; the same on all ranks.
-        partition: ownership of the rows; its ``world_size`` is the group's.
-        process_group: the ranks; None if ``partition.world_size`` is 1.
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets: as in ``parallel_cross_entropy``.
+        partition, process_group, ignore_index, label_smoothing, z_loss, reduction, invalid_targets: as in
+            ``parallel_cross_entropy``.
         softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
         seq_dim: the dimension of the targets along which ``hidden`` is split (sequence parallel); None if it is not.
             ``hidden`` is gathered once and its gradient reduce-scattered once.
@@ -156,13 +155,11 @@ def linear_cross_entropy(
     the logits block by block. It sums hidden's gradient over the ranks once, in float32; the table's gradient needs no
     communication. Loss, ``lse`` and the table's gradient do not depend on the number of ranks
     (``shared.head.ColumnBlocks`` says for which numbers). For 16-bit inputs products and sums are float32, and
-    gradients are rounded once. Special values and orders of differentiation are those of ``parallel_cross_entropy``.
+    gradients are rounded once. Special values and derivatives are as in ``parallel_cross_entropy``.
 
     Raises:
-        TypeError: a dtype is not legal, or an option has the wrong type.
-        ValueError: a shape does not fit, or an option is out of range.
-        IndexError: with ``invalid_targets="error"``; names the first invalid target, its position and the legal range.
-        RuntimeError: a collective failed; the message names it.
+        TypeError, ValueError, IndexError, RuntimeError: as ``parallel_cross_entropy``; also a TypeError or ValueError if
+            ``hidden`` and ``weight`` differ in dtype or ``emb_size``.
 
     Source: cut cross entropy (Wijmans et al., 2024, arXiv:2411.09009), over a split vocabulary and in a fixed order.
 

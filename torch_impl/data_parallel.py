@@ -21,11 +21,7 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_further_split(weight: DTensor, layer: TableInFiles) -> None:
-    """Refuse a DTensor split over the layer's own ranks by ``fully_shard``.
-
-    Args:
-        weight: the new table.
-        layer: the layer that receives it.
+    """Refuse a new table split over the layer's own ranks by ``fully_shard``.
 
     Raises:
         ValueError: the DTensor's mesh holds other ranks of the layer, whose rows ``fully_shard`` would take for copies.

@@ -30,8 +30,7 @@ def parallel_argmax(logits: Tensor, partition: VocabPartition, process_group: di
     Args:
         logits: this rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16 or float32. Padding columns are
             ignored.
-        partition: ownership of the columns; its ``world_size`` is the group's.
-        process_group: the ranks; None if ``partition.world_size`` is 1.
+        partition, process_group: as in ``parallel_top_k``.
 
     Returns:
         Global ids, int64 ``[*]``, the same on all ranks. Of equal logits the lowest id wins (-0.0 equals 0.0); NaN is
@@ -108,10 +107,9 @@ def parallel_sample(
     for the device to check ``uniform``.
 
     Args:
-        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Divide them by the
-            temperature first. Padding columns are ignored.
-        partition: ownership of the columns; its ``world_size`` is the group's.
-        process_group: the ranks; None if ``partition.world_size`` is 1.
+        logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Divide them by the temperature
+            first. Padding columns are ignored.
+        partition, process_group: as in ``parallel_top_k``.
         uniform: a random number in [0, 1) a token, ``[*]``, the same on all ranks.
 
     Returns:

@@ -52,12 +52,10 @@ def reduced_lookup(
     """Look up ids in a table split over a process group.
 
     Args:
-        weight: the rank's rows, ``[N, E]``, checked by ``check_rows`` or with ``zero_padded``.
+        weight, zero_padded, sparse: as in ``torch_impl.lookup.lookup``.
         ids: int64, any shape; the same on all ranks, except with ``"all_to_all"``.
         config: the options; ``reduction`` is not ``"none"``.
         group_name: the ranks.
-        zero_padded: the memory of ``weight`` with a row of zeros behind it, ``[N + 1, E]``, if there is one.
-        sparse: make the gradient a sparse COO tensor.
 
     Returns:
         ``[*ids.shape, E]`` on the device of the ids; for ``"reduce_scatter"`` this rank's chunk of it.

@@ -37,10 +37,7 @@ class TableInFiles(ModuleWithTable):
     _group_name: str | None
 
     def mark_state_dicts(self) -> None:
-        """Record the rank's range in state dicts, and refuse other ranks' rows.
-
-        The range lies in the metadata of ``state_dict()``, beside its keys.
-        """
+        """Record the rank's range in ``state_dict()``'s metadata; refuse other ranks' rows."""
         self.register_state_dict_post_hook(_record_range)
         self.register_load_state_dict_pre_hook(_check_range)
 
@@ -58,9 +55,7 @@ class TableInFiles(ModuleWithTable):
         self.allocate_table(stop - start, self.emb_size, dtype, device, self.table_rows)
 
     def own_rows(self, like_weight: Tensor | None = None) -> tuple[Tensor, int]:
-        """This process's rows, sharing memory, and their first row's number.
-
-        The number counts from the rank's first row.
+        """This process's rows, sharing memory, and their start within the rank's.
 
         Args:
             like_weight: a tensor split as the table is, such as its gradient; default: the table.
@@ -316,18 +311,9 @@ def _rows_of(layer: TableInFiles) -> list[int]:
 
 
 def _fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition, rank: int) -> None:
-    """Read a rank's rows in place and cast them; padding becomes zero.
+    """Read and cast a rank's rows ``[n, e]`` in place; padding becomes zero.
 
     A CPU tensor's memory is filled from the file, another device's 16 MiB at a time.
-
-    Args:
-        weight: the rank's rows, ``[n, e]``.
-        table: the source.
-        partition: ownership of the rows.
-        rank: the owner of ``weight``.
-
-    Raises:
-        ValueError: a file of the table is damaged.
     """
     start, stop = partition.owned_range(rank)
     rows = weight.detach()
@@ -344,19 +330,9 @@ def _write_table(
     tensor_name: str,
     force: bool,
 ) -> None:
-    """Write the ranks' rows as one table.
+    """Write the ranks' rows ``[n, e]`` as one table, as ``save_table`` describes.
 
-    Every rank of ``group`` calls this with equal arguments.
-
-    Args:
-        weight: the rank's rows, ``[n, e]``.
-        partition: ownership of the rows.
-        rank: the owner of ``weight``.
-        group: the ranks; None for a single one.
-        path, tensor_name, force: as in ``save_table``.
-
-    Raises:
-        ValueError: on every rank, if one of them failed.
+    Every rank of ``group`` calls this with equal arguments; None is a single rank. If one fails, all raise ValueError.
     """
     dtype = str(weight.dtype).removeprefix("torch.")
     rows, (start, stop) = weight.detach(), partition.owned_range(rank)

@@ -207,12 +207,8 @@ def reduce_hidden_grad(
 ) -> Tensor:
     """Sum the hidden states' gradients over the ranks, then round to ``dtype``.
 
-    Args:
-        grad_TE: this rank's part, of all tokens; overwritten.
-        shape: of this rank's hidden states.
-        dtype: of the result.
-        seq_dim: the dimension along which the hidden states are split; None if they are not.
-        group: the ranks; None sums nothing.
+    ``grad_TE`` is this rank's part, of all tokens, and is overwritten. The result has the ``shape`` of this rank's
+    hidden states, which ``seq_dim`` splits unless it is None. Without a group nothing is summed.
     """
     if group is None:
         return grad_TE.view(shape).to(dtype)

@@ -43,15 +43,9 @@ def resolve_mesh(device_mesh: DeviceMesh | None, process_group: dist.ProcessGrou
 
 
 def as_dtensor(rows: Tensor, device_mesh: DeviceMesh, table_rows: int) -> Tensor:
-    """Wrap the ranks' rows as one DTensor, ``Shard(0)``, which shares memory.
+    """Wrap the ranks' rows as one DTensor ``[table_rows, e]``, ``Shard(0)``, sharing memory.
 
-    Args:
-        rows: this rank's rows, contiguous: ``ceil(table_rows / w)``; fewer or none on the last ranks.
-        device_mesh: the ranks.
-        table_rows: rows of all ranks.
-
-    Returns:
-        A DTensor ``[table_rows, e]``.
+    ``rows`` are contiguous: ``ceil(table_rows / w)`` on each rank, fewer or none on the last ones.
     """
     from torch.distributed.tensor import DTensor, Shard
 

@@ -94,10 +94,7 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the rank's rows with ``init_method``.
-
-        A table on the meta device stays there.
-        """
+        """Fill the rank's rows with ``init_method``, except on the meta device."""
         if self.weight.is_meta:
             return
         if self._init_whole_table:

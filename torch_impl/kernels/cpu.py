@@ -102,7 +102,10 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
-    """Sum the tokens' gradients by row: ``[num_rows, E]``, zero for other rows."""
+    """Sum the tokens' gradients by row: ``[num_rows, E]``, zero for other rows.
+
+    Arguments are those of ``sum_rows``. The result has the dtype of ``grad_TE``.
+    """
     if num_rows * grad_TE.shape[1] <= _SMALL_TABLE and grad_TE.device.type == "cpu":
         wide = grad_TE.to(accumulation_dtype(grad_TE.dtype))
         # It adds in the order of the tokens too, and skips the key of no row.

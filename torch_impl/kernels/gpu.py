@@ -123,18 +123,10 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
-    """Sum the tokens' gradients by row.
+    """Sum the tokens' gradients by row, as ``kernels.cpu.scatter_add``.
 
     16-bit gradients are summed in float32 and rounded once. The order is fixed: 16 sorted tokens at a time, ascending,
     then these sums within windows of 256 tokens, then the windows.
-
-    Args:
-        grad_TE: gradients of the tokens, ``[T, E]``.
-        keys_T: each token's row; ``num_rows`` for none.
-        num_rows: rows of the table.
-
-    Returns:
-        ``[num_rows, E]`` in the dtype of ``grad_TE``, zero for rows that do not occur.
     """
     num_tokens, emb_size = grad_TE.shape
     sums = grad_TE.new_zeros(num_rows, emb_size)
