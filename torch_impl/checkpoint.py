@@ -28,8 +28,8 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
             ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint.state_dict``. Not modified.
 
     Returns:
-        A copy of the dictionaries with equal keys. After ``dcp.load`` convert it back with ``local_state_dict``, then call
-        ``load_state_dict``, ``set_model_state_dict`` or ``set_optimizer_state_dict``.
+        A copy of the dictionaries with equal keys. After ``dcp.load`` convert it back with ``local_state_dict``, then
+        call ``load_state_dict``, ``set_model_state_dict`` or ``set_optimizer_state_dict``.
 
     Raises:
         ValueError: the state dict has no table of the model, or names parameters by numbers; an optimizer's state of a

@@ -147,9 +147,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or ``[*]`` for ``reduction="none"``. With ``returns`` a
-            tuple of the
-        loss and these results in the given order. ``lse`` and ``logprobs`` are ``[*]`` and differentiable, ``count`` is
-            int64.
+        tuple of the loss and these results in the given order. ``lse`` and ``logprobs`` are ``[*]`` and differentiable,
+        ``count`` is int64.
 
     Forward is one all-gather of a few numbers a token and keeps nothing of the vocabulary's size. Backward recomputes
     the logits block by block. It sums hidden's gradient over the ranks once, in float32; the table's gradient needs no

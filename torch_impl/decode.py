@@ -34,8 +34,7 @@ def parallel_argmax(logits: Tensor, partition: VocabPartition, process_group: di
 
     Returns:
         Global ids, int64 ``[*]``, the same on all ranks. Of equal logits the lowest id wins (-0.0 equals 0.0); NaN is
-            greater
-        than any number.
+        greater than any number.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``parallel_top_k``.
@@ -68,8 +67,7 @@ def parallel_top_k(
 
     Returns:
         ``(values, ids)``, both ``[*, k]``, the same on all ranks. Values have the dtype of ``logits``, -0.0 as 0.0 and
-            one kind
-        of NaN. Ids are global, int64. Of equal logits the lower id comes first; NaN precedes all numbers.
+        one kind of NaN. Ids are global, int64. Of equal logits the lower id comes first; NaN precedes all numbers.
 
     Raises:
         TypeError: logits have another dtype, or k is not an integer.
@@ -114,8 +112,7 @@ def parallel_sample(
 
     Returns:
         Global ids, int64 ``[*]``, the same on all ranks: the smallest id whose cumulative probability exceeds
-            ``uniform``. Logits
-        with NaN or +inf, or all -inf, have no distribution and give -1.
+        ``uniform``. Logits with NaN or +inf, or all -inf, have no distribution and give -1.
 
     Raises:
         TypeError: logits or uniform are not floating.

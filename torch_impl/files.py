@@ -311,7 +311,7 @@ def _rows_of(layer: TableInFiles) -> list[int]:
 
 
 def _fill_from_table(weight: Tensor, table: TableFile, partition: VocabPartition, rank: int) -> None:
-    """Read and cast a rank's rows ``[n, e]`` in place; padding becomes zero.
+    """Read and cast a rank's rows in place; padding becomes zero.
 
     A CPU tensor's memory is filled from the file, another device's 16 MiB at a time.
     """

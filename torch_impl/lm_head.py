@@ -102,8 +102,7 @@ class ParallelLMHead(nn.Module):
 
         Returns:
             The result of ``linear_cross_entropy``, or of ``parallel_logits`` for all tokens. The gradient of ``hidden``
-                is summed
-            over the ranks.
+            is summed over the ranks.
 
         Raises:
             TypeError, ValueError, IndexError, RuntimeError: as ``linear_cross_entropy``; ``returns`` without targets is

@@ -224,10 +224,8 @@ class ParallelVocabEmbedding(TableInFiles):
 
         Returns:
             ``[*ids.shape, emb_size]`` on the ids' device in the table's dtype: the incomplete embedding ``Er`` or the
-                embedding
-            ``E``, as ``reduction`` says. ``"reduce_scatter"`` divides the ids' dimension ``seq_dim`` by ``world_size``.
-                Rows are
-            copied bit for bit.
+            embedding ``E``, as ``reduction`` says. ``"reduce_scatter"`` divides the ids' dimension ``seq_dim`` by
+            ``world_size``. Rows are copied bit for bit.
 
         The gradient of ``"all_reduce"`` is local: all ranks must compute the same gradient of ``E``, as they do from
         the same loss.
