@@ -91,6 +91,7 @@ def parallel_cross_entropy(
         RuntimeError: a collective failed; the message names it.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); label smoothing as in ``F.cross_entropy``; z-loss: ST-MoE
+    (Zoph et al., 2022, arXiv:2202.08906).
 
     Example:
         >>> import torch
@@ -128,7 +129,7 @@ def linear_cross_entropy(
     invalid_targets: str = "error",
     returns: Sequence[str] = (),
 ) -> Any:
-    """Cross entropy of ``hidden @ table.T`` over a split table, without logits.
+    """Cross entropy from hidden states and a split table; stores no logits.
 
     Every rank of the group calls this with the same targets and options, and gets the same loss, bit for bit.
 

@@ -38,8 +38,8 @@ def check_further_split(weight: DTensor, layer: TableInFiles) -> None:
 def active_data_parallel_problem() -> str | None:
     """Describe how a running DistributedDataParallel mixes ranks' rows; else None.
 
-    Each wrapper is checked once. It has overwritten the rows with those of its first rank when it was built; no public API
-    announces that.
+    DistributedDataParallel overwrites the rows with those of its first rank when it is built, and no public API announces
+    that. Each one is checked once.
     """
     wrapper: Any = active_data_parallel()
     if wrapper is None or wrapper in _checked:

@@ -123,6 +123,7 @@ def reduced_lookup(
         RuntimeError: a collective failed; the message names it.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053) and its sequence parallelism (Korthikanti et al., 2022,
+    arXiv:2205.05198).
 
     Example:
         >>> import torch

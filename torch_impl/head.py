@@ -70,6 +70,7 @@ def parallel_logits(
         ValueError: a shape does not fit; ``rank`` or ``softcap`` is out of range.
 
     Source: the parallel output layer of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); softcap: Gemma 2 (2024,
+    arXiv:2408.00118).
 
     Example:
         >>> import torch

@@ -3,21 +3,24 @@
 ``dist.reduce_scatter_single`` and ``dist.all_gather_single`` are torch 2.13's names for ``reduce_scatter_tensor`` and
 ``all_gather_into_tensor``.
 
-Each private API has its reason below, and what would remove the need. A test uses each one, so that a release that
-moves it fails.
+Each private API has its reason below, and what would remove the need. A test uses each one, so that a release that moves it
+fails.
 
 - ``_resolve_process_group``: compiled graphs, copies and pickles hold a group by name. Not needed once operators take a
-ProcessGroup (pytorch/pytorch#129942, open; tried in #172795). - ``Tensor._make_wrapper_subclass``:
-torch.distributed.checkpoint takes chunks of a tensor only from a subclass of Tensor. Not needed once it takes any object
-that describes its chunks (pytorch/pytorch#189492, in review). - ``_StridedShard``: placement of a dimension that
-``fully_shard`` splits after another mesh dimension. Not needed once the order of splits is public. - ``Module._apply``: the
-one method behind ``to``, ``half`` and ``to_empty``; ``nn.RNN`` overrides it for the same purpose. There is no public hook;
-none is proposed. - ``torch.fx.experimental.proxy_tensor.get_proxy_mode``: whether make_fx is tracing, where memory other
-than the weight's would be a constant. It has no leading underscore, but "experimental" promises nothing. -
-``torch._C._are_functorch_transforms_active``: under torch.compile, dynamo inlines the forward of an autograd.Function
-inside torch.func's grad or vmap and drops its backward. Not needed once dynamo keeps both. - ``Tensor._backward_hooks``,
-``Tensor._post_accumulate_grad_hooks``, ``DistributedDataParallel._get_active_ddp_module``: whether hooks or DDP expect a
-gradient from autograd, and which ranks DDP keeps equal. There is no public query; none is proposed.
+  ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
+- ``Tensor._make_wrapper_subclass``: torch.distributed.checkpoint takes chunks of a tensor only from a subclass of Tensor.
+  Not needed once it takes any object that describes its chunks (pytorch/pytorch#189492, in review).
+- ``_StridedShard``: placement of a dimension that ``fully_shard`` splits after another mesh dimension. Not needed once the
+  order of splits is public.
+- ``Module._apply``: the one method behind ``to``, ``half`` and ``to_empty``; ``nn.RNN`` overrides it for the same purpose.
+  There is no public hook; none is proposed.
+- ``torch.fx.experimental.proxy_tensor.get_proxy_mode``: whether make_fx is tracing, where memory other than the weight's
+  would be a constant. It has no leading underscore, but "experimental" promises nothing.
+- ``torch._C._are_functorch_transforms_active``: under torch.compile, dynamo inlines the forward of an autograd.Function
+  inside torch.func's grad or vmap and drops its backward. Not needed once dynamo keeps both.
+- ``Tensor._backward_hooks``, ``Tensor._post_accumulate_grad_hooks``, ``DistributedDataParallel._get_active_ddp_module``:
+  whether hooks or DDP expect a gradient from autograd, and which ranks DDP keeps equal. There is no public query; none is
+  proposed.
 """
 
 from __future__ import annotations

@@ -67,14 +67,14 @@ class ParallelVocabEmbedding(TableInFiles):
         padding_idx: a global id whose row is set to zero by ``reset_parameters`` and gets no gradient from lookups.
         padded_vocab_size: rows including padding, a multiple of ``world_size``, or ``"even"`` for the least such size
             (``shared.pad_vocab_size`` computes others). Default: no padding. Padding rows come last, are zero, belong to no
-            id and are never written to a file. Lookups give them no gradient, a tied head does: see ``zero_padding_grad``.
+            id and are never written to a file. Lookups give them no gradient; for tied heads see ``zero_padding_grad``.
         sparse: make ``weight.grad`` a sparse COO tensor of the distinct rows; eager mode only.
         init: ``"per_rank"``, as ``init_base_seed`` describes; ``"global"``, row i is a function of ``init_base_seed``
             and i alone, computed on the host, with the same bits in both frameworks and for any number of ranks. A
             callable receives the global numbers ``[k]`` of this process's rows without padding, int64 on the table's
             device, and returns the rows ``[k, emb_size]``; k may be 0. Pickling a layer pickles the callable by name,
-            so a lambda cannot be. None leaves rows uninitialised, for loading. Padding rows and the row of
-            ``padding_idx`` are always zero.
+            so a lambda cannot be. None leaves rows uninitialised, for loading. Callables and None do not use
+            ``init_mean``, ``init_std`` and ``init_base_seed``. Padding and the row of ``padding_idx`` are always zero.
         check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
             ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a
             few hundred bytes; the host waits for the device.
