@@ -55,7 +55,9 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
 
 
 @reduced_lookup.defjvp
-def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(
+    config: EmbeddingConfig, axis_name: str, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
     return reduced_lookup(weight, ids, config, axis_name), linear_reduced_lookup(tangents[0], ids, config, axis_name)
 
