@@ -84,10 +84,7 @@ def restore_args(tree: Any) -> Any:
 
 
 def _layer_of(node: Any) -> ParallelVocabEmbedding | None:
-    """Layer at a node of the tree, or None.
-
-    For a table in a Flax NNX state: a layer of the same layout, without a table.
-    """
+    """Layer at a node, or None; without a table for Flax NNX."""
     if isinstance(node, ParallelVocabEmbedding):
         return node
     layout = node.get_metadata().get("vocab_layout") if hasattr(node, "get_metadata") else None

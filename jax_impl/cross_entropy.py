@@ -83,8 +83,8 @@ def parallel_cross_entropy(
         ignore_index: targets with a loss of exactly 0 and no gradient.
         label_smoothing: share of the target spread evenly over all ``vocab_size`` ids, in [0, 1).
         z_loss: factor of the squared logsumexp, added to each token's loss.
-        reduction: ``"mean"`` over the targets that are not ignored (0 without any), ``"sum"``, or ``"none"``. Data axes are
-            not reduced.
+        reduction: ``"mean"`` over the targets that are not ignored (0 without any), ``"sum"``, or ``"none"``; over the
+            tokens given, not over data axes.
         invalid_targets: result for targets outside ``[0, vocab_size)``: ``"error"``, a loss of NaN without a gradient, and
             an error under ``jax.experimental.checkify``; ``"ignore"``, no loss.
 
@@ -171,8 +171,8 @@ def linear_cross_entropy(
     Forward is one all-gather of a few numbers a token, and keeps nothing of the vocabulary's size. Backward recomputes the
     logits block by block. It sums the gradient of ``hidden`` over the ranks once, in float32; the table's gradient is local.
     Products and sums are float32 for 16-bit inputs. Gradients are rounded once, after the sum over data axes. Loss, ``lse``
-    and the table's gradient do not depend on the number of ranks, within the limits of ``shared.head.ColumnBlocks``.
-    Products on accelerators have the precision of ``jax.default_matmul_precision``. Special values: see
+    and the table's gradient do not depend on the number of ranks, within the limits of ``shared.head.ColumnBlocks``. On
+    accelerators products have the precision of ``jax.default_matmul_precision``. Special values are those of
     ``parallel_cross_entropy``. Reverse mode only.
 
     Raises:
@@ -220,12 +220,8 @@ def loss_of(
 ) -> Any:
     """Loss, and further results asked for, from the statistics.
 
-    Args:
-        statistics: ``[2 or 3, *]``.
-        targets: ``[*]``, as ``as_targets`` returns them.
-        options: those of the loss.
-        partition: gives the size of the vocabulary.
-        data_axes: mesh axes whose tokens mean, sum and count include.
+    Statistics are ``[2 or 3, *]``, targets ``[*]`` as ``as_targets`` returns them. Mean, sum and count include the tokens
+    of ``data_axes``.
     """
     counted = targets >= 0
     # Select first: in the gradient of the formula, 0 times NaN would be NaN.
@@ -257,7 +253,7 @@ def linear_statistics(
     axis_name: str,
     options: LossOptions,
 ) -> jax.Array:
-    """Validate the arguments; compute ``[2 or 3, *targets.shape]`` statistics of ``hidden @ table.T``."""
+    """Statistics of ``hidden @ table.T``: ``[2 or 3, *targets.shape]``."""
     tokens, dim = list(hidden.shape[:-1]), None
     if options.seq_dim is not None:
         dim = resolve_seq_dim(len(tokens), options.seq_dim)
@@ -301,18 +297,12 @@ def maximum_and_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def finite_shift(maximum: jax.Array) -> jax.Array:
-    """Shift before exp: the maximum, or 0 where it is -inf.
-
-    There the difference would be NaN.
-    """
-    return jnp.where(maximum == -jnp.inf, 0, maximum)
+    """Shift before exp: the maximum, or 0 where it is -inf."""
+    return jnp.where(maximum == -jnp.inf, 0, maximum)  # -inf - -inf would be NaN
 
 
 def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
-    """Leaves of the tree from statistics ``[S, groups * pieces, *]``.
-
-    Empty leaves fill each group's pieces up to a power of two.
-    """
+    """Leaves from statistics ``[S, groups * pieces, *]``, padded with empty ones."""
     rest = statistics.shape[2:]
     by_group = statistics.reshape(len(statistics), blocks.groups, blocks.pieces, *rest)
     widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]
@@ -399,10 +389,7 @@ _linear_statistics.defvjp(_linear_forward, _linear_backward)
 
 
 def _rows(targets: jax.Array, plan: Plan) -> jax.Array:
-    """Rows of the targets in the rank's table.
-
-    Those of foreign and ignored targets are ``rows_per_rank``.
-    """
+    """Rows of the targets; ``rows_per_rank`` for foreign and ignored ones."""
     return plan.partition.keys(targets, jax.lax.axis_index(plan.axis_name))
 
 
@@ -418,7 +405,7 @@ def _logit_forward(logits: jax.Array, targets: jax.Array, plan: Plan, smoothed: 
         x_TB = jax.lax.dynamic_slice_in_dim(logits_TN, here.at, len(here.columns_B), axis=1)
         return jnp.where(here.owned_B, x_TB.astype(wide_dtype(logits.dtype)), -jnp.inf)
 
-    rows_KC = _rows(targets, plan).reshape(1, -1)  # one chunk: there is no product whose size matters
+    rows_KC = _rows(targets, plan).reshape(1, -1)  # one chunk: there are no products to bound
     statistics = _over_ranks(_local_statistics(block, rows_KC, plan, smoothed), targets, plan)
     return statistics, (logits, targets, statistics)
 

@@ -38,7 +38,7 @@ def parallel_argmax(logits: jax.Array, partition: VocabPartition, axis_name: str
         axis_name: the mesh axis that splits the vocabulary.
 
     Returns:
-        Global ids, int32 ``[*]``, not varying over ``axis_name``. Of equal logits the lowest id wins (-0.0 equals 0.0). NaN
+        Global ids, int32 ``[*]``, not varying over ``axis_name``. Of equal logits the lowest id wins; -0.0 equals 0.0. NaN
         is greater than any number.
 
     Raises:
@@ -131,12 +131,10 @@ def parallel_sample(
 
     Returns:
         Global ids, int32 ``[*]``, not varying over ``axis_name``: the smallest id whose cumulative probability exceeds
-        ``uniform``. The result is -1 for a token whose logits hold NaN or +inf or are all -inf, or whose ``uniform`` is
-        outside [0, 1).
+        ``uniform``. It is -1 where logits hold NaN or +inf or are all -inf, or ``uniform`` is outside [0, 1).
 
     Probabilities are summed in float32 (float64 for float64 logits), in the order of a fixed tree: ids do not depend on the
-    number of ranks, within the limits of ``shared.head.ColumnBlocks``. Each rank sends two numbers and then one id a token.
-    There is no gradient.
+    number of ranks. A rank sends two numbers, then one id a token. There is no gradient.
 
     Raises:
         TypeError: ``logits`` or ``uniform`` are not floating.
@@ -199,10 +197,7 @@ def parallel_sample(
 
 
 def _descend(levels: list[list[jax.Array]], shift_T: jax.Array, threshold_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Find the leaf whose cumulative sum passes the threshold.
-
-    Also return the threshold minus the sum of the leaves before it.
-    """
+    """Leaf in which the cumulative sum passes the threshold, and the remainder."""
     leaf_T = jnp.zeros_like(threshold_T, jnp.int32)
     for maxima, sums in levels[-2::-1]:
         masses = sums * jnp.exp(maxima - shift_T)

@@ -25,8 +25,7 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
     """Import another library's array as a JAX array, bit for bit.
 
     Device and dtype stay. An array that shares memory keeps it alive. Writing to the source then changes the JAX array,
-    although JAX assumes that arrays are immutable and may still be reading it. JAX never writes to imported memory, not even
-    donated.
+    which JAX assumes immutable and may still be reading. JAX never writes to imported memory, donated or not.
 
     Args:
         array: any object with ``__dlpack__`` and ``__dlpack_device__``: a torch tensor, a NumPy array (``ml_dtypes``
@@ -161,10 +160,7 @@ def _host_array(array: np.ndarray, copy: bool | None) -> np.ndarray:
 
 
 def _imported(array: Any, copy: bool | None) -> jax.Array:
-    """Import the array over DLPack.
-
-    Its own library makes it contiguous first if JAX refuses its strides.
-    """
+    """Import over DLPack; ``contiguous()`` of its library first if JAX refuses."""
     try:
         try:
             imported = jax.dlpack.from_dlpack(array)

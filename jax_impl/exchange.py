@@ -87,7 +87,7 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
 def _of_own_ids(
     reduced: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str
 ) -> jax.Array:
-    """All-gather the ids to ``[W, C]``; the rank's own are its reduce_scatter chunk."""
+    """All-gather the ids; the rank's own are its reduce_scatter chunk."""
     ids_WC = jax.lax.all_gather(ids.reshape(-1), axis_name, to="invarying")
     rows = reduced(weight, ids_WC, replace(config, reduction="reduce_scatter", seq_dim=0), axis_name)
     return rows.reshape(*ids.shape, weight.shape[1])

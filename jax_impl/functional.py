@@ -110,8 +110,8 @@ def reduced_lookup(
         except that an accelerator's sum may flush a subnormal number to zero and change a NaN's payload. Ids outside the
         vocabulary give +0.0.
 
-    The gradient of ``"all_reduce"`` is local. The gradient of the others sends each rank the gradients of its rows. Sums are
-    float32 for 16-bit tables and rounded once. See ``docs/contract.md``. Forward and reverse mode of any order.
+    The gradient of ``"all_reduce"`` is local. For the others each rank receives the gradients of its rows. Sums are float32
+    for 16-bit tables and rounded once. See ``docs/contract.md``. Forward and reverse mode of any order.
 
     Raises:
         TypeError: ids are not an array of integers.

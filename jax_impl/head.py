@@ -132,12 +132,7 @@ def parallel_logits(
 
 
 def check_products(hidden: jax.Array, weight: jax.Array, plan: Plan) -> None:
-    """Validate dtypes, shapes and varying axes of hidden states and rows.
-
-    Raises:
-        TypeError: a dtype is not floating, or they differ.
-        ValueError: a shape does not fit, or hidden states that are not split vary over the axis.
-    """
+    """Validate dtypes, shapes and varying axes of hidden states and rows."""
     check_rows(weight, plan.partition, plan.axis_name)
     if hidden.dtype != weight.dtype:
         raise logits_dtype_error("hidden", hidden.dtype, f"of the weight's dtype {weight.dtype}")
@@ -189,7 +184,7 @@ def owned_columns(plan: Plan) -> jax.Array:
 
 
 def block_of(edges: jax.Array, plan: Plan) -> Block:
-    """Block between two edges, of the common width."""
+    """Block with these edges, widened to the common width."""
     width = ColumnBlocks.of(plan.partition).columns
     columns_B = edges[1] - width + jax.lax.iota(jnp.int32, width)
     return Block(edges[1] - width, columns_B, (columns_B >= edges[0]) & (columns_B < owned_columns(plan)))
@@ -287,7 +282,7 @@ def _join_tokens(array_KC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _sum_as(array: jax.Array, primal: jax.Array) -> jax.Array:
-    """Sum over axes over which ``primal`` does not vary; round to its dtype."""
+    """Sum over axes along which ``primal`` is replicated; round to its dtype."""
     axes = sorted(varying_axes(array) - varying_axes(primal))
     single = [axis for axis in axes if jax.lax.axis_size(axis) == 1]
     several = tuple(axis for axis in axes if axis not in single)

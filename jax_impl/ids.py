@@ -30,9 +30,9 @@ __all__ = [
 
 
 def as_ids(ids: ArrayLike, vocab_size: int) -> jax.Array | np.ndarray:
-    """Range-check 64-bit ids and cast them to int32.
+    """Cast ids to int32; range-check 64-bit ones first.
 
-    An id outside the vocabulary becomes -1, never another id. ``jax.jit`` narrows 64-bit NumPy arguments before the
+    A 64-bit id outside the vocabulary becomes -1, never another id. ``jax.jit`` narrows 64-bit NumPy arguments before the
     function runs: call this on such ids before you pass them to a jitted function of your own.
 
     Args:
@@ -64,23 +64,14 @@ def as_ids(ids: ArrayLike, vocab_size: int) -> jax.Array | np.ndarray:
 
 
 def check_size_for_int32(partition: VocabPartition) -> None:
-    """Validate that int32 can number the rows, and foreign ids' key.
-
-    Raises:
-        ValueError: the vocabulary is too large.
-    """
+    """Validate that int32 can number the rows, and one for foreign ids."""
     size, limit = partition.padded_vocab_size, "2**31" if partition.world_size > 1 else "2**31 - 1"
     if size >= 2**31 or partition.rows_per_rank >= 2**31 - 1:
         raise ValueError(f"vocab_size must fit JAX's int32 indices, below {limit}, got {size}")
 
 
 def check_ids(ids: ArrayLike, vocab_size: int) -> None:
-    """Validate that ids lie in ``[0, vocab_size)``; traced ones with ``checkify``.
-
-    Raises:
-        IndexError: names the first invalid id in row-major order, its position and the legal range.
-        TypeError: ids are not an array of integers.
-    """
+    """Validate that ids lie in ``[0, vocab_size)``; traced ones with ``checkify``."""
     if not isinstance(ids, jax.core.Tracer):
         as_ids(ids, vocab_size)
         check_ids_valid(_on_host(ids), vocab_size)
@@ -93,14 +84,7 @@ def check_ids(ids: ArrayLike, vocab_size: int) -> None:
 
 
 def check_targets(targets: ArrayLike, vocab_size: int, ignore_index: int) -> None:
-    """Validate that targets are ignored or lie in ``[0, vocab_size)``.
-
-    Traced targets are checked only under ``checkify``.
-
-    Raises:
-        IndexError: names the first invalid target in row-major order, its position and the legal range.
-        TypeError: targets are not an array of integers.
-    """
+    """Validate that targets are ignored or valid; traced ones under ``checkify`` only."""
     known = as_targets(targets, vocab_size, ignore_index)
     if not isinstance(targets, jax.core.Tracer):
         if (known == INVALID).any():
@@ -126,7 +110,7 @@ def _whole(ids: jax.Array) -> jax.Array:
 
 
 def _check_traced(check: Callable[..., None], ids: jax.Array, bad: jax.Array, name: str, message: str) -> None:
-    """Report the first bad id through checkify; ``message`` describes an id of 0."""
+    """Report the first bad id with checkify; ``message`` describes id 0."""
     if ids.size == 0:
         return
     first = jnp.argmax(bad.ravel())

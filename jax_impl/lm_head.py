@@ -1,4 +1,4 @@
-"""Output head as a pytree: logits, loss and decoding from an embedding's table."""
+"""Output head as a pytree: logits, loss and decoding."""
 
 from __future__ import annotations
 

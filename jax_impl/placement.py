@@ -119,7 +119,7 @@ def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
 
 
 def known_split(ids: jax.Array | np.ndarray, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Known split of ids over the mesh; inside jit over Explicit axes only."""
+    """Known split of ids over the mesh; inside jit, Explicit axes only."""
     if isinstance(ids, jax.core.Tracer):
         return restricted(jax.typeof(ids).sharding.spec, explicit_axes(mesh))
     if isinstance(ids, jax.Array) and isinstance(ids.sharding, NamedSharding) and ids.sharding.mesh == mesh:
@@ -167,7 +167,7 @@ def axes_of(spec: PartitionSpec) -> frozenset[str]:
 
 
 def split_further(spec: PartitionSpec, ndim: int, dim: int, axis_name: str) -> PartitionSpec:
-    """Extend a spec to ``ndim + 1`` dimensions; split ``dim`` over ``axis_name`` too."""
+    """Extend a spec to ``ndim + 1`` entries; add ``axis_name`` to ``dim``."""
     entries = [*spec, *[None] * (ndim + 1 - len(spec))]
     place = resolve_seq_dim(ndim, dim)
     entries[place] = (*_names(entries[place]), axis_name)
@@ -177,11 +177,7 @@ def split_further(spec: PartitionSpec, ndim: int, dim: int, axis_name: str) -> P
 def check_sequence(
     shape: tuple[int, ...], seq_dim: int, axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh
 ) -> None:
-    """Validate that the sequence divides by ``axis_name`` and its other axes.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Validate that the sequence is divisible by the sizes of its axes."""
     dim = resolve_seq_dim(len(shape), seq_dim)
     before = _names(split[dim]) if dim < len(split) else ()
     ranks = mesh.shape[axis_name]
@@ -191,17 +187,13 @@ def check_sequence(
 
 
 def check_own_ids(shape: tuple[int, ...], axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
-    """Validate that dimension 0 divides by ``axis_name`` and its other axes.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Validate that dimension 0 is divisible by the sizes of its axes."""
     names = {axis_name, *(_names(split[0]) if len(split) else ())}
     ranks = math.prod(mesh.shape[name] for name in names)
     if not shape or shape[0] % ranks:
         raise ValueError(
             f"with reduction='all_to_all' the first dimension of the ids must be divisible by the {ranks} ranks along "
-            f"{', '.join(sorted(names))}, got ids of shape {shape}: fill the batch up, with -1 for instance"
+            f"{', '.join(sorted(names))}, got ids of shape {shape}: pad the batch, with -1 for instance"
         )
 
 

@@ -99,8 +99,9 @@ class ParallelVocabEmbedding:
             rows ``[n, emb_size]``; for padding rows it receives ``vocab_size - 1``. None makes zeros, for loading. Padding
             rows and the row of ``padding_idx`` are always zero.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
-        check: compare in every call what the processes are about to compute. All raise if they disagree. Values of ids are
-            compared outside ``jit`` only. The environment variable ``PVE_CHECK=1`` does the same.
+        check: compare in every call what the processes are about to compute. All raise if they disagree. Inside ``jit`` the
+            comparison happens while tracing and leaves out values of ids. The environment variable ``PVE_CHECK=1`` does the
+            same.
         key: a JAX random key that replaces ``init_base_seed``, as Equinox modules take it: rank r draws from
             ``jax.random.fold_in(key, r)``.
 
@@ -244,7 +245,7 @@ class ParallelVocabEmbedding:
         Args:
             path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
                 parts (see ``shared.tables.find_table.open_table``).
-            tensor_name: name of the tensor. None: the only one that looks like an input embedding.
+            tensor_name: name of the tensor. None: the tensor named like an input embedding, or the only table.
             mesh, axis_name: as for the class.
             vocab_size: rows without padding; needed for Megatron-style parts, which do not record it.
             dtype: dtype of the table; rows are cast and rounded once. None: the stored dtype, which must be legal for a
@@ -254,8 +255,8 @@ class ParallelVocabEmbedding:
 
         Raises:
             TypeError: an argument has the wrong type.
-            ValueError: there is no such table, or more than one; a file is damaged or hostile (nothing is ever unpickled);
-                an argument is out of range.
+            ValueError: there is no such table, the choice is ambiguous, a file is damaged or hostile, or an argument is out
+                of range. Nothing is ever unpickled.
 
         Source: the safetensors format.
 
@@ -278,7 +279,7 @@ class ParallelVocabEmbedding:
             dtype = DTYPES[table.dtype]
         mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
         if not isinstance(mesh, Mesh):
-            raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
+            raise ValueError(f"mesh must be a Mesh to read a table onto, got {type(mesh).__name__}: pass it inside jit")
         empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
         weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
@@ -362,10 +363,8 @@ class ParallelVocabEmbedding:
         return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle mesh and table as plain values.
-
-        Devices cannot be pickled, and a pickled ``jax.Array`` loses its sharding.
-        """
+        """Pickle mesh and table as plain values."""
+        # Devices cannot be pickled, and a pickled jax.Array loses its sharding.
         held = isinstance(self.weight, jax.Array) and not isinstance(self.weight, jax.core.Tracer)
         if not held or not self.weight.is_fully_addressable or not isinstance(self.mesh, Mesh):
             raise TypeError(
@@ -469,10 +468,8 @@ class ParallelVocabEmbedding:
             ) from error
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
-        """Embedding of no ids.
-
-        Shards of an empty array that jit returns have the whole shape, which NumPy refuses.
-        """
+        """Embedding of no ids."""
+        # jit would return empty arrays whose shards have the whole shape, which NumPy refuses.
         spec = PartitionSpec()
         if self.config.reduction == "none":
             shape, spec = (self.config.world_size, *shape), PartitionSpec(self.axis_name)

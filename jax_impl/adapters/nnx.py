@@ -55,7 +55,7 @@ class Embed(nnx.Embed):
     Raises:
         ImportError: Flax is not installed (on import of this module).
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, or an option is one of those not taken.
+        ValueError: an argument is out of range, or an option would draw the table.
 
     Source: ``flax.nnx.Embed``.
 
@@ -96,7 +96,7 @@ class Embed(nnx.Embed):
     ) -> None:
         if given := sorted(_DRAWN_ELSEWHERE & set(options)):
             raise ValueError(
-                f"options must not say how the table is drawn, got {', '.join(given)}: use embedding_init and param_dtype"
+                f"options must not draw the table, got {', '.join(given)}: use embedding_init and param_dtype"
             )
         options |= {"dtype": param_dtype, "reduction": reduction}
         empty = ParallelVocabEmbedding.abstract(num_embeddings, features, mesh, axis_name, **options)
@@ -149,10 +149,8 @@ class Embed(nnx.Embed):
         """
         layer = self.layer
         (rows,) = self.promote_dtype((layer(inputs),), dtype=self.dtype, inexact=False)
-        if out_sharding is None:
-            return rows
         spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
-        return lay_out(rows, layer.mesh, spec)
+        return rows if spec is None else lay_out(rows, layer.mesh, spec)
 
     def attend(self, query: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None) -> jax.Array:
         """Compute logits, the products of ``query`` with all rows.
@@ -165,7 +163,7 @@ class Embed(nnx.Embed):
             ``[..., num_embeddings]``, split over ``axis_name`` unless the table is padded. Padding rows get no gradient.
 
         Raises:
-            ValueError: the table is padded and the axis is Explicit: ``num_embeddings`` is not divisible by its size.
+            ValueError: the table is padded and the axis is Explicit.
         """
         layer = self.layer
         if not layer.config.partition.padding_rows:
