@@ -279,7 +279,7 @@ class ParallelVocabEmbedding:
             dtype = DTYPES[table.dtype]
         mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
         if not isinstance(mesh, Mesh):
-            raise ValueError(f"mesh must be a Mesh to read a table onto, got {type(mesh).__name__}: pass it inside jit")
+            raise ValueError(f"mesh must be a Mesh of devices, got {type(mesh).__name__}; inside jit pass mesh=")
         empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
         weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
