@@ -1,8 +1,9 @@
-"""What goes wrong between processes: ones that do not agree about what they compute."""
+"""Checks that all processes compute the same."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,15 +16,15 @@ from shared.agreement import describe_ids, disagreement
 __all__ = ["check_agreement", "gather_objects"]
 
 
-def check_agreement(ids: Any, facts: dict[str, Any]) -> None:
-    """Compare what all processes are about to compute.
+def check_agreement(ids: object, facts: Mapping[str, object]) -> None:
+    """Compare ids and further facts across all processes.
 
     Args:
-        ids: this process's ids, traced or not.
-        facts: what else must be equal in all processes, as plain values by name.
+        ids: this process's ids. Values are compared unless the ids are traced or split over devices.
+        facts: values that must be equal in all processes, by name.
 
     Raises:
-        ValueError: in every process, naming the first thing they disagree about and who has what.
+        ValueError: in every process; names the first fact that differs, and each process's value.
     """
     mine = {name: str(value) for name, value in facts.items()}
     if isinstance(ids, jax.core.Tracer) or (isinstance(ids, jax.Array) and not ids.is_fully_replicated):
@@ -38,7 +39,7 @@ def check_agreement(ids: Any, facts: dict[str, Any]) -> None:
 
 
 def gather_objects(mine: Any) -> list[Any]:
-    """What every process passed, of what JSON can hold, in every process."""
+    """All-gather one JSON-serialisable object per process."""
     text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     lengths = _gather(np.array([len(text)], np.int32))
     rows = _gather(np.pad(text, (0, int(lengths.max()) - len(text))))
@@ -46,8 +47,8 @@ def gather_objects(mine: Any) -> list[Any]:
 
 
 def _gather(row: np.ndarray) -> np.ndarray:
-    """Every process's row."""
-    # In a thread of its own: what is being traced and the mesh that is set are this thread's, and JAX refuses there.
+    """All-gather a row per process."""
+    # In another thread: JAX refuses to gather while this one traces or has a mesh set.
     with ThreadPoolExecutor(1) as thread:
         rows = np.asarray(thread.submit(multihost_utils.process_allgather, row).result())
     return rows.reshape(jax.process_count(), -1)

@@ -1,11 +1,11 @@
-"""Training states as Orbax restores them: onto another mesh, with other padding."""
+"""Restoring of training states with Orbax."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 
@@ -13,25 +13,25 @@ __all__ = ["restore_args"]
 
 
 def restore_args(tree: Any) -> Any:
-    """Find how Orbax must restore a training state that was saved from any mesh with any padding.
+    """Build Orbax's restore arguments for another mesh or other padding.
 
-    The result is ``restore_args`` of ``orbax.checkpoint.args.PyTreeRestore``. Rows of padding, which are zero, are left
-    out or added, in the table and in an optimizer's moments of it. Orbax cuts and extends arrays without an error: the
-    vocabulary and the columns must be those that were saved.
+    Pass the result as ``restore_args`` of ``orbax.checkpoint.args.PyTreeRestore``. Zero padding rows are dropped or added,
+    in the table and in an optimizer's moments of it. Orbax truncates and extends arrays without an error: vocabulary and
+    columns must be those that were saved.
 
     Args:
-        tree: what to restore into: a layer, or any pytree with layers in it, such as a model with its optimizer's state.
-            Layers in that state hold moments in the place of the table. Of arrays, only shape, dtype and sharding are
-            used: ``ParallelVocabEmbedding.abstract`` and ``jax.eval_shape`` of an optimizer's ``init`` will do. The
-            tables of ``jax_impl.adapters.nnx.Embed`` in a ``flax.nnx.State`` count as layers.
+        tree: the target: a layer, or any pytree with layers in it, such as a model with its optimizer's state. Layers in
+            that state hold moments instead of the table. Only shape, dtype and sharding of arrays are used:
+            ``ParallelVocabEmbedding.abstract`` and ``jax.eval_shape`` of an optimizer's ``init`` suffice. Tables of
+            ``jax_impl.adapters.nnx.Embed`` in a ``flax.nnx.State`` count as layers.
 
     Returns:
-        A pytree like ``tree`` with ``orbax.checkpoint.RestoreArgs`` for its leaves. An array without a
-        ``NamedSharding``, such as a step count, is replicated over the mesh of the first layer.
+        A pytree like ``tree`` with ``orbax.checkpoint.RestoreArgs`` as leaves. An array without a ``NamedSharding``, such
+        as a step count, is replicated over the mesh of the first layer.
 
     Raises:
         ImportError: orbax-checkpoint is not installed.
-        ValueError: there is no layer in ``tree``.
+        ValueError: ``tree`` holds no layer.
 
     Source: Orbax, ``ArrayRestoreArgs(strict=False)``.
 
@@ -60,9 +60,9 @@ def restore_args(tree: Any) -> Any:
     if not layers:
         raise ValueError("tree must hold a ParallelVocabEmbedding, got none: Orbax restores other trees as they are")
 
-    def args_of(leaf: Any, sharding: Any = None, strict: bool = True) -> Any:
+    def args_of(leaf: Any, sharding: Sharding | None = None, strict: bool = True) -> Any:
         if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) and sharding is None:
-            # A layout on one device would tie the array to it: then no jit takes it together with the table.
+            # An array on one device could not enter a jit together with the table.
             named = isinstance(leaf.sharding, NamedSharding)
             sharding = leaf.sharding if named else NamedSharding(layers[0].mesh, PartitionSpec())
         return ocp.checkpoint_utils.construct_restore_args(leaf, sharding, strict=strict)
@@ -72,7 +72,7 @@ def restore_args(tree: Any) -> Any:
         if layer is None:
             return args_of(node)
 
-        def of_table(leaf: Any) -> Any:
+        def of_table(leaf: jax.Array | jax.ShapeDtypeStruct) -> Any:
             # Factored moments have other shapes than the table.
             has_rows = leaf.shape[:1] == (layer.config.padded_vocab_size,)
             spec = PartitionSpec(layer.axis_name, *[None] * (leaf.ndim - 1)) if has_rows else PartitionSpec()
@@ -84,7 +84,7 @@ def restore_args(tree: Any) -> Any:
 
 
 def _layer_of(node: Any) -> ParallelVocabEmbedding | None:
-    """The layer that a node of a tree is; for a table in a state of Flax NNX, a layer like it, without the table."""
+    """Layer at a node, or None; without a table for Flax NNX."""
     if isinstance(node, ParallelVocabEmbedding):
         return node
     layout = node.get_metadata().get("vocab_layout") if hasattr(node, "get_metadata") else None

@@ -1,7 +1,7 @@
-"""Cross entropy over a split vocabulary: from a rank's logits, or straight from hidden states.
+"""Cross entropy over a split vocabulary, from logits or hidden states.
 
-What depends on the vocabulary are three numbers a token: the logsumexp, the target's logit and, for label smoothing, the sum
-of the logits. The loss is plain JAX on them. Their gradients become that of the logits block by block.
+Three *statistics* of a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum
+of the logits. The loss is plain JAX on them. The logits' gradient follows from theirs, block by block.
 Shape suffixes: S statistics, T tokens, K chunks of C tokens, E hidden columns, N rows of the rank's table, B columns of a
 block.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_impl.functional import check_axis, check_same_on_ranks
 from jax_impl.head import (
@@ -69,36 +70,36 @@ def parallel_cross_entropy(
     reduction: str = "mean",
     invalid_targets: str = "error",
 ) -> jax.Array:
-    """Cross entropy of logits whose columns are split over the ranks of a mesh axis.
+    """Cross entropy of logits whose columns are split over ranks.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        logits: the rank's own columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Columns of
-            padding take no part, whatever they hold.
-        targets: global ids, ``[*]``, any integer dtype, the same on all ranks of the axis.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
-        ignore_index: targets that give a loss of exactly 0 and no gradient.
-        label_smoothing: share of the target that is spread evenly over all ``vocab_size`` ids, in [0, 1).
-        z_loss: factor of the squared logsumexp that is added to each token's loss.
-        reduction: ``"mean"`` over the targets that are not ignored (0 if all are), ``"sum"``, or ``"none"``; over the tokens
-            that are given, not over data axes.
-        invalid_targets: what a target outside ``[0, vocab_size)`` gives: ``"error"``, a loss of NaN without a gradient, and
-            an error where ``jax.experimental.checkify`` is applied; ``"ignore"``, no loss.
+        logits: the rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Padding columns
+            are ignored.
+        targets: global ids, ``[*]``, any integer dtype, the same on all ranks.
+        partition: ownership of the columns; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
+        ignore_index: targets with a loss of exactly 0 and no gradient.
+        label_smoothing: share of the target spread evenly over all ``vocab_size`` ids, in [0, 1).
+        z_loss: factor of the squared logsumexp, added to each token's loss.
+        reduction: ``"mean"`` over the targets that are not ignored (0 without any), ``"sum"``, or ``"none"``; over the
+            tokens given, not over data axes.
+        invalid_targets: result for targets outside ``[0, vocab_size)``: ``"error"``, a loss of NaN without a gradient, and
+            an error under ``jax.experimental.checkify``; ``"ignore"``, no loss.
 
     Returns:
-        The loss, float32 (float64 for float64 logits), not varying over ``axis_name``: without dimensions, or ``[*]`` for
+        The loss, float32 (float64 for float64 logits), not varying over ``axis_name``: 0-d, or ``[*]`` for
         ``reduction="none"``.
 
-    The forward is one all-gather of a few numbers a token; the backward is local. A logit of -inf is an id that cannot
-    occur: as a target it gives inf, and so does any with label smoothing. Logits that hold NaN or +inf, or nothing but
-    -inf, give NaN. A token without an upstream gradient has a gradient of exactly 0. Reverse mode only.
+    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an impossible id: as a target
+    it gives inf, as does any target with label smoothing. Logits with NaN or +inf, or all -inf, give NaN. A token without an
+    upstream gradient has a gradient of exactly 0. Reverse mode only.
 
     Raises:
-        TypeError: logits are not floating, targets not integers, or an option is of the wrong kind.
-        ValueError: logits are not as wide as one rank's part (gathered ones are wider), targets are not one a token or vary
-            over the axis, or an option is out of range.
+        TypeError: logits are not floating, targets are not integers, or an option has the wrong type.
+        ValueError: logits do not have one rank's width, there is not one target a token, targets vary over the axis, or an
+            option is out of range.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); label smoothing as in PyTorch's ``F.cross_entropy``;
     z-loss: ST-MoE (Zoph et al., 2022, arXiv:2202.08906).
@@ -144,39 +145,38 @@ def linear_cross_entropy(
     invalid_targets: str = "error",
     returns: Sequence[str] = (),
 ) -> Any:
-    """Cross entropy of ``hidden @ table.T`` over a split table, without the logits in memory.
+    """Cross entropy of ``hidden @ table.T`` over a split table, without logits.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        hidden: hidden states, ``[*, emb_size]``, the same on all ranks of the axis; with ``seq_dim`` this rank's part of the
-            sequence.
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, of the dtype of ``hidden``. Rows of padding
-            take no part, whatever they hold, and get a gradient of 0.
-        targets: global ids of all tokens, ``[*]``, any integer dtype, the same on all ranks of the axis.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
+        hidden: hidden states, ``[*, emb_size]``, the same on all ranks; with ``seq_dim`` this rank's part of the sequence.
+        weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, in the dtype of ``hidden``. Padding rows are
+            ignored and get a gradient of 0.
+        targets: global ids of all tokens, ``[*]``, any integer dtype, the same on all ranks.
+        partition: ownership of the rows; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
         ignore_index, label_smoothing, z_loss, reduction, invalid_targets: as in ``parallel_cross_entropy``.
-        softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
-        seq_dim: the dimension of the targets along which ``hidden`` is split over the ranks (sequence parallel): it is
-            gathered once and its gradient reduce-scattered once. None: it is not split.
-        returns: what to return besides, of ``"lse"``, the logsumexp of each token's logits; ``"logprobs"``, the
-            log-probability of each target, 0 where it is ignored; ``"count"``, how many targets are not ignored.
+        softcap: bounds logits to ``softcap * tanh(logits / softcap)``. None: no bound.
+        seq_dim: the dimension of the targets along which ``hidden`` is split over ranks (sequence parallelism); ``hidden``
+            is gathered once, its gradient reduce-scattered once. None: not split.
+        returns: further results: ``"lse"``, each token's logsumexp; ``"logprobs"``, each target's log-probability, 0 for
+            ignored ones; ``"count"``, the number of targets that are not ignored.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs), not varying over ``axis_name``: without dimensions, or ``[*]`` for
-        ``reduction="none"``. With ``returns``, a tuple of the loss and what is asked for, in that order; ``lse`` and
+        The loss, float32 (float64 for float64 inputs), not varying over ``axis_name``: 0-d, or ``[*]`` for
+        ``reduction="none"``. With ``returns``, a tuple of the loss and those results in that order; ``lse`` and
         ``logprobs`` are ``[*]`` and differentiable, ``count`` is int32.
 
-    The forward is one all-gather of a few numbers a token, after which nothing of the vocabulary's size is kept; the
-    backward computes the logits again, block by block. It sums hidden's gradient over the ranks once, in float32; that of
-    the table needs no communication over ``axis_name``. Products and sums are float32 for 16-bit inputs, and gradients are
-    rounded once, after they are added up over data axes. Loss, ``lse`` and the table's gradient do not depend on the number
-    of ranks (``shared.head.ColumnBlocks`` says for which numbers). The precision of products on accelerators is that of
-    ``jax.default_matmul_precision``. Special values are those of ``parallel_cross_entropy``. Reverse mode only.
+    Forward is one all-gather of a few numbers a token, and keeps nothing of the vocabulary's size. Backward recomputes the
+    logits block by block. It sums the gradient of ``hidden`` over the ranks once, in float32; the table's gradient is local.
+    Products and sums are float32 for 16-bit inputs. Gradients are rounded once, after the sum over data axes. Loss, ``lse``
+    and the table's gradient do not depend on the number of ranks, within the limits of ``shared.head.ColumnBlocks``. On
+    accelerators products have the precision of ``jax.default_matmul_precision``. Special values are those of
+    ``parallel_cross_entropy``. Reverse mode only.
 
     Raises:
-        TypeError: a dtype is not legal, or an option is of the wrong kind.
+        TypeError: a dtype is not legal, or an option has the wrong type.
         ValueError: a shape does not fit, hidden states or targets vary over the axis, or an option is out of range.
 
     Source: cut cross entropy (Wijmans et al., 2024, arXiv:2411.09009), over a split vocabulary and in a fixed order.
@@ -203,7 +203,7 @@ def linear_cross_entropy(
     return loss_of(statistics, known, options, partition)
 
 
-def _known_targets(targets: Any, options: LossOptions, partition: VocabPartition, axis_name: str) -> jax.Array:
+def _known_targets(targets: ArrayLike, options: LossOptions, partition: VocabPartition, axis_name: str) -> jax.Array:
     known = jnp.asarray(as_targets(targets, partition.vocab_size, options.ignore_index))
     check_same_on_ranks("targets", known, axis_name)
     if options.invalid_targets == "error":
@@ -218,12 +218,13 @@ def loss_of(
     partition: VocabPartition,
     data_axes: tuple[str, ...] = (),
 ) -> Any:
-    """The loss, and what else is asked for, of statistics ``[2 or 3, *]`` and what ``as_targets`` returns, ``[*]``.
+    """Loss, and further results asked for, from the statistics.
 
-    Mean, sum and count are over the tokens of ``data_axes`` too.
+    Statistics are ``[2 or 3, *]``, targets ``[*]`` as ``as_targets`` returns them. Mean, sum and count include the tokens
+    of ``data_axes``.
     """
     counted = targets >= 0
-    # Selected before the formula: 0 times NaN in its gradient would be NaN.
+    # Select first: in the gradient of the formula, 0 times NaN would be NaN.
     clean = jnp.where(counted, statistics, 0)
     smoothing, logprobs = options.label_smoothing, clean[1] - clean[0]
     loss = clean[0] - (1 - smoothing) * clean[1] if smoothing else -logprobs
@@ -252,7 +253,7 @@ def linear_statistics(
     axis_name: str,
     options: LossOptions,
 ) -> jax.Array:
-    """Check the arguments, and compute the statistics of ``hidden @ table.T``: ``[2 or 3, *targets.shape]``."""
+    """Statistics of ``hidden @ table.T``: ``[2 or 3, *targets.shape]``."""
     tokens, dim = list(hidden.shape[:-1]), None
     if options.seq_dim is not None:
         dim = resolve_seq_dim(len(tokens), options.seq_dim)
@@ -267,9 +268,10 @@ def linear_statistics(
 def _local_statistics(
     block: Callable[[Block, jax.Array], jax.Array], rows_KC: jax.Array, plan: Plan, smoothed: bool
 ) -> jax.Array:
-    """Maximum, sum of exponentials, target's logit and, if ``smoothed``, sum of the rank's logits: ``[3 or 4, K, C]``.
+    """Statistics of the rank's columns, ``[3 or 4, K, C]``.
 
-    ``block(block, chunk)`` returns logits; ``rows_KC`` are the targets' rows, ``rows_per_rank`` for foreign ones.
+    They are the maximum, the sum of exponentials, the target's logit and, if ``smoothed``, the sum of logits.
+    ``block(block, chunk)`` returns logits. ``rows_KC`` are the targets' rows, ``rows_per_rank`` for foreign ones.
     """
 
     def of_chunk(chunk: jax.Array) -> jax.Array:
@@ -289,18 +291,18 @@ def _local_statistics(
 
 
 def maximum_and_sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maximum of the last dimension, and the sum of exponentials below it."""
+    """Maximum of the last dimension, and sum of exponentials relative to it."""
     maximum = x.max(axis=-1)
     return maximum, jnp.exp(x - finite_shift(maximum)[..., None]).sum(axis=-1)
 
 
 def finite_shift(maximum: jax.Array) -> jax.Array:
-    """What to subtract before exp: the maximum, or 0 where it is -inf and the difference would be NaN."""
-    return jnp.where(maximum == -jnp.inf, 0, maximum)
+    """Shift before exp: the maximum, or 0 where it is -inf."""
+    return jnp.where(maximum == -jnp.inf, 0, maximum)  # -inf - -inf would be NaN
 
 
 def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
-    """The leaves of the tree, from statistics ``[S, groups * pieces, *]``; empty ones where there are too few pieces."""
+    """Leaves from statistics ``[S, groups * pieces, *]``, padded with empty ones."""
     rest = statistics.shape[2:]
     by_group = statistics.reshape(len(statistics), blocks.groups, blocks.pieces, *rest)
     widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]
@@ -310,7 +312,7 @@ def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
 
 
 def merge_levels(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-    """All levels of the tree over leaves ``[count, *]`` for each statistic, from the leaves to the root."""
+    """Levels of the tree over leaves ``[count, *]``, root last."""
     levels = [leaves]
     while levels[-1][0].shape[0] > 1:
         levels.append(_merge([each[0::2] for each in levels[-1]], [each[1::2] for each in levels[-1]]))
@@ -325,13 +327,13 @@ def _merge(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Ar
 
 
 def rank_levels(local_ST: jax.Array, plan: Plan) -> list[list[jax.Array]]:
-    """The levels of the tree over the ranks, from each rank's statistics."""
+    """Levels of the tree over ranks, from each rank's statistics."""
     gathered = jax.lax.all_gather(local_ST, plan.axis_name, axis=1, to="invarying")
     return merge_levels(as_leaves(gathered, ColumnBlocks(1, plan.partition.world_size, 0, 0)))
 
 
 def _over_ranks(local_SKC: jax.Array, targets: jax.Array, plan: Plan) -> jax.Array:
-    """The statistics of all ranks' columns, ``[2 or 3, *targets.shape]``, from each rank's."""
+    """Merge the ranks' statistics into ``[2 or 3, *targets.shape]`` of all columns."""
     local_ST = local_SKC.reshape(len(local_SKC), local_SKC.shape[1] * local_SKC.shape[2])[:, : targets.size]
     root = rank_levels(local_ST, plan)[-1]
     maximum, exponentials, *others = [each[0] for each in root]
@@ -342,7 +344,7 @@ def _over_ranks(local_SKC: jax.Array, targets: jax.Array, plan: Plan) -> jax.Arr
 def _logits_gradient(
     x_CB: jax.Array, statistics_SC: jax.Array, grads_SC: jax.Array, columns: jax.Array, rows_C: jax.Array
 ) -> jax.Array:
-    """The gradient of logits, of those of their statistics."""
+    """Gradient of the logits, from the gradients of their statistics."""
     lse_C1, (on_lse_C1, on_target_C1, *on_every) = statistics_SC[0][..., None], grads_SC[..., None]
     grad_CB = jnp.exp(x_CB - lse_C1) * on_lse_C1 + jnp.where(columns == rows_C[..., None], on_target_C1, 0)
     return grad_CB + on_every[0] if on_every else grad_CB
@@ -387,7 +389,7 @@ _linear_statistics.defvjp(_linear_forward, _linear_backward)
 
 
 def _rows(targets: jax.Array, plan: Plan) -> jax.Array:
-    """Each target's row in the rank's table; ``rows_per_rank`` for foreign and ignored ones."""
+    """Rows of the targets; ``rows_per_rank`` for foreign and ignored ones."""
     return plan.partition.keys(targets, jax.lax.axis_index(plan.axis_name))
 
 
@@ -403,7 +405,7 @@ def _logit_forward(logits: jax.Array, targets: jax.Array, plan: Plan, smoothed: 
         x_TB = jax.lax.dynamic_slice_in_dim(logits_TN, here.at, len(here.columns_B), axis=1)
         return jnp.where(here.owned_B, x_TB.astype(wide_dtype(logits.dtype)), -jnp.inf)
 
-    rows_KC = _rows(targets, plan).reshape(1, -1)  # no product, no chunks
+    rows_KC = _rows(targets, plan).reshape(1, -1)  # one chunk: there are no products to bound
     statistics = _over_ranks(_local_statistics(block, rows_KC, plan, smoothed), targets, plan)
     return statistics, (logits, targets, statistics)
 

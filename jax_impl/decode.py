@@ -1,4 +1,4 @@
-"""Decoding over a split vocabulary: a few candidates a token travel, never the logits.
+"""Decoding over a split vocabulary, without gathering logits.
 
 Shape suffixes: T tokens, N columns of the rank, K candidates, B columns of a block, W ranks.
 """
@@ -6,7 +6,6 @@ Shape suffixes: T tokens, N columns of the rank, K candidates, B columns of a bl
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +29,20 @@ __all__ = ["parallel_argmax", "parallel_sample", "parallel_top_k"]
 def parallel_argmax(logits: jax.Array, partition: VocabPartition, axis_name: str = "tp") -> jax.Array:
     """Find the id of each token's greatest logit.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        logits: the rank's own columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Columns of
-            padding take no part.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
+        logits: the rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Padding columns
+            are ignored.
+        partition: ownership of the columns; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
 
     Returns:
-        Global ids, int32 ``[*]``, not varying over ``axis_name``. Of equal logits the lowest id wins (-0.0 equals 0.0); NaN
+        Global ids, int32 ``[*]``, not varying over ``axis_name``. Of equal logits the lowest id wins; -0.0 equals 0.0. NaN
         is greater than any number.
 
     Raises:
-        TypeError, ValueError: as ``parallel_top_k``.
+        TypeError, ValueError: as ``parallel_top_k`` does.
 
     Example:
         >>> import jax
@@ -64,28 +63,27 @@ def parallel_argmax(logits: jax.Array, partition: VocabPartition, axis_name: str
 def parallel_top_k(
     logits: jax.Array, k: int, partition: VocabPartition, axis_name: str = "tp"
 ) -> tuple[jax.Array, jax.Array]:
-    """Find each token's k greatest logits, in descending order, and their ids.
+    """Find each token's ``k`` greatest logits, in descending order, and their ids.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        logits: the rank's own columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Columns of
-            padding take no part.
-        k: how many, at most ``partition.vocab_size``.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
+        logits: the rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64. Padding columns
+            are ignored.
+        k: number of logits, at most ``partition.vocab_size``.
+        partition: ownership of the columns; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
 
     Returns:
-        ``(values, ids)``, both ``[*, k]``, not varying over ``axis_name``: values in the dtype of ``logits``, with -0.0 as
-        0.0 and one kind of NaN; global ids, int32. Of equal logits the lower id comes first; NaN comes before all numbers.
+        ``(values, ids)``, both ``[*, k]``, not varying over ``axis_name``: values in the dtype of ``logits``, -0.0 as 0.0
+        and every NaN the same; global ids, int32. Of equal logits the lower id comes first. NaN precedes all numbers.
 
-    Each rank contributes ``min(k, rows_per_rank)`` candidates a token, gathered as logits and integers. There is no
-    gradient.
+    Each rank contributes ``min(k, rows_per_rank)`` candidates a token, gathered as logits and ids. There is no gradient.
 
     Raises:
-        TypeError: logits are not floating, or k is not an integer.
-        ValueError: logits are not as wide as one rank's part, k is out of range, or the axis has another size than
-            ``partition.world_size``.
+        TypeError: logits are not floating, or ``k`` is not an integer.
+        ValueError: logits do not have one rank's width, ``k`` is out of range, or the axis does not have
+            ``partition.world_size`` ranks.
 
     Example:
         >>> import jax
@@ -108,7 +106,7 @@ def parallel_top_k(
     logits_TN = jnp.where(jnp.arange(n) < owned_columns(plan), logits_TN, -jnp.inf)
     values_TK, columns_TK = jax.lax.top_k(logits_TN, min(k, n))
     ids_TK = columns_TK.astype(jnp.int32) + partition.start(jax.lax.axis_index(axis_name))
-    # In the order of the ranks: of equal logits top_k prefers the first, which has the lowest id. Padding comes last.
+    # Candidates in rank order: of equal logits top_k prefers the first, which has the lowest id. Padding comes last.
     gathered = [jax.lax.all_gather(each, axis_name, axis=1, tiled=True, to="invarying") for each in (values_TK, ids_TK)]
     values_TK, places_TK = jax.lax.top_k(gathered[0], k)
     tokens_T1 = jnp.arange(len(places_TK))[:, None]
@@ -120,28 +118,28 @@ def parallel_top_k(
 def parallel_sample(
     logits: jax.Array, partition: VocabPartition, axis_name: str = "tp", *, uniform: jax.Array
 ) -> jax.Array:
-    """Draw an id a token with the probabilities that its logits give.
+    """Draw one id a token, with probabilities ``softmax(logits)``.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        logits: the rank's own columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64; divided by
-            the temperature, if there is to be one. Columns of padding take no part.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
-        uniform: a random number in [0, 1) a token, ``[*]``, the same on all ranks of the axis.
+        logits: the rank's columns, ``[*, partition.rows_per_rank]``, float16, bfloat16, float32 or float64, already divided
+            by the temperature. Padding columns are ignored.
+        partition: ownership of the columns; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
+        uniform: one random number in [0, 1) a token, ``[*]``, the same on all ranks.
 
     Returns:
-        Global ids, int32 ``[*]``, not varying over ``axis_name``: the smallest id whose cumulative probability is above
-        ``uniform``. A token whose logits hold NaN or +inf, or nothing but -inf, or whose number is outside [0, 1), gets -1.
+        Global ids, int32 ``[*]``, not varying over ``axis_name``: the smallest id whose cumulative probability exceeds
+        ``uniform``. It is -1 where logits hold NaN or +inf or are all -inf, or ``uniform`` is outside [0, 1).
 
-    Probabilities are added up in float32 (float64 for float64 logits), in the order of a fixed tree: the ids do not depend
-    on the number of ranks. Three numbers and then one id a token travel. There is no gradient.
+    Probabilities are summed in float32 (float64 for float64 logits), in the order of a fixed tree: ids do not depend on the
+    number of ranks. A rank sends two numbers, then one id a token. There is no gradient.
 
     Raises:
-        TypeError: logits or uniform are not floating.
-        ValueError: a shape does not fit, ``uniform`` varies over the axis, or the axis has another size than
-            ``partition.world_size``.
+        TypeError: ``logits`` or ``uniform`` are not floating.
+        ValueError: a shape does not fit, ``uniform`` varies over the axis, or the axis does not have
+            ``partition.world_size`` ranks.
 
     Example:
         >>> import jax
@@ -188,7 +186,7 @@ def parallel_sample(
     nothing = jnp.full((len(logits_TN), blocks.columns), -jnp.inf, wide)
     x_TB, _ = jax.lax.scan(pick, vary(nothing, found, uniform_T, axis_name), (jnp.arange(len(edges)), edges))
     cumulative_TB = jnp.cumsum(jnp.exp(x_TB - shift_T[:, None]), axis=1)
-    # The last sum is above any threshold: else rounding might leave a token without an id.
+    # The last sum counts as above any threshold: rounding may leave it below.
     above_TB = (cumulative_TB > threshold_T[:, None]) | (cumulative_TB == cumulative_TB[:, -1:])
     last_T = edges[:, 1][group_T * blocks.pieces + piece_T]
     rank = jax.lax.axis_index(axis_name)
@@ -199,7 +197,7 @@ def parallel_sample(
 
 
 def _descend(levels: list[list[jax.Array]], shift_T: jax.Array, threshold_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The leaf of a tree in which the cumulative sum passes the threshold, and what of the threshold is left there."""
+    """Leaf in which the cumulative sum passes the threshold, and the remainder."""
     leaf_T = jnp.zeros_like(threshold_T, jnp.int32)
     for maxima, sums in levels[-2::-1]:
         masses = sums * jnp.exp(maxima - shift_T)
@@ -211,7 +209,7 @@ def _descend(levels: list[list[jax.Array]], shift_T: jax.Array, threshold_T: jax
     return leaf_T, threshold_T
 
 
-def _check_logits(logits: Any, partition: VocabPartition, axis_name: str) -> None:
+def _check_logits(logits: jax.Array, partition: VocabPartition, axis_name: str) -> None:
     check_axis(partition, axis_name)
     if logits.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise logits_dtype_error("logits", logits.dtype)

@@ -1,4 +1,4 @@
-"""The devices that JAX sees, for ``pve env``."""
+"""Devices visible to JAX, for ``pve env``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["devices"]
 
 
 def devices() -> list[str]:
-    """Every device of the default platform, with its name.
+    """Names of all devices of the default platform.
 
     Example:
         >>> from jax_impl.devices import devices

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as JAX arrays, shared where possible."""
+"""Import of other libraries' arrays into JAX, without copies where possible."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ __all__ = ["array_from_dlpack", "from_dlpack"]
 
 
 _ALIGNMENT = 64
-"""Bytes to which memory must be aligned for JAX on a CPU to share it (jax 0.10.2)."""
+"""Alignment in bytes of memory that JAX on a CPU shares (jax 0.10.2)."""
 
 
 def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
-    """Import an array of another library as a JAX array, on its device, bit for bit and in its dtype.
+    """Import another library's array as a JAX array, bit for bit.
 
-    An array that shares memory keeps it alive. Writing to the other array then changes this one, although JAX takes arrays
-    as immutable and may still be reading them. JAX itself never writes to imported memory, donated or not.
+    Device and dtype stay. An array that shares memory keeps it alive. Writing to the source then changes the JAX array,
+    which JAX assumes immutable and may still be reading. JAX never writes to imported memory, donated or not.
 
     Args:
-        array: anything with ``__dlpack__`` and ``__dlpack_device__``: a torch tensor, a NumPy array, one of ml_dtypes'
-            dtypes included, a JAX array on one device.
-        copy: as in the array API standard. None copies only where JAX cannot share the memory: where it has gaps, or, on a
-            CPU, is not aligned to 64 bytes. False refuses these. True copies, so that writing to one never shows in the
-            other.
+        array: any object with ``__dlpack__`` and ``__dlpack_device__``: a torch tensor, a NumPy array (``ml_dtypes``
+            included), or a JAX array on one device.
+        copy: as in the array API standard. None copies only memory that JAX cannot share: memory with gaps and, on a CPU,
+            memory not aligned to 64 bytes. False refuses these. True always copies.
 
     Raises:
-        TypeError: ``array`` has no such methods.
-        ValueError: it cannot be exported, because it requires a gradient, say; JAX does not have its dtype, or would narrow
-            it, as 64-bit ones where ``jax_enable_x64`` is off; ``copy=False`` and the memory cannot be shared.
+        TypeError: ``array`` lacks these methods.
+        ValueError: ``array`` cannot be exported, for example because it requires a gradient; JAX lacks its dtype or would
+            narrow it, as 64-bit dtypes without ``jax_enable_x64``; ``copy=False`` and the memory cannot be shared.
 
     Example:
         >>> import numpy as np
@@ -52,25 +51,23 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
 
 
 def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: bool | None = None) -> jax.Array:
-    """Assemble one global array from the parts that the ranks hold, such as a table from the ranks' rows.
+    """Assemble a global array, such as a table, from the ranks' parts.
 
-    On CPUs any device shares memory: nothing is copied for a mesh of several, and the replicas over further axes of the
-    mesh share it too.
+    All CPU devices, and so replicas over further mesh axes, share one memory: nothing is copied for them.
 
     Args:
-        shards: the parts, in the order of the ranks: arrays as ``from_dlpack`` takes them, of the same shape and dtype.
-            Of several processes, each passes the parts that its own devices hold.
-        sharding: how the array is laid out: split along dimension 0 or not at all, as ``PartitionSpec("tp", None)``.
-        copy: as in ``from_dlpack``, for each part on each device; a part on another device than it is to be on is always
-            copied there, or refused.
+        shards: the parts in rank order, as ``from_dlpack`` takes them, of one shape and dtype. Each process passes the parts
+            of its own devices.
+        sharding: split along dimension 0 or not at all, such as ``PartitionSpec("tp", None)``.
+        copy: as in ``from_dlpack``, for each part on each device. A part on another device is copied, or refused.
 
     Returns:
-        An array of as many rows as all ranks' parts together, in their dtype, with that sharding.
+        An array with the rows of all ranks, in the parts' dtype, with that sharding.
 
     Raises:
-        TypeError: ``shards`` is no sequence, ``sharding`` no NamedSharding, or a part has no ``__dlpack__``.
-        ValueError: the parts are not of one shape and dtype, or not as many as the sharding has on this process's
-            devices; the sharding splits another dimension; or as in ``from_dlpack``.
+        TypeError: ``shards`` is no sequence, ``sharding`` is no NamedSharding, or a part has no ``__dlpack__``.
+        ValueError: the parts differ in shape or dtype; their number is not that of the parts on this process's devices; the
+            sharding splits another dimension; or as in ``from_dlpack``.
 
     Example:
         >>> import jax
@@ -110,13 +107,13 @@ def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: b
 
 
 def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[tuple[int, ...], list[list[jax.Device]]]:
-    """The shape of all parts together, and for each part that this process holds the devices that it goes to."""
+    """Global shape, and the devices of each part of this process."""
     axes = axes_of(PartitionSpec(*sharding.spec[:1]))
     world_size = math.prod(sharding.mesh.shape[axis] for axis in axes)
     whole = (shape[0] * world_size, *shape[1:]) if shape else ()
     if sharding.shard_shape(whole) != shape:
         raise ValueError(f"sharding must split dimension 0 only, got {sharding.spec} for parts of shape {shape}")
-    # Of one row per rank: parts without rows would all start at the same one.
+    # Index an array of one row per rank: empty parts would all start at row 0.
     ranks: dict[int, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map((world_size, *shape[1:]) if shape else ()).items():
         start = index[0].start if index else 0
@@ -125,14 +122,14 @@ def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[tupl
 
 
 def _on_devices(array: Any, devices: list[jax.Device] | None, copy: bool | None) -> list[jax.Array]:
-    """The array on each of the devices, or on the one where its memory is."""
+    """Import the array onto each device; by default where its memory is."""
     check_exporter(array)
     _check_dtype(dtype_name(array))
-    source: Any = _host_array(array, copy) if isinstance(array, np.ndarray) else _imported(array, copy)
+    source = _host_array(array, copy) if isinstance(array, np.ndarray) else _imported(array, copy)
     if isinstance(source, jax.Array) and next(iter(source.devices())).platform == "cpu" and devices:
         source = np.asarray(source)  # a view, which every CPU device shares
-    targets: Sequence[Any] = devices or [None]
-    # A copy of JAX's own may still be under way when device_put returns.
+    targets: Sequence[jax.Device | None] = devices or [None]
+    # device_put returns before its copy is done.
     found = jax.block_until_ready([jax.device_put(source, device, may_alias=True) for device in targets])
     start = address(array)
     if copy is False and math.prod(array.shape) and start is not None:
@@ -156,14 +153,14 @@ def _check_dtype(name: str) -> None:
 
 
 def _host_array(array: np.ndarray, copy: bool | None) -> np.ndarray:
-    """A NumPy array that JAX may alias: the array itself, or a copy."""
+    """Row-major NumPy array that JAX may alias; a copy if needed."""
     if copy is False and not array.flags.c_contiguous:
         raise sharing_error(f"its strides of {array.strides} bytes are not row-major")
     return np.array(array) if copy or not array.flags.c_contiguous else array
 
 
 def _imported(array: Any, copy: bool | None) -> jax.Array:
-    """The array as JAX imports it, or a copy; strides that JAX does not have are for its own library to undo."""
+    """Import over DLPack; ``contiguous()`` of its library first if JAX refuses."""
     try:
         try:
             imported = jax.dlpack.from_dlpack(array)
@@ -173,7 +170,7 @@ def _imported(array: Any, copy: bool | None) -> jax.Array:
             imported = jax.dlpack.from_dlpack(array.contiguous())
     except Exception as error:
         raise ValueError(f"array must be one that JAX can import, got a refusal: {error}") from error
-    # copy=True of jax.dlpack.from_dlpack would alias (jax 0.10.2).
+    # jax.dlpack.from_dlpack(copy=True) aliases (jax 0.10.2).
     return jnp.array(imported, copy=True) if copy else imported
 
 

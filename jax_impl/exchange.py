@@ -1,6 +1,6 @@
-"""The embedding from all ranks' rows: whole on every rank, split along the sequence, or of each rank's own ids.
+"""Lookups reduced over ranks: all_reduce, reduce_scatter and all_to_all.
 
-Every rank knows all ids, or gathers them, so it can compute what it sends and receives: no counts are exchanged.
+Every rank knows all ids, or gathers them. It computes from them what it sends and receives: no counts are exchanged.
 Shape suffixes: W ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
 """
 
@@ -24,12 +24,12 @@ __all__ = ["linear_reduced_lookup", "reduced_lookup"]
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
-    """Look ids up in a table that is split over the ranks of a mesh axis.
+    """Look ids up in a table split over ranks.
 
     Args:
         weight: the rank's rows, ``[N, E]``.
-        ids: any shape, as ``as_ids`` returns them; the same on all ranks of the axis, except with ``"all_to_all"``.
-        config: the options; ``reduction`` is not ``"none"``.
+        ids: any shape, as ``as_ids`` returns them; the same on all ranks except for ``"all_to_all"``.
+        config: options; ``reduction`` is not ``"none"``.
         axis_name: the mesh axis of the ranks.
 
     Returns:
@@ -55,13 +55,15 @@ def reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, a
 
 
 @reduced_lookup.defjvp
-def _(config: EmbeddingConfig, axis_name: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(
+    config: EmbeddingConfig, axis_name: str, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
     return reduced_lookup(weight, ids, config, axis_name), linear_reduced_lookup(tangents[0], ids, config, axis_name)
 
 
 def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
-    """``reduced_lookup`` as JAX transposes it; the transpose of all_reduce is local."""
+    """Linear map whose transpose is the gradient of ``reduced_lookup``."""
     if ids.size == 0:
         return _nothing(weight, ids, config, axis_name)
     if config.reduction == "all_to_all":
@@ -70,7 +72,7 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
     def dense() -> jax.Array:
         return _collective(ids, config, axis_name)(linear_lookup(weight, ids, config, axis_name))
 
-    # To round only once, the routed form would have to send float32 sums: no fewer bytes than dense 16-bit gradients.
+    # Rounded once, 16-bit gradients would be routed as float32 sums: no fewer bytes than dense.
     direct = weight.dtype.itemsize < 4 or config.world_size == 1
     if config.reduction == "all_reduce" or config.exchange != "routed" or direct:
         return dense()
@@ -85,14 +87,14 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
 def _of_own_ids(
     reduced: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str
 ) -> jax.Array:
-    """Gather all ranks' ids, ``[W, C]``; then each rank's own are its chunk of a reduce_scatter."""
+    """All-gather the ids; the rank's own are its reduce_scatter chunk."""
     ids_WC = jax.lax.all_gather(ids.reshape(-1), axis_name, to="invarying")
     rows = reduced(weight, ids_WC, replace(config, reduction="reduce_scatter", seq_dim=0), axis_name)
     return rows.reshape(*ids.shape, weight.shape[1])
 
 
 def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
-    """The embedding of no ids."""
+    """Embedding of no ids."""
     varying, shape = varying_axes(ids) | (varying_axes(weight) - {axis_name}), ids.shape
     if config.reduction == "reduce_scatter":
         varying, shape = varying | {axis_name}, chunk_shape(shape, config.seq_dim, config.world_size)
@@ -103,12 +105,12 @@ def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_na
 
 
 def _collective(ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> Callable[[jax.Array], jax.Array]:
-    """What adds the ranks' incomplete embeddings up."""
+    """Collective that sums the ranks' incomplete embeddings."""
     if config.reduction == "all_reduce":
-        if config.world_size == 1:  # XLA compiles no psum over one device beside Auto axes (jax 0.8.2 to 0.12.0.1)
+        if config.world_size == 1:  # XLA fails to compile psum over one device beside Auto axes (jax 0.8.2 to 0.12.0.1)
             return functools.partial(all_gather_invarying, axis_name=axis_name)
         return functools.partial(jax.lax.psum, axis_name=axis_name)
-    chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses a sequence that cannot be split
+    chunk_shape(ids.shape, config.seq_dim, config.world_size)  # refuses an indivisible sequence
     dim = resolve_seq_dim(ids.ndim, config.seq_dim)
     return functools.partial(jax.lax.psum_scatter, axis_name=axis_name, scatter_dimension=dim, tiled=True)
 
@@ -122,8 +124,8 @@ def _sum_over_ranks(
 ) -> jax.Array:
     """Sum the ranks' incomplete embeddings.
 
-    Foreign ids' rows are filled with -0.0, the identity of addition; +0.0 would turn -0.0 into +0.0. For an id outside the
-    vocabulary, the first rank contributes +0.0.
+    Rows of foreign ids are -0.0, the identity of addition: +0.0 would turn -0.0 into +0.0. For an id outside the vocabulary
+    rank 0 contributes +0.0.
     """
     rank = jax.lax.axis_index(axis_name)
     fill = jnp.where((rank == 0) & ~config.partition.is_valid(ids), 0.0, -0.0).astype(weight.dtype)
@@ -131,11 +133,11 @@ def _sum_over_ranks(
 
 
 class _Routes(NamedTuple):
-    """Which distinct rows this rank sends to whom, and where those that it needs arrive.
+    """Distinct rows that this rank sends, and slots of those it receives.
 
     Attributes:
-        send_WK: rows of this rank's table for each chunk, ascending; the number of rows where there are no more.
-        slots: for each token of this rank's chunk, its row among the ``W * K`` that arrive; ``W * K`` for an id outside the
+        send_WK: rows of this rank's table for each chunk, ascending; unused entries hold the number of rows.
+        slots: for each token of this rank's chunk, its row among the ``W * K`` received; ``W * K`` for an id outside the
             vocabulary and, in gradients, for ``padding_idx``.
         fits: whether no rank needs more than ``K`` rows of another; the same on all devices.
     """
@@ -154,13 +156,13 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
     if gradient and config.padding_idx is not None:
         known &= ids_WC != config.padding_idx
     ids_WC = jnp.where(known, ids_WC, none).astype(jnp.int32)
-    # Half a chunk: Zipf-distributed ids need 0.35 to 0.48 of it from the first of 8 ranks, uniform ones a w-th; all_to_all
-    # then moves half the bytes of the dense form. With a smaller capacity, real text would always fall back to dense.
+    # Half a chunk: all_to_all then moves half the bytes of the dense form. Zipf-distributed ids need 0.35 to 0.48 of a chunk
+    # from the first of 8 ranks, uniform ids 1 / w. With a smaller capacity, real text would always fall back to dense.
     capacity = -(-ids_WC.shape[1] // 2)
     sorted_WC, order_WC = jax.lax.sort_key_val(ids_WC, jax.lax.broadcasted_iota(jnp.int32, ids_WC.shape, 1))
     first_WC = jnp.pad(sorted_WC[:, 1:] != sorted_WC[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     place_WC = jnp.cumsum(first_WC.astype(jnp.int32), axis=1) - 1
-    # Of each chunk's distinct ids, how many lie below each rank's rows.
+    # Number of each chunk's distinct ids below each rank's rows.
     cuts = (jnp.arange(w + 1) * n).astype(jnp.int32)
     below = jnp.sum(first_WC[:, None, :] & (sorted_WC[:, None, :] < cuts[:, None]), axis=2, dtype=jnp.int32)
     keys_WC = jnp.where(first_WC, partition.keys(sorted_WC, rank), n)
@@ -169,7 +171,7 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
     owner_C = jnp.minimum(mine_C // n, w - 1)
     slots_C = jnp.where(mine_C < none, owner_C * capacity + place_C - below[rank][owner_C], w * capacity)
     needed = _most_of_batch(jnp.diff(below, axis=1).max())
-    # Over the axes that ids are split over, too, all devices are to take the same branch.
+    # Devices along the ids' other axes must take the same branch too.
     if others := tuple(sorted(varying_axes(needed))):
         needed = jax.lax.pmax(needed, others)
     return _Routes(jnp.sort(keys_WC, axis=1)[:, :capacity], slots_C.reshape(shape), needed <= capacity)
@@ -177,9 +179,9 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
 
 @jax.custom_batching.custom_vmap
 def _most_of_batch(count: jax.Array) -> jax.Array:
-    """Return the count; under vmap, the largest of the batch.
+    """Return the count; under vmap, the greatest of the batch.
 
-    All take the same branch then. A cond with a batched predicate cannot be transposed (jax 0.10.2).
+    The batch then takes one branch: a cond with a batched predicate cannot be transposed (jax 0.10.2).
     """
     return count
 

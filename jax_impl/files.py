@@ -1,4 +1,4 @@
-"""A sharded table from files, and to files."""
+"""Reading and writing of sharded tables."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["array_from_table", "write_table"]
 def array_from_table(
     table: TableFile, partition: VocabPartition, sharding: NamedSharding, dtype: np.dtype[Any]
 ) -> jax.Array:
-    """A table whose rows each process reads for its own devices, one shard at a time; rows of padding are zero.
+    """Read a table from files; each process reads its devices' rows.
 
     Args:
-        table: where they come from.
-        partition: who owns what.
-        sharding: where they go.
-        dtype: what to cast them to.
+        table: the table in files.
+        partition: ownership of the rows.
+        sharding: sharding of the result.
+        dtype: dtype of the result; rows are cast.
 
     Returns:
-        ``[partition.padded_vocab_size, table.emb_size]``.
+        ``[partition.padded_vocab_size, table.emb_size]``; padding rows are zero.
 
     Raises:
         ValueError: a file of the table is damaged.
@@ -42,9 +42,9 @@ def array_from_table(
 
     def shard(index: Any) -> jax.Array:
         start = first_row(index)
-        if start not in read:  # replicas are copied from device to device
+        if start not in read:  # JAX copies replicas from device to device
             rows = table.padded_rows(partition, start // partition.rows_per_rank, dtype)
-            # On a CPU the array takes the memory over; elsewhere the host has one shard at a time.
+            # On a CPU JAX shares this memory. Elsewhere the host frees it before the next shard.
             read[start] = jax.device_put(rows, holders[start], may_alias=True).block_until_ready()
         return read[start]
 
@@ -52,15 +52,15 @@ def array_from_table(
 
 
 def write_table(weight: jax.Array, partition: VocabPartition, path: str | Path, tensor_name: str, force: bool) -> None:
-    """Write a sharded table; each process writes the shards that its devices have.
+    """Write a sharded table; each process writes its devices' rows.
 
     Args:
-        weight: ``[partition.padded_vocab_size, e]``, its rows split over the ranks.
-        partition: who owns what.
+        weight: ``[partition.padded_vocab_size, e]``, rows split over ranks.
+        partition: ownership of the rows.
         path, tensor_name, force: as in ``ParallelVocabEmbedding.save_table``.
 
     Raises:
-        ValueError: in every process, if any of them could not do its part.
+        ValueError: in every process, if one of them fails.
     """
     n = partition.rows_per_rank
     shards = {first_row(shard.index) // n: shard.data for shard in weight.addressable_shards if shard.replica_id == 0}

@@ -1,4 +1,4 @@
-"""The lookup as pure functions of one rank's rows, for use inside a shard_map."""
+"""Lookups as pure functions of one rank's rows, inside a shard_map."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_impl.exchange import reduced_lookup as lookup_over_axis
 from jax_impl.ids import as_ids, check_size_for_int32
@@ -26,30 +27,30 @@ def partial_lookup(
     *,
     padding_idx: int | None = None,
 ) -> jax.Array:
-    """Look up the ids that this rank owns; every other id gets a row of +0.0.
+    """Look up the ids that this rank owns; others get +0.0.
 
-    The ranks' results have no row in common: they sum to the embedding. To be called inside a ``jax.shard_map`` that is
-    manual over ``axis_name``; the rank is the position along that axis.
+    The ranks' results sum to the embedding. Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The
+    position along that axis is the rank.
 
     Args:
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype, the same on all ranks of the axis; no dtype wraps. Ids outside
+        weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
+        ids: global ids, any shape, any integer dtype, the same on all ranks. No dtype wraps. Ids outside
             ``[0, vocab_size)``, negative ones included, give zero rows on every rank.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
-        padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
+        partition: ownership of the rows; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
+        padding_idx: a global id whose row gets no gradient. It is looked up like any other.
 
     Returns:
         ``[*ids.shape, emb_size]`` in the weight's dtype, unreduced: varying over ``axis_name``. Rows are copied bit for
-        bit, without any collective. Add them with ``jax.lax.psum`` where the embedding itself is wanted.
+        bit, without a collective. ``jax.lax.psum`` over ``axis_name`` gives the embedding.
 
-    The weight's gradient sums a row's occurrences in float32 for 16-bit tables (in the table's dtype otherwise), over
-    data-parallel axes too, and rounds once. Forward and reverse mode work to any order.
+    A row's gradient is summed over its occurrences, data axes included, in float32 for 16-bit tables, and rounded once. See
+    ``docs/contract.md``. Forward and reverse mode of any order.
 
     Raises:
         TypeError: ids are not an array of integers.
-        ValueError: ``weight`` does not have ``partition.rows_per_rank`` rows, the axis another size than
-            ``partition.world_size``, or ``padding_idx`` is out of range.
+        ValueError: ``weight`` does not have ``partition.rows_per_rank`` rows, the axis does not have
+            ``partition.world_size`` ranks, or ``padding_idx`` is out of range.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -85,34 +86,32 @@ def reduced_lookup(
     seq_dim: int = -1,
     padding_idx: int | None = None,
 ) -> jax.Array:
-    """Look ids up in a table that is split over the ranks of a mesh axis.
+    """Sum the ranks' ``partial_lookup`` over a mesh axis.
 
-    The result is the sum of the ranks' ``partial_lookup``. To be called inside a ``jax.shard_map`` that is manual over
-    ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype; no dtype wraps. The same on all ranks of the axis, but for
-            ``"all_to_all"``, where each rank passes its own, of one shape.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
+        weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
+        ids: global ids, any shape, any integer dtype. No dtype wraps. The same on all ranks, except for ``"all_to_all"``:
+            there each rank passes its own, of one shape.
+        partition: ownership of the rows; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
         reduction: ``"all_reduce"``, the embedding on every rank; ``"reduce_scatter"``, this rank's chunk of it;
             ``"all_to_all"``, the embedding of this rank's own ids.
-        exchange: ``"dense"``, the collective that adds incomplete embeddings up; ``"routed"``, for ``"reduce_scatter"``
-            each distinct row straight from its owner to who needs it, or dense where a rank needs more distinct rows of
-            one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal. ``"all_reduce"`` has
-            only the dense form.
+        exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to the
+            ranks that need it; ``"auto"``, dense. Values are equal. ``"all_reduce"`` is always dense. ``"routed"`` falls
+            back to dense if a rank needs more distinct rows of one owner than half its chunk has tokens.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits.
-        padding_idx: a global id whose row gets no gradient. Its row is looked up like any other.
+        padding_idx: a global id whose row gets no gradient. It is looked up like any other.
 
     Returns:
-        ``[*ids.shape, emb_size]`` in the weight's dtype, not varying over ``axis_name``; for ``"reduce_scatter"`` varying
-        over it, with the dimension ``seq_dim`` divided by ``partition.world_size``. Rows are copied bit for bit,
-        but where an accelerator adds: a subnormal number may become zero there, and a NaN another. Ids outside the
+        ``[*ids.shape, emb_size]`` in the weight's dtype. For ``"all_reduce"`` it does not vary over ``axis_name``. For
+        ``"reduce_scatter"`` dimension ``seq_dim`` is divided by ``partition.world_size``. Rows are copied bit for bit,
+        except that an accelerator's sum may flush a subnormal number to zero and change a NaN's payload. Ids outside the
         vocabulary give +0.0.
 
-    The gradient of ``"all_reduce"`` is local. That of ``"reduce_scatter"`` brings each rank what all chunks have for the
-    rows it owns. Sums are float32 for 16-bit tables and rounded once. Forward and reverse mode work to any order.
+    The gradient of ``"all_reduce"`` is local. For the others each rank receives the gradients of its rows. Sums are float32
+    for 16-bit tables and rounded once. See ``docs/contract.md``. Forward and reverse mode of any order.
 
     Raises:
         TypeError: ids are not an array of integers.
@@ -150,7 +149,7 @@ def reduced_lookup(
     return lookup_over_axis(weight, ids, config, axis_name)
 
 
-def _shared_ids(ids: Any, partition: VocabPartition, axis_name: str) -> jax.Array:
+def _shared_ids(ids: ArrayLike, partition: VocabPartition, axis_name: str) -> jax.Array:
     ids = jnp.asarray(as_ids(ids, partition.vocab_size))
     check_same_on_ranks("ids", ids, axis_name)
     return ids
@@ -163,7 +162,7 @@ def _config(weight: jax.Array, partition: VocabPartition, axis_name: str, **opti
 
 
 def check_rows(weight: jax.Array, partition: VocabPartition, axis_name: str) -> None:
-    """Refuse a weight that is not the rank's own rows, and what ``check_axis`` refuses."""
+    """Validate the axis, and the weight as the rank's own rows."""
     check_axis(partition, axis_name)
     if weight.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise table_dtype_error(weight.dtype)
@@ -174,7 +173,7 @@ def check_rows(weight: jax.Array, partition: VocabPartition, axis_name: str) -> 
 
 
 def check_axis(partition: VocabPartition, axis_name: str) -> None:
-    """Refuse an axis of another size than the partition's world, and a shard_map without its checks."""
+    """Validate the axis's size and the ``check_vma`` of the shard_map around."""
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
     check_size_for_int32(partition)

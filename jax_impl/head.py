@@ -1,6 +1,6 @@
-"""Logits of one rank's columns, and the products that everything at this end of the table is made of.
+"""Logits of one rank's columns, and the block products of the head.
 
-All of it runs inside a shard_map. Products and sums are float32, or float64 for float64 tables; results are rounded once.
+Everything runs inside a shard_map. Products and sums are float32, or float64 for float64 tables; results are rounded once.
 Shape suffixes: T tokens, K chunks of C tokens, E hidden columns, N rows of the rank's table, B columns of a block.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_impl.functional import check_rows, check_same_on_ranks
 from jax_impl.private_api import varying_axes
@@ -40,17 +41,17 @@ __all__ = [
 ]
 
 TOKENS_AT_ONCE = 1024
-"""The most tokens of a chunk: with a block's 1024 columns in float32 it takes 4 MiB."""
+"""Most tokens of a chunk: with a block's 1024 columns in float32 it takes 4 MiB."""
 
 
 class Plan(NamedTuple):
-    """What a program depends on besides its arrays.
+    """Static arguments of a computation.
 
     Attributes:
-        partition: who owns what.
+        partition: ownership of the columns.
         axis_name: the mesh axis of the ranks.
-        softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
-        split_dim: the dimension of the hidden states that is split over the ranks; None: they are the same on all ranks.
+        softcap: bounds logits to ``softcap * tanh(logits / softcap)``. None: no bound.
+        split_dim: the dimension along which hidden states are split over ranks. None: they are the same on all ranks.
     """
 
     partition: VocabPartition
@@ -60,13 +61,14 @@ class Plan(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of the rank's columns. All are equally wide: a narrower one begins with columns of the one before.
+    """A block of the rank's columns.
 
-    What is written to these is overwritten if the last block comes first.
+    All blocks are equally wide: a narrower one starts with columns of the block before it. Blocks are written in reverse
+    order, so that the block before overwrites these.
 
     Attributes:
-        at: its first column.
-        columns_B: the number of each column.
+        at: first column.
+        columns_B: column numbers.
         owned_B: False for columns of the block before, and for padding.
     """
 
@@ -85,27 +87,27 @@ def parallel_logits(
 ) -> jax.Array:
     """Compute the logits of the rank's own columns.
 
-    To be called inside a ``jax.shard_map`` that is manual over ``axis_name``; the rank is the position along that axis.
+    Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
     Args:
-        hidden: hidden states, ``[*, emb_size]``, the same on all ranks of the axis.
-        weight: the rank's own rows, ``[partition.rows_per_rank, emb_size]``, of the dtype of ``hidden``.
-        partition: who owns what; its ``world_size`` is the size of the axis.
-        axis_name: the mesh axis over which the vocabulary is split.
-        softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
+        hidden: hidden states, ``[*, emb_size]``, the same on all ranks.
+        weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, in the dtype of ``hidden``.
+        partition: ownership of the rows; its ``world_size`` is the size of the axis.
+        axis_name: the mesh axis that splits the vocabulary.
+        softcap: bounds logits to ``softcap * tanh(logits / softcap)``. None: no bound.
 
     Returns:
-        ``[*, partition.rows_per_rank]``, float32 (float64 for float64 inputs), varying over ``axis_name``. Columns of
-        padding are -inf, whatever their rows hold.
+        ``[*, partition.rows_per_rank]``, float32 (float64 for float64 inputs), varying over ``axis_name``. Padding columns
+        are -inf.
 
-    The forward has no communication. The gradient of ``hidden`` is summed over the ranks once, in float32; that of
-    ``weight`` is local. Products are those of fixed blocks of columns (``shared.head.ColumnBlocks``), and do not depend on
-    the number of ranks. Their precision on accelerators is that of ``jax.default_matmul_precision``. Reverse mode only.
+    Forward has no communication. The gradient of ``hidden`` is summed over the ranks once, in float32; that of ``weight`` is
+    local. Products use fixed blocks of columns (``shared.head.ColumnBlocks``), so they do not depend on the number of ranks.
+    On accelerators they have the precision of ``jax.default_matmul_precision``. Reverse mode only.
 
     Raises:
         TypeError: the dtypes are not floating, or differ.
-        ValueError: a shape does not fit, the axis has another size than ``partition.world_size``, ``hidden`` varies over
-            it, or ``softcap`` is out of range.
+        ValueError: a shape does not fit, the axis does not have ``partition.world_size`` ranks, ``hidden`` varies over it,
+            or ``softcap`` is out of range.
 
     Source: the parallel output layer of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); softcap: Gemma 2 (2024,
     arXiv:2408.00118).
@@ -130,12 +132,7 @@ def parallel_logits(
 
 
 def check_products(hidden: jax.Array, weight: jax.Array, plan: Plan) -> None:
-    """Refuse hidden states and rows that do not fit each other, the partition or the mesh.
-
-    Raises:
-        TypeError: a dtype is not floating, or they differ.
-        ValueError: a shape does not fit; hidden states that are not split vary over the axis.
-    """
+    """Validate dtypes, shapes and varying axes of hidden states and rows."""
     check_rows(weight, plan.partition, plan.axis_name)
     if hidden.dtype != weight.dtype:
         raise logits_dtype_error("hidden", hidden.dtype, f"of the weight's dtype {weight.dtype}")
@@ -144,27 +141,27 @@ def check_products(hidden: jax.Array, weight: jax.Array, plan: Plan) -> None:
         check_same_on_ranks("hidden", hidden, plan.axis_name)
 
 
-def wide_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype of products and sums."""
+def wide_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Dtype of products and sums."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def vary(array: jax.Array, *others: Any) -> jax.Array:
-    """Mark the array as varying over the axes of ``others``: arrays, or names of mesh axes."""
+def vary(array: jax.Array, *others: jax.Array | str) -> jax.Array:
+    """Mark an array as varying over axis names and other arrays' axes."""
     axes = frozenset[str]().union(*[{each} if isinstance(each, str) else varying_axes(each) for each in others])
     missing = tuple(sorted(axes - varying_axes(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def gather_sequence(hidden: jax.Array, plan: Plan) -> jax.Array:
-    """The hidden states of all tokens."""
+    """Hidden states of all tokens, gathered if they are split."""
     if plan.split_dim is None:
         return hidden
     return jax.lax.all_gather(hidden, plan.axis_name, axis=plan.split_dim, tiled=True)
 
 
 def split_tokens(array: jax.Array, ndim: int) -> jax.Array:
-    """Cut the first ``ndim`` dimensions into K chunks of C tokens, filled up with zeros."""
+    """Reshape the first ``ndim`` dimensions to ``[K, C]``, padded with zeros."""
     shape = array.shape[ndim:]
     tokens = int(np.prod(array.shape[:ndim]))
     chunks = max(1, -(-tokens // TOKENS_AT_ONCE))
@@ -182,35 +179,35 @@ def block_edges(partition: VocabPartition) -> np.ndarray:
 
 
 def owned_columns(plan: Plan) -> jax.Array:
-    """How many of the rank's columns are not padding, if positive."""
+    """Number of the rank's columns without padding; may be negative."""
     return plan.partition.vocab_size - plan.partition.start(jax.lax.axis_index(plan.axis_name))
 
 
 def block_of(edges: jax.Array, plan: Plan) -> Block:
-    """The block with these edges."""
+    """Block with these edges, widened to the common width."""
     width = ColumnBlocks.of(plan.partition).columns
     columns_B = edges[1] - width + jax.lax.iota(jnp.int32, width)
     return Block(edges[1] - width, columns_B, (columns_B >= edges[0]) & (columns_B < owned_columns(plan)))
 
 
 def part_of(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """``size`` entries along the first axis, of an array that a loop does not change.
+    """Slice a loop-invariant array along its first axis.
 
-    XLA:CPU computes with 16-bit floats as float32, and would widen all of the array before the loop: 512 MiB for a table of
-    131072 x 1024. It does not where the array seems to depend on the iteration. The TPU's compiler drops the barrier late,
-    and still narrows a float32 table to bfloat16 before the loop at the default precision of products (jax 0.10.2).
+    The barrier makes the array seem to depend on the iteration. Without it XLA:CPU, which computes with 16-bit floats as
+    float32, widens the whole array before the loop: 512 MiB for a table of 131072 x 1024. The TPU's compiler drops the
+    barrier late. At the default precision of products it still narrows a float32 table before the loop (jax 0.10.2).
     """
     array, start = jax.lax.optimization_barrier((array, start))
     return jax.lax.dynamic_slice_in_dim(array, start, size)
 
 
 def rows_of(weight_NE: jax.Array, block: Block) -> jax.Array:
-    """The block's rows; zeros for those that it does not own, which may hold anything."""
+    """Rows of the block; zeros where it does not own them."""
     return jnp.where(block.owned_B[:, None], part_of(weight_NE, block.at, len(block.columns_B)), 0)
 
 
 def logits_block(hidden_CE: jax.Array, rows_BE: jax.Array, block: Block, softcap: float | None) -> jax.Array:
-    """The logits ``[C, B]`` of a chunk and a block; -inf in columns that the block does not own."""
+    """Logits ``[C, B]``; -inf in columns that the block does not own."""
     x_CB = jnp.einsum("ce,be->cb", hidden_CE, rows_BE, preferred_element_type=wide_dtype(hidden_CE.dtype))
     if softcap is not None:
         x_CB = softcap * jnp.tanh(x_CB / softcap)
@@ -225,26 +222,26 @@ def backward_products(
     silent_KC: jax.Array,
     gradient: Callable[[jax.Array, jax.Array, Block, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of hidden states and rows, block by block of the gradient of the logits.
+    """Gradients of hidden states and rows, from blocks of the logits' gradient.
 
     Args:
-        hidden: as they were given.
-        whole: those of all tokens.
+        hidden: hidden states as the caller gave them.
+        whole: hidden states of all tokens.
         weight: the rank's rows.
-        plan: the rest.
-        silent_KC: True for tokens without a gradient: NaN in their hidden states reaches nothing.
+        plan: static arguments.
+        silent_KC: True for tokens without a gradient. NaN in their hidden states reaches nothing.
         gradient: called as ``gradient(hidden_CE, rows_BE, block, chunk)``; returns the gradient of the product of the
-            first two, in the wide dtype. What it holds in columns that the block does not own does not matter.
+            first two, in the wide dtype. Columns that the block does not own may hold anything.
 
     Returns:
-        The gradients of ``hidden`` and ``weight``, summed over the mesh axes over which each does not vary, and rounded
-        after that.
+        Gradients of ``hidden`` and ``weight``, each summed over the mesh axes over which its primal does not vary, then
+        rounded.
     """
     dtype, wide = weight.dtype, wide_dtype(weight.dtype)
     chunks_KCE = split_tokens(whole, whole.ndim - 1)
     everything = whole, weight, silent_KC, plan.axis_name
     if varying_axes(vary(silent_KC, *everything)) - varying_axes(weight):
-        dtype = wide  # over data axes gradients are added up before they are rounded
+        dtype = wide  # the sum over data axes precedes rounding
 
     def add_block(sums: tuple[jax.Array, jax.Array], edges: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         hidden_KCE, weight_NE = sums
@@ -279,25 +276,25 @@ def backward_products(
 
 
 def _join_tokens(array_KC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What ``split_tokens`` cut, with these dimensions again."""
+    """Undo ``split_tokens``: drop its padding, restore the dimensions ``shape``."""
     last = array_KC.shape[2:]
     return array_KC.reshape(array_KC.shape[0] * array_KC.shape[1], *last)[: int(np.prod(shape))].reshape(*shape, *last)
 
 
 def _sum_as(array: jax.Array, primal: jax.Array) -> jax.Array:
-    """Sum over the mesh axes over which ``primal`` does not vary, and round to its dtype after that."""
+    """Sum over axes along which ``primal`` is replicated; round to its dtype."""
     axes = sorted(varying_axes(array) - varying_axes(primal))
     single = [axis for axis in axes if jax.lax.axis_size(axis) == 1]
     several = tuple(axis for axis in axes if axis not in single)
     array = (jax.lax.psum(array, several) if several else array).astype(primal.dtype)
-    for axis in single:  # XLA does not compile a psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
+    for axis in single:  # XLA fails to compile psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
         array = jax.lax.all_gather(array, axis, tiled=True, to="invarying")
     return array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def logits_on_rank(hidden: jax.Array, weight: jax.Array, plan: Plan) -> jax.Array:
-    """The rank's logits; hidden states that are split along the sequence are gathered first."""
+    """Logits of the rank's columns; gathers a split sequence first."""
     return _forward(hidden, weight, plan)[0]
 
 

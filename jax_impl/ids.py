@@ -1,7 +1,8 @@
-"""Ids and targets as the layer computes with them, and the checks of those outside the vocabulary."""
+"""Ids and targets as int32, and checks for those outside the vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from shared.checks import ids_type_error, invalid_id_error
 from shared.head import check_targets_valid, invalid_target_error, targets_type_error
@@ -27,18 +29,18 @@ __all__ = [
 ]
 
 
-def as_ids(ids: Any, vocab_size: int) -> Any:
-    """Ids as an array that JAX takes without narrowing: those of NumPy are range-checked before they become int32.
+def as_ids(ids: ArrayLike, vocab_size: int) -> jax.Array | np.ndarray:
+    """Cast ids to int32; range-check 64-bit ones first.
 
-    A 64-bit id that is no id of the vocabulary becomes -1, never another id. ``jax.jit`` narrows NumPy arguments at its
-    door, before any code of the function runs: call this on 64-bit NumPy ids that go into a jitted function of your own.
+    A 64-bit id outside the vocabulary becomes -1, never another id. ``jax.jit`` narrows 64-bit NumPy arguments before the
+    function runs: call this on such ids before you pass them to a jitted function of your own.
 
     Args:
         ids: a JAX array, a NumPy array or a number, of any integer dtype.
         vocab_size: rows of the whole table, at most ``2**31 - 1``.
 
     Returns:
-        int32 of the same shape, from JAX where the ids are.
+        int32 of the same shape: a JAX array for JAX ids, else a NumPy array.
 
     Raises:
         TypeError: ids are not an array of integers.
@@ -53,7 +55,7 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
         checked_array(ids)
         if ids.dtype.itemsize < 8:
             return widen(ids)
-        with jax.enable_x64(True):  # without it, JAX narrows at the first operation
+        with jax.enable_x64(True):  # else JAX narrows at the first operation
             return jnp.where((ids >= 0) & (ids < vocab_size), ids, -1).astype(jnp.int32)
     if not isinstance(ids, (np.ndarray, np.generic, int)) or isinstance(ids, bool):
         raise ids_type_error(type(ids).__name__, "a JAX or NumPy array")
@@ -62,90 +64,78 @@ def as_ids(ids: Any, vocab_size: int) -> Any:
 
 
 def check_size_for_int32(partition: VocabPartition) -> None:
-    """Refuse a vocabulary whose rows, and one more for foreign ids, int32 cannot number.
-
-    Raises:
-        ValueError: naming the size.
-    """
+    """Validate that int32 can number the rows, and one for foreign ids."""
     size, limit = partition.padded_vocab_size, "2**31" if partition.world_size > 1 else "2**31 - 1"
     if size >= 2**31 or partition.rows_per_rank >= 2**31 - 1:
         raise ValueError(f"vocab_size must fit JAX's int32 indices, below {limit}, got {size}")
 
 
-def check_ids(ids: Any, vocab_size: int) -> None:
-    """Refuse ids outside ``[0, vocab_size)``: at once where they are known, with ``checkify`` where they are traced.
-
-    Raises:
-        IndexError: naming the first such id in row-major order, its position and the legal range.
-        TypeError: ids are not an array of integers.
-    """
+def check_ids(ids: ArrayLike, vocab_size: int) -> None:
+    """Validate that ids lie in ``[0, vocab_size)``; traced ones with ``checkify``."""
     if not isinstance(ids, jax.core.Tracer):
         as_ids(ids, vocab_size)
         check_ids_valid(_on_host(ids), vocab_size)
         return
     checked_array(ids)
     ids = _whole(ids)
-    known = widen(as_ids(ids, vocab_size))
+    known = jnp.asarray(as_ids(ids, vocab_size))
     message = str(invalid_id_error(0, range(ids.ndim), vocab_size))
     _check_traced(checkify.check, ids, (known < 0) | (known >= vocab_size), "ids", message)
 
 
-def check_targets(targets: Any, vocab_size: int, ignore_index: int) -> None:
-    """Refuse targets outside ``[0, vocab_size)`` that are not ignored, where they are known or ``checkify`` is applied.
-
-    Raises:
-        IndexError: naming the first such target in row-major order, its position and the legal range.
-        TypeError: targets are not an array of integers.
-    """
+def check_targets(targets: ArrayLike, vocab_size: int, ignore_index: int) -> None:
+    """Validate that targets are ignored or valid; traced ones under ``checkify`` only."""
     known = as_targets(targets, vocab_size, ignore_index)
     if not isinstance(targets, jax.core.Tracer):
         if (known == INVALID).any():
             check_targets_valid(_on_host(targets), vocab_size, ignore_index)
         return
     message = str(invalid_target_error(0, range(targets.ndim), vocab_size, ignore_index))
-    _check_traced(checkify.debug_check, _whole(targets), _whole(known) == INVALID, "targets", message)
+    _check_traced(checkify.debug_check, _whole(targets), _whole(jnp.asarray(known)) == INVALID, "targets", message)
 
 
-def _on_host(ids: Any) -> np.ndarray:
+def _on_host(ids: ArrayLike) -> np.ndarray:
     if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
         assert isinstance(ids.sharding, NamedSharding)
         ids = jax.device_put(ids, NamedSharding(ids.sharding.mesh, PartitionSpec()))
     return np.asarray(ids)
 
 
-def _whole(ids: Any) -> Any:
-    """Traced ids split over no Explicit axis."""
+def _whole(ids: jax.Array) -> jax.Array:
+    """Reshard traced ids to be split over no Explicit axis."""
     split = jax.typeof(ids).sharding
     if any(entry is not None for entry in split.spec):
         return jax.sharding.reshard(ids, NamedSharding(split.mesh, PartitionSpec(*[None] * ids.ndim)))
     return ids
 
 
-def _check_traced(check: Any, ids: Any, bad: Any, name: str, message: str) -> None:
-    """Have checkify report the first bad id; ``message`` is what to say of an id of 0."""
+def _check_traced(check: Callable[..., None], ids: jax.Array, bad: jax.Array, name: str, message: str) -> None:
+    """Report the first bad id with checkify; ``message`` describes id 0."""
     if ids.size == 0:
         return
     first = jnp.argmax(bad.ravel())
     position = jnp.unravel_index(first, ids.shape)
-    names: dict[str, Any] = {f"i{n}": index for n, index in enumerate(position)}
+    names = {f"i{n}": index for n, index in enumerate(position)}
     _, _, rule = message.partition(" = 0 ")
     where = f"{name}[{', '.join('{' + each + '}' for each in names)}]" if names else name
     check(~bad.ravel()[first], f"{where} = {{value}} {rule}", value=ids.ravel()[first], **names)
 
 
-def checked_array(ids: Any) -> Any:
-    """The array itself, once it is known to hold integers."""
+def checked_array(ids: jax.Array) -> jax.Array:
+    """Validate an integer dtype; return the array."""
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ids_type_error(f"dtype {ids.dtype}", "an array")
     return ids
 
 
 IGNORED, INVALID = -1, -2
-"""What ``as_targets`` makes of targets that are no ids."""
+"""Values of ``as_targets`` for targets that are no ids."""
 
 
-def as_targets(targets: Any, vocab_size: int, ignore_index: int) -> Any:
-    """Targets as int32: ids of the vocabulary as they are, ``IGNORED`` for ``ignore_index``, ``INVALID`` for all others.
+def as_targets(targets: ArrayLike, vocab_size: int, ignore_index: int) -> jax.Array | np.ndarray:
+    """Cast targets to int32, with ``IGNORED`` and ``INVALID`` marked.
+
+    Ids of the vocabulary stay, ``ignore_index`` becomes ``IGNORED``, all other values become ``INVALID``.
 
     Args:
         targets: a JAX array, a NumPy array or a number, of any integer dtype.
@@ -153,7 +143,7 @@ def as_targets(targets: Any, vocab_size: int, ignore_index: int) -> Any:
         ignore_index: any integer.
 
     Returns:
-        int32 of the same shape, from JAX where the targets are.
+        int32 of the same shape: a JAX array for JAX targets, else a NumPy array.
 
     Raises:
         TypeError: targets are not an array of integers.

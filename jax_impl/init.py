@@ -1,9 +1,9 @@
-"""The initial numbers of a table."""
+"""Initial values of a table."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, SupportsInt
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,19 @@ def draw_table(
     dtype: np.dtype[Any],
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Make a table's first numbers; padding rows and that of ``padding_idx`` are zero.
+    """Draw a table; padding rows and the ``padding_idx`` row are zero.
 
     Args:
-        config: ``init="per_rank"`` draws rank r's rows from ``jax.random.key(init_base_seed + r)``; ``"global"`` makes row
-            i a function of the seed and i alone (``shared.global_normal``), computed on the host, by each process for its
-            own devices. A callable is traced and asked for the rows of each device; None makes zeros.
-        mesh, axis_name: where the table lies.
+        config: options; ``init``, ``init_*`` and ``padding_idx`` as for ``ParallelVocabEmbedding``.
+        mesh, axis_name: the mesh, and the axis that splits the rows.
         dtype: of the table.
-        key: what ``"per_rank"`` draws from in the place of the seed: rank r's rows from ``jax.random.fold_in(key, r)``.
+        key: replaces the seed of ``"per_rank"``: rank r draws from ``jax.random.fold_in(key, r)``.
 
     Returns:
-        ``[padded_vocab_size, emb_size]``, its rows split over ``axis_name``.
+        ``[padded_vocab_size, emb_size]``, rows split over ``axis_name``.
 
     Raises:
-        ValueError: the callable did not return a row for each row number.
+        ValueError: a callable ``init`` returned another shape than one row for each row number.
     """
     if config.init is None or callable(config.init):
         rows = _ask_for_rows(config, mesh, axis_name, dtype)
@@ -50,7 +48,7 @@ def draw_table(
         else:
             keys = [jax.random.fold_in(key, rank) for rank in range(config.world_size)]
         rows = _draw_on_each_rank(jnp.stack(keys), config, mesh, axis_name, dtype)
-        # Outside jit each line is a computation of its own: fused, the multiplication would not round before the addition.
+        # Outside jit these do not fuse: fused, the product would not be rounded before the sum.
         rows = config.init_std * rows
         rows = config.init_mean + rows
     if config.padding_idx is not None or config.partition.padding_rows:
@@ -82,7 +80,7 @@ def _draw_globally(
 ) -> jax.Array:
     n = config.partition.rows_per_rank
 
-    def rows_of(rank: Any) -> np.ndarray:
+    def rows_of(rank: SupportsInt) -> np.ndarray:
         start, stop = config.partition.owned_range(int(rank))
         rows = np.zeros((n, config.emb_size), dtype)
         mean, std = config.init_mean, config.init_std
@@ -96,7 +94,7 @@ def _draw_globally(
         return jax.make_array_from_callback(size, sharding, lambda index: rows_of(first_row(index) // n))
 
     def on_each_rank() -> jax.Array:
-        # Traced, the numbers are asked of the host when the program runs.
+        # While tracing: the host draws them when the program runs.
         rank = jax.lax.axis_index(axis_name)
         return jax.pure_callback(rows_of, jax.ShapeDtypeStruct((n, config.emb_size), dtype), rank)
 
@@ -107,7 +105,7 @@ def _draw_globally(
 def _draw_on_each_rank(
     keys: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str, dtype: np.dtype[Any]
 ) -> jax.Array:
-    """Standard normal numbers, each rank's from its own of the ``[w]`` keys."""
+    """Standard normal rows; rank r draws from ``keys[r]``."""
 
     def on_each_rank(keys: jax.Array) -> jax.Array:
         key = keys[jax.lax.axis_index(axis_name)]
@@ -119,7 +117,7 @@ def _draw_on_each_rank(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def zero_rows(weight: jax.Array, config: EmbeddingConfig, mesh: Mesh | AbstractMesh, axis_name: str) -> jax.Array:
-    """The table with zeros in padding rows, and in that of ``padding_idx``."""
+    """Set padding rows and the row of ``padding_idx`` to zero."""
     partition = config.partition
 
     def on_each_rank(rows: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The output head as a pytree: logits, loss and decoding from the table of an embedding layer."""
+"""Output head as a pytree: logits, loss and decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from jax_impl.cross_entropy import linear_statistics, loss_of
 from jax_impl.decode import parallel_argmax, parallel_sample, parallel_top_k
@@ -35,7 +37,7 @@ __all__ = ["ParallelLMHead"]
 
 
 class _Static(NamedTuple):
-    """A head without its table: what jit must know when it compiles."""
+    """Static part of a head: everything but its table."""
 
     partition: VocabPartition
     options: LossOptions
@@ -45,29 +47,27 @@ class _Static(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class ParallelLMHead:
-    """Output head over the vocabulary-parallel table of a ``ParallelVocabEmbedding``.
+    """Output head over the table of a ``ParallelVocabEmbedding``.
 
-    The head is a pytree whose only leaf is the table. A head with a table of its own is built once, around a layer of its
-    own, and is a part of the model. A tied head is built around the model's embedding wherever it is used: the model has
-    one table, and the gradients of lookup and head add up in it.
+    The head is a pytree whose only leaf is the table. Build an untied head once, around an embedding of its own, as part of
+    the model. Build a tied head around the model's embedding in each call: the gradients of lookup and head then add up in
+    the one table.
 
     Args:
-        embedding: the layer whose table and mesh the head uses; its ``reduction`` plays no part.
-        ignore_index, label_smoothing, z_loss, reduction, softcap, seq_dim: as in ``linear_cross_entropy``. A mean is over
-            all tokens, those of data axes included.
-        invalid_targets: what a target outside ``[0, vocab_size)`` gives: ``"error"``, an IndexError, or inside ``jit`` a
-            loss of NaN without a gradient, and an error where ``jax.experimental.checkify`` is applied; ``"ignore"``, no
-            loss.
+        embedding: the layer that provides table and mesh; its ``reduction`` is ignored.
+        ignore_index, label_smoothing, z_loss, reduction, softcap, seq_dim: as in ``linear_cross_entropy``. Means and sums
+            include the tokens of data axes.
+        invalid_targets: result for targets outside ``[0, vocab_size)``: ``"error"``, an IndexError; inside ``jit`` a loss of
+            NaN without a gradient, and an error under ``jax.experimental.checkify``; ``"ignore"``, no loss.
 
     Attributes:
         embedding: the layer.
         options: the ``shared.head.LossOptions``.
 
-    Over further mesh axes tokens stay as they are split. Inside ``jit`` on Auto axes the batch is taken to be split over all
-    of them.
+    Tokens stay split over further mesh axes. Inside ``jit`` the batch is assumed to be split over all Auto ones.
 
     Raises:
-        TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option is of the wrong kind.
+        TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option has the wrong type.
         ValueError: an option is out of range.
 
     Source: tied embeddings: Press and Wolf (2017, arXiv:1608.05859).
@@ -116,24 +116,26 @@ class ParallelLMHead:
 
     @property
     def partition(self) -> VocabPartition:
-        """The ``shared.VocabPartition`` of the table."""
+        """Ownership of the table's rows, a ``shared.VocabPartition``."""
         return self.embedding.config.partition
 
-    def __call__(self, hidden: Any, targets: Any = None, *, returns: Sequence[str] = ()) -> Any:
+    def __call__(
+        self, hidden: jax.Array | np.ndarray, targets: ArrayLike | None = None, *, returns: Sequence[str] = ()
+    ) -> Any:
         """Compute the loss against ``targets``, or the logits without them.
 
         Args:
-            hidden: ``[*, emb_size]``, in the table's dtype; with ``seq_dim`` it is best split over ``axis_name`` along it.
+            hidden: ``[*, emb_size]``, in the table's dtype. With ``seq_dim``, best split along it over ``axis_name``.
             targets: ids, ``[*]``, any integer dtype, from JAX or NumPy.
-            returns: what to return besides the loss, as in ``linear_cross_entropy``.
+            returns: further results, as in ``linear_cross_entropy``.
 
         Returns:
-            With targets what ``linear_cross_entropy`` returns. Else the logits ``[*, padded_vocab_size]``, float32 (float64
-            for a float64 table), their last dimension split over ``axis_name``; -inf in padding.
+            With targets as ``linear_cross_entropy``. Without: logits ``[*, padded_vocab_size]``, float32 (float64 for a
+            float64 table), last dimension split over ``axis_name``, -inf in padding.
 
         Raises:
             TypeError: a dtype is not legal.
-            IndexError: with ``invalid_targets="error"``, naming the first such target, its position and the legal range.
+            IndexError: with ``invalid_targets="error"``; names the first invalid target, its position and the legal range.
             ValueError: a shape does not fit; ``returns`` without targets; called inside a shard_map that is manual over
                 ``axis_name``.
         """
@@ -157,27 +159,27 @@ class ParallelLMHead:
         output = (loss, *[specs[name] for name in options.returns]) if returns else loss
         return self._run(_loss, axes_of(tokens), [*given, (known, tokens)], output, options)
 
-    def argmax(self, logits: Any) -> jax.Array:
-        """Find the id of each token's greatest logit: ``parallel_argmax`` of the logits of all ranks."""
+    def argmax(self, logits: jax.Array | np.ndarray) -> jax.Array:
+        """Apply ``parallel_argmax`` to logits ``[*, padded_vocab_size]``."""
         tokens = self._split(logits, logits.ndim - 1)
         split = PartitionSpec(*tokens, self.embedding.axis_name)
         return self._run(_argmax, None, [(logits, split)], tokens, self.options)
 
-    def top_k(self, logits: Any, k: int) -> tuple[jax.Array, jax.Array]:
-        """Find each token's k greatest logits and their ids: ``parallel_top_k`` of the logits of all ranks."""
+    def top_k(self, logits: jax.Array | np.ndarray, k: int) -> tuple[jax.Array, jax.Array]:
+        """Apply ``parallel_top_k`` to logits ``[*, padded_vocab_size]``."""
         tokens, k = self._split(logits, logits.ndim - 1), check_top_k(k, self.partition.vocab_size)
         split = PartitionSpec(*tokens, self.embedding.axis_name)
         return self._run(_top_k, k, [(logits, split)], PartitionSpec(*tokens, None), self.options)
 
-    def sample(self, logits: Any, uniform: Any) -> jax.Array:
-        """Draw an id a token, with one uniform number each: ``parallel_sample`` of the logits of all ranks."""
+    def sample(self, logits: jax.Array | np.ndarray, uniform: jax.Array | np.ndarray) -> jax.Array:
+        """Apply ``parallel_sample`` to logits ``[*, padded_vocab_size]`` and ``uniform`` ``[*]``."""
         tokens = self._split(logits, logits.ndim - 1)
         check_targets_shape(uniform.shape, logits.shape[:-1], "logits", "uniform")
         given = [(logits, PartitionSpec(*tokens, self.embedding.axis_name)), (uniform, tokens)]
         return self._run(_sample, None, given, tokens, self.options)
 
-    def _split(self, array: Any, ndim: int, dim: int | None = None) -> PartitionSpec:
-        """How tokens, the first ``ndim`` dimensions of the array, are split over axes other than the table's."""
+    def _split(self, array: jax.Array | np.ndarray, ndim: int, dim: int | None = None) -> PartitionSpec:
+        """Split of the first ``ndim`` dimensions, the tokens, over further axes."""
         mesh, axis_name = self.embedding.mesh, self.embedding.axis_name
         known = known_split(array, mesh)
         tokens = without(PartitionSpec(*[*known, *[None] * ndim][:ndim]), axis_name)
@@ -190,7 +192,7 @@ class ParallelLMHead:
         self,
         function: Callable[..., Any],
         argument: Any,
-        given: list[tuple[Any, Any]],
+        given: list[tuple[jax.Array | np.ndarray, PartitionSpec]],
         output: Any,
         options: LossOptions,
     ) -> Any:
@@ -207,9 +209,14 @@ class ParallelLMHead:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _on_each_rank(
-    function: Callable[..., Any], argument: Any, static: _Static, specs: tuple[Any, ...], output: Any, *arrays: Any
+    function: Callable[..., Any],
+    argument: Any,
+    static: _Static,
+    specs: tuple[PartitionSpec, ...],
+    output: Any,
+    *arrays: jax.Array | np.ndarray,
 ) -> Any:
-    """``function(static, argument, *arrays)`` under one shard_map."""
+    """Run ``function(static, argument, *arrays)`` under one shard_map."""
     mesh, axis_name = static.mesh, static.axis_name
     free = free_axes(mesh, axis_name)
     named = frozenset[str]().union(*[axes_of(spec) for spec in specs])

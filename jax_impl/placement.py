@@ -1,4 +1,4 @@
-"""Which mesh a table lies on, and how ids lie on it."""
+"""Mesh of a table, and sharding of arrays over it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shared.config import EmbeddingConfig
 from shared.sequence import chunk_shape, resolve_seq_dim
 
 __all__ = [
+    "MeshValues",
     "axes_of",
     "check_own_ids",
     "check_sequence",
@@ -31,9 +32,12 @@ __all__ = [
     "without",
 ]
 
+MeshValues = tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]
+"""A mesh as plain values: platform, device ids, names and types of the axes."""
+
 
 def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | AbstractMesh:
-    """Return the mesh to use, checked to have ``axis_name``: ``mesh``, or the one set with ``jax.set_mesh``.
+    """Default to the mesh set with ``jax.set_mesh``; validate ``axis_name``.
 
     Raises:
         TypeError: ``mesh`` is not a mesh, or ``axis_name`` is not a string.
@@ -42,7 +46,7 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     if mesh is None:
         try:
             mesh = jax.sharding.get_mesh()
-        except ValueError:  # inside jit there is only the shape of the mesh
+        except ValueError:  # inside jit only the abstract mesh is known
             mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             raise ValueError('mesh is missing: pass mesh=jax.make_mesh((w,), ("tp",)), or set one with jax.set_mesh')
@@ -55,14 +59,14 @@ def resolve_mesh(mesh: Mesh | AbstractMesh | None, axis_name: str) -> Mesh | Abs
     return mesh
 
 
-def describe_mesh(mesh: Mesh) -> tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]:
-    """A mesh as plain values, of which ``find_mesh`` makes it again in another process."""
+def describe_mesh(mesh: Mesh) -> MeshValues:
+    """Convert a mesh to plain values for ``find_mesh`` in another process."""
     ids = np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)
     return mesh.devices.flat[0].platform, ids, mesh.axis_names, mesh.axis_types
 
 
-def find_mesh(described: tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType, ...]]) -> Mesh:
-    """Make a mesh of this process's devices from ``describe_mesh``'s result.
+def find_mesh(described: MeshValues) -> Mesh:
+    """Build a mesh of this process's devices from ``describe_mesh``'s result.
 
     Raises:
         ValueError: this process lacks one of the devices.
@@ -81,15 +85,15 @@ def find_mesh(described: tuple[str, np.ndarray, tuple[str, ...], tuple[AxisType,
 
 
 def first_row(index: Any) -> int:
-    """The row of a table at which a shard begins, of the index that JAX gives for it."""
+    """First row of a table's shard, given the shard's index."""
     return index[0].start or 0
 
 
 def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
-    """Find the axes of the mesh that no shard_map of the caller's has taken.
+    """Axes of the mesh that no shard_map around makes manual.
 
     Raises:
-        ValueError: ``axis_name`` is taken; another mesh is set with ``jax.set_mesh``.
+        ValueError: ``axis_name`` is manual already, or another mesh is set with ``jax.set_mesh``.
     """
     in_force = jax.sharding.get_abstract_mesh()
     free = frozenset(mesh.axis_names)
@@ -109,13 +113,13 @@ def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
-    """The axes of the mesh that are Explicit: an array's type says how it is split over them."""
+    """Explicit axes of the mesh; array types include the split over these."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
-def known_split(ids: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How ids are split over axes of the mesh, as far as that is known: inside jit, over Explicit axes only."""
+def known_split(ids: jax.Array | np.ndarray, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Known split of ids over the mesh; inside jit, Explicit axes only."""
     if isinstance(ids, jax.core.Tracer):
         return restricted(jax.typeof(ids).sharding.spec, explicit_axes(mesh))
     if isinstance(ids, jax.Array) and isinstance(ids.sharding, NamedSharding) and ids.sharding.mesh == mesh:
@@ -124,12 +128,12 @@ def known_split(ids: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 
 def likely_split(
-    ids: Any, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, config: EmbeddingConfig
+    ids: jax.Array, split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, config: EmbeddingConfig
 ) -> PartitionSpec:
-    """Guess how traced ids are split: known axes as they are, free Auto axes along the batch.
+    """Guess that free Auto axes split the batch of traced ids.
 
-    The batch is the first dimension that is not the sequence, ``seq_dim``. A wrong guess costs a collective, not
-    correctness. Without a guess, XLA gathers the tokens of all devices before a scatter or a reduce-scatter.
+    Known axes stay. The batch is the first dimension other than ``seq_dim``. A wrong guess costs a collective, not
+    correctness. Without a guess, XLA gathers the tokens of all devices before a scatter or a reduce_scatter.
     """
     if not isinstance(ids, jax.core.Tracer):
         return split
@@ -141,7 +145,7 @@ def likely_split(
 def guess_split(
     shape: tuple[int, ...], split: PartitionSpec, mesh: Mesh | AbstractMesh, axis_name: str, sequence: int | None
 ) -> PartitionSpec:
-    """Split the batch, the first dimension that is not ``sequence``, over the free Auto axes too."""
+    """Split the first dimension other than ``sequence`` over free Auto axes too."""
     batch = next((dim for dim in range(len(shape)) if dim != sequence), None)
     if batch is None:
         return split
@@ -158,12 +162,12 @@ def guess_split(
 
 
 def axes_of(spec: PartitionSpec) -> frozenset[str]:
-    """The mesh axes that a spec names."""
+    """Mesh axes that a spec names."""
     return frozenset(name for entry in spec for name in _names(entry))
 
 
 def split_further(spec: PartitionSpec, ndim: int, dim: int, axis_name: str) -> PartitionSpec:
-    """A spec for ``ndim`` dimensions and one more, with dimension ``dim`` split over ``axis_name`` too."""
+    """Extend a spec to ``ndim + 1`` entries; add ``axis_name`` to ``dim``."""
     entries = [*spec, *[None] * (ndim + 1 - len(spec))]
     place = resolve_seq_dim(ndim, dim)
     entries[place] = (*_names(entries[place]), axis_name)
@@ -173,11 +177,7 @@ def split_further(spec: PartitionSpec, ndim: int, dim: int, axis_name: str) -> P
 def check_sequence(
     shape: tuple[int, ...], seq_dim: int, axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh
 ) -> None:
-    """Refuse ids whose sequence cannot be split over ``axis_name``, after the axes that it is split over already.
-
-    Raises:
-        ValueError: naming the sizes.
-    """
+    """Validate that the sequence is divisible by the sizes of its axes."""
     dim = resolve_seq_dim(len(shape), seq_dim)
     before = _names(split[dim]) if dim < len(split) else ()
     ranks = mesh.shape[axis_name]
@@ -187,22 +187,18 @@ def check_sequence(
 
 
 def check_own_ids(shape: tuple[int, ...], axis_name: str, split: PartitionSpec, mesh: Mesh | AbstractMesh) -> None:
-    """Refuse ids whose first dimension cannot be split over ``axis_name``, after the axes that it is split over already.
-
-    Raises:
-        ValueError: naming the sizes.
-    """
+    """Validate that dimension 0 is divisible by the sizes of its axes."""
     names = {axis_name, *(_names(split[0]) if len(split) else ())}
     ranks = math.prod(mesh.shape[name] for name in names)
     if not shape or shape[0] % ranks:
         raise ValueError(
             f"with reduction='all_to_all' the first dimension of the ids must be divisible by the {ranks} ranks along "
-            f"{', '.join(sorted(names))}, got ids of shape {shape}: fill the batch up, with -1 for instance"
+            f"{', '.join(sorted(names))}, got ids of shape {shape}: pad the batch, with -1 for instance"
         )
 
 
-def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
-    """The array split so over the Explicit axes; Auto ones are the compiler's."""
+def lay_out(array: jax.Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> jax.Array:
+    """Reshard over Explicit axes as ``spec`` says; leave Auto axes to XLA."""
     visible = restricted(spec, explicit_axes(mesh))
     if jax.typeof(array).sharding.spec == visible:
         return array
@@ -211,8 +207,8 @@ def lay_out(array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
 
 
 def restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
-    """A spec without the axes that are not among ``axes``."""
-    kept: list[Any] = []
+    """Restrict a spec to ``axes``."""
+    kept: list[str | tuple[str, ...] | None] = []
     for entry in spec:
         names = tuple(name for name in _names(entry) if name in axes)
         kept.append(names if len(names) > 1 else names[0] if names else None)
@@ -220,9 +216,9 @@ def restricted(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
 
 
 def without(spec: PartitionSpec, axis_name: str) -> PartitionSpec:
-    """A spec without one axis."""
+    """Remove one axis from a spec."""
     return restricted(spec, axes_of(spec) - {axis_name})
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

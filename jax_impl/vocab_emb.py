@@ -1,4 +1,4 @@
-"""The JAX layer: a vocabulary-parallel embedding laid out over a device mesh."""
+"""Vocabulary-parallel embedding over a device mesh."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_impl.agreement import check_agreement
 from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
@@ -22,6 +23,7 @@ from jax_impl.ids import as_ids, check_ids, check_size_for_int32
 from jax_impl.init import draw_table, zero_rows
 from jax_impl.lookup import linear_lookup, lookup
 from jax_impl.placement import (
+    MeshValues,
     axes_of,
     check_own_ids,
     check_sequence,
@@ -47,7 +49,7 @@ __all__ = ["ParallelVocabEmbedding"]
 
 
 class _Static(NamedTuple):
-    """A layer without its table: what jit must know when it compiles."""
+    """Static part of a layer: everything but its table."""
 
     config: EmbeddingConfig
     mesh: Mesh | AbstractMesh
@@ -56,69 +58,63 @@ class _Static(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class ParallelVocabEmbedding:
-    """An embedding table whose vocabulary is split over the ``world_size`` ranks of a mesh axis.
+    """An embedding table whose vocabulary is split over a mesh axis.
 
-    Rank r, the r-th position along ``axis_name``, keeps rows ``[r * n, (r + 1) * n)``, ``n = vocab_size // world_size``
-    (``padded_vocab_size`` in the place of ``vocab_size`` where there is padding), looks up the ids it owns and returns
-    all-zero rows for the others. No two ranks' results have a row in common: their sum is the full embedding;
-    ``reduction`` says whether the layer computes it.
+    Rank r, the r-th position along ``axis_name``, holds rows ``[r * n, (r + 1) * n)``. Here n is ``vocab_size //
+    world_size``, or ``padded_vocab_size // world_size`` with padding. The rank looks up the ids that it owns; others get
+    zero rows. The sum of all ranks' results is the embedding. What both backends promise: ``docs/contract.md``.
 
-    The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimisers take it as it is.
+    The layer is a pytree whose only leaf is ``weight``: ``jax.jit``, ``jax.grad`` and optimizers take it as it is.
 
     Args:
-        vocab_size: rows of the whole table; must be divisible by the size of the axis, unless it is padded.
+        vocab_size: rows of the whole table, divisible by the size of the axis unless padded.
         emb_size: columns of the table.
-        mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes, or None for the one set with ``jax.set_mesh``. Inside
-            ``jit`` or ``eval_shape`` None finds only the shape of that mesh, and the layer made there is another pytree
-            than one made outside: pass the mesh.
-        axis_name: the mesh axis over which the vocabulary is split. Over further axes the table is replicated and ids
-            stay as they are split.
+        mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes. None: the one set with ``jax.set_mesh``. Inside ``jit`` or
+            ``eval_shape`` pass the mesh: None finds only its shape there, and layers of a shape and of a mesh are different
+            pytrees.
+        axis_name: the mesh axis that splits the vocabulary. Over further axes the table is replicated, and ids stay split.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
-        init_base_seed: rank r's rows are drawn from ``jax.random.key(init_base_seed + r)``. Two layers with the same seed
-            begin alike, and seed 42 on rank 1 is seed 43 on rank 0: give each layer a seed of its own, further apart than
-            there are ranks.
-        dtype: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
-        reduction: ``"none"``, each rank's own incomplete embedding ``Er`` is returned, without communication;
-            ``"all_reduce"``, the embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence;
-            ``"all_to_all"``, the rows of each rank's own ids: the first dimension of the ids is split over ``axis_name``,
-            and the result likewise.
-        exchange: how rows travel: ``"dense"``, by the collective that adds incomplete embeddings up; ``"routed"``, for
-            ``"reduce_scatter"`` each distinct row straight from its owner to who needs it, or dense where a rank needs
-            more distinct rows of one owner than half of its chunk has tokens; ``"auto"``, dense. The embeddings are equal
-            in every bit; sums in gradients may be added in another order. ``"all_reduce"`` has only the dense form, and
-            16-bit gradients travel densely.
-        invalid_ids: what ids outside ``[0, vocab_size)``, negative ones included, give: ``"zero"``, a zero row on every
-            rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the
-            caller must then apply.
+        init_base_seed: rank r draws from ``jax.random.key(init_base_seed + r)``. Layers with equal seeds begin equal, and
+            seed 42 on rank 1 is seed 43 on rank 0: choose seeds further apart than the number of ranks.
+        dtype: float16, bfloat16, float32, or float64 in JAX's 64-bit mode.
+        reduction: ``"none"``, each rank's incomplete embedding ``Er``, without communication; ``"all_reduce"``, the
+            embedding ``E`` on every rank; ``"reduce_scatter"``, ``E`` split along the sequence; ``"all_to_all"``, the
+            embedding of each rank's own ids: ``axis_name`` splits the first dimension of ids and result.
+        exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to the
+            ranks that need it; ``"auto"``, dense. Values have the same bits; gradients may differ by the order of sums.
+            ``"all_reduce"`` and 16-bit gradients are always dense. ``"routed"`` falls back to dense if a rank needs more
+            distinct rows of one owner than half its chunk has tokens.
+        invalid_ids: result for ids outside ``[0, vocab_size)``, negative ones included: ``"zero"``, a zero row on every
+            rank; ``"error"``, an IndexError, or inside ``jit`` an error of ``jax.experimental.checkify``, which the caller
+            must apply.
         padding_idx: a global id whose row starts as zero and gets no gradient from lookups.
-        padded_vocab_size: rows with those of padding, which the size of the axis divides, or ``"even"`` for the least such
-            size (``shared.pad_vocab_size`` finds others); at most ``2**31 - 1``, and one less on one rank. Padding comes
-            last. It is zero, belongs to no id, gets no gradient from lookups and is never written to a file. A tied head of
-            the caller's own gives it a gradient: ``zero_padding_grad`` removes that. Left out, there is no padding.
-        init: ``"per_rank"``, as described above; ``"global"``, row i of the table is a function of ``init_base_seed`` and
-            i alone, the same bits in both frameworks, on any mesh, with any padding; computed on the host. A callable is
-            traced, and given the numbers ``[n]`` of the rows that a device holds, int32; it returns those rows,
-            ``[n, emb_size]``: there is never a whole table, and each device makes its own part. For rows of padding it is
-            asked for the last row once more. None makes zeros, to be replaced by what is loaded. In both cases padding and
-            the row of ``padding_idx`` are zero, and ``init_mean``, ``init_std`` and ``init_base_seed`` are not used.
+        padded_vocab_size: rows including padding, divisible by the size of the axis, or ``"even"`` for the least such size
+            (``shared.pad_vocab_size`` computes others); at most ``2**31 - 1``, on one rank ``2**31 - 2``. None: no padding.
+            Padding rows come last, are zero, belong to no id and are never written to a file. Lookups give them no gradient,
+            a tied head of your own does: see ``zero_padding_grad``.
+        init: ``"per_rank"``, as ``init_base_seed`` describes; ``"global"``, row i is a function of ``init_base_seed`` and i
+            alone, computed on the host, with the same bits in both frameworks, on any mesh and with any padding. A callable
+            is traced: on each device it receives the global numbers ``[n]`` of the device's rows, int32, and returns the
+            rows ``[n, emb_size]``; for padding rows it receives ``vocab_size - 1``. None makes zeros, for loading. Padding
+            rows and the row of ``padding_idx`` are always zero.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
-        check: where there are several processes, have them compare what they are about to compute, and raise in all of
-            them if they disagree: sizes and options whenever something is traced, the ids' values too outside ``jit``.
-            The environment variable ``PVE_CHECK=1`` does the same.
-        key: a JAX random key in the place of ``init_base_seed``, as Equinox modules take it: rank r's rows are drawn from
+        check: compare in every call what the processes are about to compute. All raise if they disagree. Inside ``jit`` the
+            comparison happens while tracing and leaves out values of ids. The environment variable ``PVE_CHECK=1`` does the
+            same.
+        key: a JAX random key that replaces ``init_base_seed``, as Equinox modules take it: rank r draws from
             ``jax.random.fold_in(key, r)``.
 
     Attributes:
         weight: ``jax.Array`` of shape ``[padded_vocab_size, emb_size]``, sharded ``PartitionSpec(axis_name, None)``.
-        config: the ``shared.EmbeddingConfig``: all options, each of them an attribute of the layer too.
-        partition: the ``shared.VocabPartition``, who owns what.
-        mesh, axis_name: where the table lies.
+        config: the ``shared.EmbeddingConfig``; each of its options is also an attribute of the layer.
+        partition: the ``shared.VocabPartition``, which maps ids to owners.
+        mesh, axis_name: the mesh, and its axis that splits the rows.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range; ``vocab_size`` is not divisible by the size of the axis and not padded;
-            the mesh has no such axis, or there is none.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; ``vocab_size`` is neither divisible by the size of the axis nor padded;
+            there is no mesh, or it has no such axis.
 
     Source: VocabParallelEmbedding of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
@@ -151,14 +147,14 @@ class ParallelVocabEmbedding:
         init_mean: float = 0.0,
         init_std: float = 1.0,
         init_base_seed: int = 42,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         *,
         reduction: str = "none",
         exchange: str = "auto",
         invalid_ids: str = "zero",
         padding_idx: int | None = None,
         padded_vocab_size: int | str | None = None,
-        init: Callable[[jax.Array], Any] | str | None = "per_rank",
+        init: Callable[[jax.Array], ArrayLike] | str | None = "per_rank",
         seq_dim: int = -1,
         check: bool = False,
         key: jax.Array | None = None,
@@ -184,11 +180,11 @@ class ParallelVocabEmbedding:
         check_size_for_int32(self.config.partition)
         if key is not None and (init != "per_rank" or init_base_seed != EmbeddingConfig.init_base_seed):
             raise ValueError(
-                f"key takes the place of init_base_seed and goes with init='per_rank' only, got "
-                f"init_base_seed={init_base_seed!r} and init={init!r}: leave these two out, or key"
+                f"key replaces init_base_seed and needs init='per_rank', got init_base_seed={init_base_seed!r} and "
+                f"init={init!r}: leave these two out, or key"
             )
         rows = draw_table(self.config, self.mesh, axis_name, _table_dtype(dtype), key)
-        # Named as the contract has it: jit drops axes of size 1 from the sharding of what it returns.
+        # jit drops axes of size 1 from the result's sharding; put back the documented one.
         self.weight = rows if isinstance(rows, jax.core.Tracer) else jax.device_put(rows, self._sharding)
 
     @classmethod
@@ -201,21 +197,20 @@ class ParallelVocabEmbedding:
         *arguments: Any,
         **options: Any,
     ) -> Self:
-        """Build a layer without a table: its shape, dtype and sharding only.
+        """Build a layer whose table has shape, dtype and sharding only.
 
-        Nothing is allocated or drawn. Orbax restores a checkpoint into it, ``jax.jit(...).lower`` compiles for it, and
-        ``with_weight`` makes a layer of it.
+        Nothing is allocated or drawn. Orbax restores into such a layer, ``jax.jit(...).lower`` compiles for it, and
+        ``with_weight`` gives it a table.
 
         Args:
             vocab_size, emb_size, mesh, axis_name: as for the class.
-            *arguments, **options: what else the class takes.
+            *arguments, **options: further arguments of the class.
 
         Returns:
-            The layer, with a ``jax.ShapeDtypeStruct`` for ``weight``.
+            The layer, with a ``jax.ShapeDtypeStruct`` as ``weight``.
 
         Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: an argument is out of range.
+            TypeError, ValueError: as the class does.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -240,27 +235,30 @@ class ParallelVocabEmbedding:
         axis_name: str = "tp",
         *,
         vocab_size: int | None = None,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         **options: Any,
     ) -> Self:
-        """A layer with a table from files, of which each process reads the rows of its own devices and no others.
+        """Build a layer from a table in files.
+
+        Each process reads the rows of its own devices only.
 
         Args:
             path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
                 parts (see ``shared.tables.find_table.open_table``).
-            tensor_name: the tensor; left out, the one that looks like an input embedding.
+            tensor_name: name of the tensor. None: the tensor named like an input embedding, or the only table.
             mesh, axis_name: as for the class.
-            vocab_size: the rows that are not padding, which only Megatron-style parts do not tell.
-            dtype: what to cast the rows to, rounding once; left out, the dtype they are stored in, which must then be one
-                that a layer can have (float8 is not).
-            **options: what else the class takes by name: ``padded_vocab_size`` where the axis does not divide the
-                vocabulary, ``reduction`` and so on.
+            vocab_size: rows without padding; needed for Megatron-style parts, which do not record it.
+            dtype: dtype of the table; rows are cast and rounded once. None: the stored dtype, which must be legal for a
+                layer (float8 is not).
+            **options: further options of the class, such as ``padded_vocab_size`` if the axis does not divide the
+                vocabulary, or ``reduction``.
 
         Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: there is no such table, the choice is not clear, a file is damaged, or an argument is out of range.
+            TypeError: an argument has the wrong type.
+            ValueError: there is no such table, the choice is ambiguous, a file is damaged or hostile, or an argument is out
+                of range. Nothing is ever unpickled.
 
-        A damaged or hostile file is refused; nothing is ever unpickled. Source: the safetensors format.
+        Source: the safetensors format.
 
         Example:
             >>> import tempfile, jax, numpy as np
@@ -281,24 +279,24 @@ class ParallelVocabEmbedding:
             dtype = DTYPES[table.dtype]
         mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
         if not isinstance(mesh, Mesh):
-            raise ValueError("mesh must be one of devices, to read a table onto; inside jit there is only its shape")
+            raise ValueError(f"mesh must be a Mesh of devices, got {type(mesh).__name__}; inside jit pass mesh=")
         empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
         weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
     @classmethod
-    def from_embedding(cls, table: Any, mesh: Mesh | None = None, axis_name: str = "tp", **options: Any) -> Self:
+    def from_embedding(
+        cls, table: jax.Array | np.ndarray, mesh: Mesh | None = None, axis_name: str = "tp", **options: Any
+    ) -> Self:
         """Build a layer from a whole table in memory.
 
         Args:
-            table: ``[v, e]``, from JAX or NumPy, of a dtype that a layer can have.
-            mesh, axis_name: as for the class.
-            **options: what else the class takes by name: ``padded_vocab_size`` where the axis does not divide the
-                vocabulary, ``reduction`` and so on.
+            table: ``[v, e]``, from JAX or NumPy, in a dtype that is legal for a layer.
+            mesh, axis_name, **options: as for ``from_table``.
 
         Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: ``table`` is not of two dimensions, or an argument is out of range.
+            TypeError: an argument has the wrong type.
+            ValueError: ``table`` does not have two dimensions, or an argument is out of range.
 
         Example:
             >>> import jax, numpy as np
@@ -319,18 +317,18 @@ class ParallelVocabEmbedding:
         return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
 
     def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
-        """Write the table to one new safetensors file: each process the rows of its devices, without padding.
+        """Write the table without padding to one new safetensors file.
 
-        All processes call this. Rows are read back after writing. The file appears whole or not at all; an old one stays
-        until then. The temporary file of a killed process, ``.NAME.*.tmp``, stays beside it.
+        All processes call this; each writes the rows of its devices and reads them back. The file replaces an old one
+        atomically. A killed process leaves its temporary file ``.NAME.*.tmp`` beside it.
 
         Args:
-            path: the file, which ends in ``.safetensors``. All processes must see its folder.
-            tensor_name: what to call the tensor.
-            force: replace what is there.
+            path: the file, named ``*.safetensors``, in a folder that all processes see.
+            tensor_name: name of the tensor.
+            force: replace an existing file.
 
         Raises:
-            ValueError: in every process: the path exists and ``force`` is not given, or it cannot be written.
+            ValueError: in every process: the file exists and ``force`` is False, or it cannot be written.
 
         Example:
             >>> import tempfile, jax
@@ -365,7 +363,8 @@ class ParallelVocabEmbedding:
         return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How pickle takes a layer apart: it cannot pickle devices, and a pickled ``jax.Array`` forgets its sharding."""
+        """Pickle mesh and table as plain values."""
+        # Devices cannot be pickled, and a pickled jax.Array loses its sharding.
         held = isinstance(self.weight, jax.Array) and not isinstance(self.weight, jax.core.Tracer)
         if not held or not self.weight.is_fully_addressable or not isinstance(self.mesh, Mesh):
             raise TypeError(
@@ -379,15 +378,14 @@ class ParallelVocabEmbedding:
     def _sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
 
-    def with_weight(self, weight: Any) -> ParallelVocabEmbedding:
+    def with_weight(self, weight: jax.Array | np.ndarray) -> ParallelVocabEmbedding:
         """Return this layer with another table.
 
         Args:
-            weight: ``[padded_vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy; laid out as the layer needs
-                it.
+            weight: ``[padded_vocab_size, emb_size]`` in the table's dtype, from JAX or NumPy, with any sharding.
 
         Raises:
-            ValueError: its shape or dtype is another.
+            ValueError: ``weight`` has another shape or dtype.
         """
         given, own = (tuple(weight.shape), np.dtype(weight.dtype)), (self.weight.shape, self.weight.dtype)
         if given != own:
@@ -395,14 +393,13 @@ class ParallelVocabEmbedding:
         return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
 
     def zero_padding_grad(self, grads: ParallelVocabEmbedding) -> ParallelVocabEmbedding:
-        """Return gradients of the layer with zeros for padding rows.
+        """Set padding rows to zero in gradients of the layer.
 
-        Lookups give padding rows no gradient. Whatever else uses the whole ``weight`` does, such as a tied head that
-        computes ``hidden @ emb.weight.T``. Where there is one, pass gradients through this before they are clipped and the
-        optimizer sees them: padding then stays zero. The row of ``padding_idx`` keeps what a head gives it.
+        Lookups give padding rows no gradient, but a tied head of your own that computes ``hidden @ emb.weight.T`` does.
+        Call this before clipping and the optimizer: padding then stays zero. The row of ``padding_idx`` keeps its gradient.
 
         Args:
-            grads: a pytree like the layer, as ``jax.grad`` returns it; it is not modified.
+            grads: a pytree like the layer, as ``jax.grad`` returns it; not modified.
 
         Example:
             >>> import jax, jax.numpy as jnp
@@ -417,32 +414,30 @@ class ParallelVocabEmbedding:
         rows = zero_rows(grads.weight, replace(self.config, padding_idx=None), self.mesh, self.axis_name)
         return jax.tree.unflatten(jax.tree.structure(grads), [rows])
 
-    def __call__(self, ids: Any, *, key: Any = None) -> jax.Array:
+    def __call__(self, ids: ArrayLike, *, key: jax.Array | None = None) -> jax.Array:
         """Look ids up.
 
         Args:
-            ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank of ``axis_name``
-                needs all of them; over further mesh axes they may be split.
+            ids: global ids, any shape, any integer dtype, from JAX or NumPy; not modified. Every rank needs all of them,
+                except for ``"all_to_all"``. Further mesh axes may split them.
             key: ignored. Equinox's containers pass a random key to every layer.
 
         Returns:
-            In the table's dtype, split over further axes as the ids are: with ``reduction="none"``
-            ``[world_size, *ids.shape, emb_size]`` sharded ``PartitionSpec(axis_name)``, of which element r is rank r's
-            incomplete embedding ``Er``; with ``"all_reduce"`` the embedding, ``[*ids.shape, emb_size]``, on every rank;
-            with ``"reduce_scatter"`` the same, its dimension ``seq_dim`` split over ``axis_name``; with ``"all_to_all"`` the
-            same, its first dimension split. Rows are copied bit
-            for bit; only where an accelerator adds for a reduction, a subnormal number may become zero and a NaN another.
+            In the table's dtype, split over further axes as the ids are. ``"none"``: ``[world_size, *ids.shape, emb_size]``,
+            sharded ``PartitionSpec(axis_name)``; element r is rank r's incomplete embedding ``Er``. Other reductions: the
+            embedding ``[*ids.shape, emb_size]``; ``"all_reduce"`` replicates it over ``axis_name``, ``"reduce_scatter"``
+            splits it along ``seq_dim``, ``"all_to_all"`` along the first dimension. Rows are copied bit for bit, except that
+            an accelerator's sum may flush a subnormal number to zero and change a NaN's payload.
 
         Raises:
             TypeError: ids are not an array of integers.
-            IndexError: with ``invalid_ids="error"``, naming the first id outside the vocabulary, its position and the
-                legal range.
-            ValueError: called inside a shard_map that is manual over ``axis_name``; the table is of another shape, or it
-                or the ids lie on other devices than the mesh; with ``"reduce_scatter"``, the sequence is not divisible by
-                ``world_size``; with ``check``, the processes disagree.
+            IndexError: with ``invalid_ids="error"``; names the first invalid id, its position and the legal range.
+            ValueError: called inside a shard_map that is manual over ``axis_name``; the table has another shape; table or
+                ids lie on other devices than the mesh; a split dimension is not divisible; with ``check``, the processes
+                disagree.
         """
         config = self.config
-        free_axes(self.mesh, self.axis_name)  # in the caller's own shard_map the table is a rank's part: say so first
+        free_axes(self.mesh, self.axis_name)  # before the shape: in a shard_map of the caller's the table is one rank's
         if self.weight.shape != (config.padded_vocab_size, config.emb_size):
             raise ValueError(
                 f"weight must be [{config.padded_vocab_size}, {config.emb_size}], got {list(self.weight.shape)}: "
@@ -464,7 +459,7 @@ class ParallelVocabEmbedding:
         try:
             return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
         except ValueError as error:
-            if "incompatible devices" not in str(error):  # JAX has no class of its own for it
+            if "incompatible devices" not in str(error):  # JAX has no class for this error
                 raise
             raise ValueError(
                 f"weight and ids must lie on the devices of the layer's mesh, {dict(self.mesh.shape)}: "
@@ -473,7 +468,8 @@ class ParallelVocabEmbedding:
             ) from error
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
-        """The result of no ids: jit returns empty arrays whose shards have the whole shape, which NumPy then refuses."""
+        """Embedding of no ids."""
+        # jit would return empty arrays whose shards have the whole shape, which NumPy refuses.
         spec = PartitionSpec()
         if self.config.reduction == "none":
             shape, spec = (self.config.world_size, *shape), PartitionSpec(self.axis_name)
@@ -486,7 +482,7 @@ class ParallelVocabEmbedding:
         )
 
     def __repr__(self) -> str:
-        weight: Any = self.weight  # inside a transformation, anything may stand here
+        weight: Any = self.weight  # transformations put any object here
         if hasattr(weight, "shape") and hasattr(weight, "dtype"):
             weight = f"{weight.dtype}{list(weight.shape)}"
         sizes = f"{self.config.vocab_size}, {self.config.emb_size}, axis_name={self.axis_name!r}"
@@ -499,7 +495,7 @@ for _name in ("partition", *OPTIONS):
 
 
 def _unpickle(
-    cls: type[ParallelVocabEmbedding], config: EmbeddingConfig, mesh: Any, axis_name: str, weight: np.ndarray
+    cls: type[ParallelVocabEmbedding], config: EmbeddingConfig, mesh: MeshValues, axis_name: str, weight: np.ndarray
 ) -> ParallelVocabEmbedding:
     static = _Static(config, find_mesh(mesh), axis_name)
     return cls.tree_unflatten(static, (weight,)).with_weight(weight)
@@ -512,7 +508,7 @@ def _lookup(
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
-    """The layer's lookup; ``split`` is how the ids are known to be split over axes of the mesh."""
+    """Look ids up; ``split`` is their known split over the mesh."""
     if static.config.reduction in ("reduce_scatter", "all_to_all"):
         split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
     return _hidden_from_checkify(static, split, False, weight, ids)
@@ -522,8 +518,8 @@ def _lookup(
 def _(
     static: _Static,
     split: PartitionSpec,
-    primals: Any,
-    tangents: Any,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, Any],
 ) -> tuple[jax.Array, jax.Array]:
     weight, ids = primals
     likely = likely_split(ids, split, static.mesh, static.axis_name, static.config)
@@ -539,12 +535,12 @@ def _on_each_rank(
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
-    """The ranks' lookups under one shard_map, or, ``linear``, what JAX transposes."""
+    """Run the ranks' lookups under one shard_map; ``linear``: the map to transpose."""
     config, mesh, axis_name = static
     free = free_axes(mesh, axis_name)
     manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
     rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
-    if config.reduction == "all_to_all":  # each rank's own lie one after the other along the first dimension
+    if config.reduction == "all_to_all":  # the ranks' own ids are concatenated along the first dimension
         tokens = PartitionSpec(*split_further(tokens, ids.ndim, 0, axis_name)[: ids.ndim])
 
     def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
@@ -575,10 +571,10 @@ def _hidden_from_checkify(
     weight: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
-    """``_on_each_rank``, behind an operation that checkify does not open where it may be in use.
+    """Run ``_on_each_rank``; where checkify may be applied, hide it in a linear_call.
 
-    checkify rewrites a shard_map that it finds, even one without checks, and fails to where a mesh is set or has further
-    axes (jax 0.10.2). linear_call has derivatives of any order, but no vmap.
+    checkify rewrites every shard_map, even one without checks, and fails if a mesh is set or has further axes (jax 0.10.2).
+    It does not look into linear_call, which has derivatives of any order but no vmap.
     """
     config, run = static.config, functools.partial(_on_each_rank, static, split, linear)
     if config.invalid_ids != "error" or not isinstance(ids, jax.core.Tracer):
@@ -591,7 +587,7 @@ def _hidden_from_checkify(
     return jax.custom_derivatives.linear_call(lambda ids, weight: run(weight, ids), transpose, ids, weight)
 
 
-def _table_dtype(dtype: Any) -> np.dtype[Any]:
+def _table_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:

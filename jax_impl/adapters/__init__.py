@@ -1,3 +1,3 @@
-"""The layer in the place of other libraries' own; each module imports its library."""
+"""Replacements for other libraries' embedding layers; each imports its library."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Flax NNX: the layer in the place of ``flax.nnx.Embed``."""
+"""Flax NNX: a replacement for ``flax.nnx.Embed``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_impl.placement import explicit_axes, lay_out
 from jax_impl.vocab_emb import ParallelVocabEmbedding
@@ -28,34 +29,33 @@ _DRAWN_ELSEWHERE = {"init", "init_mean", "init_std", "init_base_seed", "key", "d
 class Embed(nnx.Embed):
     """``flax.nnx.Embed`` with its vocabulary split over a mesh axis.
 
-    ``embedding`` is an ``nnx.Param`` that says how it is sharded, so ``nnx.split``, ``nnx.jit``, ``nnx.grad``,
-    ``nnx.Optimizer`` and Orbax treat it as any other. Drawn with the same ``rngs``, its rows are those of ``nnx.Embed``,
-    bit for bit, and so are the results.
+    ``embedding`` is an ``nnx.Param`` with its sharding as metadata: ``nnx.split``, ``nnx.jit``, ``nnx.grad``,
+    ``nnx.Optimizer`` and Orbax treat it as any other. For equal ``rngs``, rows and results equal those of ``nnx.Embed``
+    bit for bit.
 
     Args:
-        num_embeddings: rows of the whole table; must be divisible by the size of the axis, unless it is padded.
+        num_embeddings: rows of the whole table, divisible by the size of the axis unless padded.
         features: columns of the table.
-        dtype: of the result; None: that of the table.
-        param_dtype: of the table: float16, bfloat16, float32, or float64 where JAX's 64-bit mode is on.
-        embedding_init: an initializer of ``jax.nn.initializers``' kind. It runs under ``jit`` with its result sharded: no
-            device holds the whole table. Padding rows and that of ``padding_idx`` become zero.
+        dtype: of the result. None: that of the table.
+        param_dtype: of the table: float16, bfloat16, float32, or float64 in JAX's 64-bit mode.
+        embedding_init: an initializer as in ``jax.nn.initializers``. It runs under ``jit`` with a sharded result: no device
+            holds the whole table. Padding rows and the row of ``padding_idx`` become zero.
         promote_dtype: casts the looked-up rows to ``dtype``, or the query and the table in ``attend``.
-        rngs: where the key of ``embedding_init`` comes from.
-        embedding_metadata: metadata for the ``nnx.Param``. An ``out_sharding`` with logical axes takes the place of
+        rngs: source of the key for ``embedding_init``.
+        embedding_metadata: metadata of the ``nnx.Param``. An ``out_sharding`` with logical axes replaces
             ``(axis_name, None)``.
         mesh, axis_name: as for ``ParallelVocabEmbedding``.
-        reduction: what a call returns: ``"all_reduce"``, the embedding, as ``nnx.Embed`` does; ``"reduce_scatter"`` and
-            ``"none"`` as for ``ParallelVocabEmbedding``.
-        **options: what else ``ParallelVocabEmbedding`` takes, such as ``padded_vocab_size="even"``, ``padding_idx`` or
-            ``invalid_ids``; nothing that draws a table.
+        reduction: as for ``ParallelVocabEmbedding``. ``"all_reduce"`` returns what ``nnx.Embed`` does.
+        **options: further options of ``ParallelVocabEmbedding``, such as ``padded_vocab_size="even"``, ``padding_idx`` or
+            ``invalid_ids``; not ``init``, ``init_*``, ``key`` or ``dtype``.
 
     Attributes:
         embedding: the ``nnx.Param`` with the table, ``[padded_vocab_size, features]``.
 
     Raises:
         ImportError: Flax is not installed (on import of this module).
-        TypeError: an argument is of the wrong kind.
-        ValueError: an argument is out of range, or an option that draws a table is given.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or an option would draw the table.
 
     Source: ``flax.nnx.Embed``.
 
@@ -83,9 +83,9 @@ class Embed(nnx.Embed):
         num_embeddings: int,
         features: int,
         *,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        embedding_init: Callable[..., Any] = _FLAXS_INIT,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        embedding_init: Callable[..., jax.Array] = _FLAXS_INIT,
         promote_dtype: Callable[..., Any] = flax_promote_dtype,
         rngs: nnx.Rngs,
         embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -95,12 +95,14 @@ class Embed(nnx.Embed):
         **options: Any,
     ) -> None:
         if given := sorted(_DRAWN_ELSEWHERE & set(options)):
-            raise ValueError(f"embedding_init and param_dtype say how the table is drawn: leave {', '.join(given)} out")
+            raise ValueError(
+                f"options must not draw the table, got {', '.join(given)}: use embedding_init and param_dtype"
+            )
         options |= {"dtype": param_dtype, "reduction": reduction}
         empty = ParallelVocabEmbedding.abstract(num_embeddings, features, mesh, axis_name, **options)
         self.layout = jax.tree.structure(empty)
 
-        def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             def rows(key: jax.Array) -> jax.Array:
                 table = embedding_init(key, shape, dtype)
                 if empty.config.padding_idx is not None:
@@ -129,38 +131,39 @@ class Embed(nnx.Embed):
 
     @property
     def layer(self) -> ParallelVocabEmbedding:
-        """The layer with the present table, for ``save_table`` and what else it has."""
+        """The ``ParallelVocabEmbedding`` with the current table, for ``save_table`` for example."""
         return jax.tree.unflatten(self.layout, [self.embedding[...]])
 
-    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
-        """Look ids up; see ``ParallelVocabEmbedding``.
+    def __call__(self, inputs: ArrayLike, out_sharding: NamedSharding | PartitionSpec | None = None) -> jax.Array:
+        """Look ids up as ``ParallelVocabEmbedding`` does.
 
         Args:
             inputs: ids, any shape, any integer dtype.
-            out_sharding: a layout of the result over Explicit axes of the mesh; None: as the layer returns it.
+            out_sharding: sharding of the result over Explicit axes of the mesh. None: as the layer returns it.
 
         Returns:
             ``[*inputs.shape, features]`` in ``dtype`` (``reduction="none"``: with a leading dimension of ranks).
 
         Raises:
-            TypeError, IndexError, ValueError: as the layer does.
+            TypeError, IndexError, ValueError: as ``ParallelVocabEmbedding`` does.
         """
         layer = self.layer
         (rows,) = self.promote_dtype((layer(inputs),), dtype=self.dtype, inexact=False)
-        return rows if out_sharding is None else lay_out(rows, layer.mesh, getattr(out_sharding, "spec", out_sharding))
+        spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
+        return rows if spec is None else lay_out(rows, layer.mesh, spec)
 
-    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Compute logits, the products of ``query`` with every row of the table.
+    def attend(self, query: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None) -> jax.Array:
+        """Compute logits, the products of ``query`` with all rows.
 
         Args:
             query: ``[..., features]``.
             out_sharding: as in ``nnx.Embed.attend``.
 
         Returns:
-            ``[..., num_embeddings]``, split over ``axis_name`` where no padding is cut off. Padding rows get no gradient.
+            ``[..., num_embeddings]``, split over ``axis_name`` unless the table is padded. Padding rows get no gradient.
 
         Raises:
-            ValueError: the table is padded and the axis is Explicit: the logits without padding do not divide by it.
+            ValueError: the table is padded and the axis is Explicit.
         """
         layer = self.layer
         if not layer.config.partition.padding_rows:

@@ -1,4 +1,11 @@
-"""The examples run and `__all__` is true."""
+"""Examples run, `__all__` is true, and first lines of docstrings are short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+JAX_IMPL = Path(__file__).parents[2] / "jax_impl"
 
 
 def test_documentation(check_documentation):
@@ -13,3 +20,10 @@ def test_documentation(check_documentation):
             "jax_impl.ids.as_ids",
         },
     )
+
+
+@pytest.mark.parametrize("path", sorted(JAX_IMPL.rglob("*.py")), ids=lambda path: str(path.relative_to(JAX_IMPL)))
+def test_first_lines_have_at_most_12_words(path):
+    tree = ast.parse(path.read_text())
+    texts = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    assert [line for line in (text.splitlines()[0] for text in texts if text) if len(line.split()) > 12] == []

@@ -170,7 +170,7 @@ def test_the_layers_own_options(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"init": "global"}, ValueError, "embedding_init and param_dtype say how the table is drawn: leave init out"),
+        ({"init": "global"}, ValueError, "options must not draw the table, got init: use embedding_init"),
         ({"paddingidx": 3}, TypeError, "paddingidx"),
         ({"param_dtype": jnp.int32}, TypeError, "dtype must be float16"),
         ({"padded_vocab_size": None}, ValueError, "divisible"),

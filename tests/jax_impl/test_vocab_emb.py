@@ -234,7 +234,7 @@ def test_float64_where_64_bit_mode_is_on(x64, mesh_of):
         ({"dtype": "nonsense"}, TypeError, "dtype must be"),
         ({"dtype": jnp.float64}, ValueError, "float64 needs JAX's 64-bit mode"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
-        ({"key": jax.random.key(0), "init": "global"}, ValueError, "key takes the place of init_base_seed"),
+        ({"key": jax.random.key(0), "init": "global"}, ValueError, "key replaces init_base_seed"),
         ({"key": jax.random.key(0), "init_base_seed": 7}, ValueError, "got init_base_seed=7 .*: leave these two out"),
     ],
 )
