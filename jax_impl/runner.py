@@ -1,4 +1,4 @@
-"""The JAX layer on a case: one mesh of as many devices as ranks, each given only its own rows."""
+"""Run the JAX layer on a case, one device per rank."""
 
 from __future__ import annotations
 

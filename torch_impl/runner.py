@@ -1,5 +1,6 @@
-"""The PyTorch layer on a case: one module per rank, each given only its own rows.
+"""Run the PyTorch layer on a case, one module per rank.
 
+Each rank is given its own rows only.
 Without a reduction the ranks take turns in this process; with one, each is a process of a gloo group.
 """
 

@@ -3,10 +3,8 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -185,6 +183,22 @@ from shared.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+# From inside, so that a busy machine delays the interrupt and the writing alike.
+INTERRUPTED = """
+import os, signal, sys, threading
+from shared.cli import main
+
+interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+interrupt.daemon = True
+
+def interrupt_soon(event, arguments):
+    if event in ("open", "os.mkdir") and str(arguments[0]).endswith(".tmp") and interrupt.ident is None:
+        interrupt.start()
+
+sys.addaudithook(interrupt_soon)
+sys.exit(main(sys.argv[1:]))
+"""
+
 WRITING = {
     "file": ["convert", "model.safetensors", "new.safetensors"],
     "over a file": ["convert", "parts", "model.safetensors", "--vocab-size", "30", "--force"],
@@ -205,7 +219,7 @@ def test_refusal_by_the_operating_system_changes_nothing(place, writing):
 
 @pytest.mark.parametrize("writing", ["over a file", pytest.param("parts", marks=pytest.mark.slow)])
 def test_ctrl_c_during_a_long_conversion_leaves_nothing_behind(place, writing):
-    """Half a gigabyte, interrupted as soon as there is a temporary file."""
+    """Half a gigabyte, interrupted soon after there is a temporary file."""
     rows = 2**16
     with open("large.safetensors", "wb") as file:
         header = header_bytes("wte.weight", "float32", (rows, 2048), {})
@@ -216,11 +230,6 @@ def test_ctrl_c_during_a_long_conversion_leaves_nothing_behind(place, writing):
     arguments = ["large.safetensors" if each == source else each for each in WRITING[writing]]
     arguments = [each for each in arguments if each not in ("--vocab-size", "30")]
     arguments = ["8" if each == "5" else each for each in arguments]
-    command = [sys.executable, "-m", "shared.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(place.glob(".*.tmp")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (2, "", "pve: error: interrupted\n")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "pve: error: interrupted\n")
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
