@@ -61,4 +61,5 @@ for _ in range(3):
     if dist.get_rank() == 0:
         print(f"loss {loss.item():.3f}, norm {norm.item():.3f}, dp x tp = {mesh['dp'].size()} x {tp}")
 dcp.save(state(), checkpoint_id=folder)
+dist.barrier()
 dist.destroy_process_group()
