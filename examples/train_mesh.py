@@ -61,5 +61,6 @@ for _ in range(3):
     if dist.get_rank() == 0:
         print(f"loss {loss.item():.3f}, norm {norm.item():.3f}, dp x tp = {mesh['dp'].size()} x {tp}")
 dcp.save(state(), checkpoint_id=folder)
-dist.barrier()
+last = dist.barrier(async_op=True)  # kept: a thread of gloo that frees it while Python exits aborts (torch 2.13)
+last.wait()
 dist.destroy_process_group()
