@@ -87,8 +87,7 @@ def check_targets(targets: ArrayLike, vocab_size: int, ignore_index: int) -> Non
     """Validate that targets are ignored or valid; traced ones under ``checkify`` only."""
     known = as_targets(targets, vocab_size, ignore_index)
     if not isinstance(targets, jax.core.Tracer):
-        if (known == INVALID).any():
-            check_targets_valid(_on_host(targets), vocab_size, ignore_index)
+        check_targets_valid(_on_host(targets), vocab_size, ignore_index)  # known is traced if this runs inside jit
         return
     message = str(invalid_target_error(0, range(targets.ndim), vocab_size, ignore_index))
     _check_traced(checkify.debug_check, _whole(targets), _whole(jnp.asarray(known)) == INVALID, "targets", message)

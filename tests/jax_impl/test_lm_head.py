@@ -136,6 +136,8 @@ def test_invalid_targets():
     with pytest.raises(IndexError, match=r"targets\[1, 2\] = 4294967301 is outside the vocabulary \[0, 21\)"):
         head(hidden, bad)
     narrow = jnp.asarray(np.where(bad > V, -7, bad).astype(np.int32))
+    with pytest.raises(IndexError, match=r"targets\[1, 2\] = -7 is outside the vocabulary \[0, 21\)"):
+        jax.jit(lambda head: head(hidden, narrow))(head)  # closed over: known while tracing
     loss = np.asarray(jax.jit(head)(hidden, narrow))
     assert np.array_equal(np.isnan(loss), (narrow < 0) & (targets >= 0) | (narrow == V))
     error, _ = jax.jit(checkify.checkify(head))(hidden, narrow)
