@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.cases import Case, make_ids
 from torch_impl import ParallelVocabEmbedding
 
-__all__ = ["main"]
+__all__ = ["main", "sent_bytes"]
 
 
 def _ours(case: Case, exchange: str) -> nn.Module:
@@ -89,7 +89,7 @@ def _candidates(case: Case, wanted: list[str]) -> dict[str, nn.Module]:
     return {name: _with_rows(makers[name](), rows) for name in wanted}
 
 
-def _sent_bytes() -> int:
+def sent_bytes() -> int:
     """Bytes that this machine has sent over its loopback interface."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
@@ -106,13 +106,13 @@ def _measure(case: Case, wanted: str, rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):
         module.weight.grad = None
         dist.barrier()
-        before = _sent_bytes()
+        before = sent_bytes()
         start = time.perf_counter()
         output = module(ids)
         between = time.perf_counter()
         if turn == 0:
             dist.barrier()
-            sent = (_sent_bytes() - before) / case.world_size
+            sent = (sent_bytes() - before) / case.world_size
             upstream = torch.randn_like(output)
         output.backward(upstream)
         times[turn] = between - start, time.perf_counter() - start

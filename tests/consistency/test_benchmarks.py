@@ -11,6 +11,7 @@ from benchmarks.cases import Case, make_ids, timing, traffic
 from benchmarks.exchange import SCALING, exchange_cases
 from benchmarks.exchange import rows_of as exchange_rows
 from benchmarks.exchange import targets as exchange_targets
+from benchmarks.head import _jax_case, _torch_case
 from benchmarks.local import HEADER, Result, local_cases, reasons, rows_of, targets
 from benchmarks.plots import draw_exchange, draw_local
 
@@ -110,6 +111,18 @@ def test_one_ranks_cost_is_measured_at_each_number_of_ranks():
         found = _run_scaling(1, progress)
     assert [list(each) for each in found] == [["ours, routed", "ours, dense"]] * len(SCALING)
     assert [case.world_size for case in SCALING] == [8, 64, 512]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_every_head_candidate_is_measured(world_size):
+    """All candidates of a framework compute one loss."""
+    spec = {"tokens": 32, "vocab_size": 64, "emb_size": 8, "rounds": 1, "world_size": world_size, "dtype": "float32"}
+    for found in (_torch_case(spec, 1), _jax_case(spec)):
+        losses = [run["loss"] for run in found.values()]
+        np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+        assert len(losses) >= 2
+        assert all(run["forward_backward"] > 0 for run in found.values())
 
 
 def test_every_axis_is_measured():
