@@ -114,10 +114,9 @@ def test_one_ranks_cost_is_measured_at_each_number_of_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_every_head_candidate_is_measured(world_size):
+def test_every_head_candidate_is_measured():
     """All candidates of a framework compute one loss."""
-    spec = {"tokens": 32, "vocab_size": 64, "emb_size": 8, "rounds": 1, "world_size": world_size, "dtype": "float32"}
+    spec = {"tokens": 32, "vocab_size": 64, "emb_size": 8, "rounds": 1, "world_size": 4, "dtype": "float32"}
     for found in (_torch_case(spec, 1), _jax_case(spec)):
         losses = [run["loss"] for run in found.values()]
         np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
