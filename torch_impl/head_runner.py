@@ -32,7 +32,9 @@ def _one_rank(case: HeadCase, rank: int, group: dist.ProcessGroup) -> dict[str, 
         case.weights, case.tensor, rank, case.world_size, group, vocab_size=case.vocab_size, **case.config.changes()
     )
     head = ParallelLMHead(emb, tied=case.tied, invalid_targets="ignore")
-    hidden = emb(to_torch(case.batch_array("ids"))) if case.tied else to_torch(case.batch_array("hidden")).requires_grad_()
+    hidden = (
+        emb(to_torch(case.batch_array("ids"))) if case.tied else to_torch(case.batch_array("hidden")).requires_grad_()
+    )
     hidden.retain_grad()
     loss, logprobs = head(hidden, to_torch(case.batch_array("targets")), returns=("logprobs",))
     loss.backward()

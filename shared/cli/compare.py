@@ -34,12 +34,13 @@ With --reduction the ranks communicate: torch runs one process per rank in a glo
 The sums of the gradient fed in are exact in every order, so no comparison needs a tolerance.
 
 With --head the output head is compared in place of the embedding: the cross entropy of hidden states against targets, over
-the table split by rows. Each rank's loss, log-probabilities, gradient of the hidden states, gradient of its rows of the table
-and argmax are held to an oracle in float64, and to the other backend. Sums of products round, so each array has a bound, which
-follows from the dtype (--json prints the formulas). No bound applies to these: ids of the argmax are equal, and each rank has
-the same loss, log-probabilities and gradient of the hidden states, bit for bit. The targets are the ids (--ids); ids outside
-the vocabulary do not count. --tied looks the ids up in the same table to get the hidden states, and the target of a token is
-the next id: the table's gradient is then the sum of both uses.
+the table split by rows. The ids are the targets (--ids); those outside the vocabulary do not count. An oracle in float64
+computes each rank's loss, log-probabilities, gradient of the hidden states, gradient of its rows, and argmax. Sums of
+products round, so each array but the argmax has a bound, which follows from the dtype (--json prints the formulas). What all
+ranks have must have the same bits on all of them.
+
+--tied looks the ids up in the same table to get the hidden states, and the target of a token is the next id. The table's
+gradient is then the sum of both uses.
 
 examples:
   pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
@@ -66,7 +67,9 @@ def add_parser(commands: Commands) -> None:
         help="compare the output head in place of the embedding (made up: a table of 32768 x 256, targets 4 x 128)",
     )
     other.add_argument(
-        "--tied", action="store_true", help="compare the head of a model whose embedding has the same table; implies --head"
+        "--tied",
+        action="store_true",
+        help="compare the head of a model whose embedding has the same table; implies --head",
     )
     add_result_arguments(parser)
 
@@ -110,7 +113,9 @@ def _compare_heads(
     for name, default in given.items():
         if getattr(options, name) != default:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is an option of the embedding, got {getattr(options, name)}: leave it out with --head")
+            raise ValueError(
+                f"{flag} is an option of the embedding, got {getattr(options, name)}: leave it out with --head"
+            )
     started = time.perf_counter()
     case = build_head_case(case_options(options), options.tied, folder, begin("case"))
     records = {name: record_head(name, folder, folder / f"{name}.record", begin(name)) for name in backends}

@@ -64,6 +64,8 @@ def _heading(comparison: Comparison, rank: str) -> str:
     distances = f"max {describe_number(comparison.max_ulp)} ULP, max abs {describe_number(comparison.max_abs)}"
     if comparison.bound:
         distances += f", bound {describe_number(comparison.bound)}"
+    if comparison.what == "argmax" or "ranks disagree" in comparison.kinds:
+        return f"{comparison.left} against {comparison.right}, {where}: {describe_kinds(comparison)}"
     return f"{comparison.left} against {comparison.right}, {where}: {describe_kinds(comparison)}; {distances}"
 
 

@@ -266,9 +266,7 @@ def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingCo
     )
 
 
-def _generated_table(
-    options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress
-) -> tuple[TableFile, str]:
+def _generated_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
     if options.tensor is not None:
         raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
     vocab_size = check_size("vocab_size", made_up.sizes[0] if options.vocab_size is None else options.vocab_size)

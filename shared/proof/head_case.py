@@ -65,6 +65,10 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     made_up = MadeUp((32768, 256), normal_chunks, (4, 128))
     inputs = find_inputs(options, folder, made_up, progress)
     table, ids, dtype = inputs.table, inputs.ids, DTYPES[inputs.table.dtype]
+    if table.dtype == "float64":
+        raise ValueError(
+            "--dtype must be given for a head over a table of float64, to cast it: its argmax takes no float64"
+        )
     progress("hidden states", 0, 1)
     if tied:
         targets = np.append(ids.reshape(-1)[1:], IGNORE_INDEX)[: ids.size].reshape(ids.shape)

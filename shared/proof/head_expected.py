@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import ml_dtypes
@@ -17,15 +18,17 @@ from shared.bits import DTYPES
 from shared.head import LossOptions
 from shared.proof import head_oracle
 from shared.proof.head_case import HeadCase
-from shared.proof.oracle import accumulation_dtype
 
-__all__ = ["BOUNDS", "Expected", "Fault"]
+__all__ = ["BOUNDS", "UNIT_ROUNDOFF", "Expected", "Fault"]
+
+UNIT_ROUNDOFF = 2.0**-24
+"""Of the products and sums of a head: float32, whatever the dtype of the table."""
 
 BOUNDS = {
     "loss": "mean of the bounds of the logprobs of all targets that count, + 8 u |loss|",
     "logprobs": "2 t, where t = u (4 sqrt(emb_size) |hidden| max|row| + 64) bounds the error of a token's logits",
     "hidden gradient": "4 (t + 2 u sqrt(vocab_size)) max|element of the table| / count, + rounding",
-    "table gradient": "sum over tokens of (p + [target]) (2 t + 4 u sqrt(tokens)) max|element of hidden| / count, + rounding",
+    "table gradient": "sum of (p + [target]) (2 t + 4 u sqrt(tokens)) max|element of hidden| / count, + rounding",
     "argmax": "equal; ids whose logits are within 2 t of each other are both right",
 }
 """How far each array may be from the oracle, in words.
@@ -59,14 +62,12 @@ class Expected:
         values: each of ``shared.proof.head_record.ARRAYS`` by name, ``[rows, columns]``; a row is a token or a row of the
             table, padding included.
         bounds: largest error of each, of a shape that broadcasts to it.
-        unit_roundoff: of products and sums.
         count: number of targets that count.
     """
 
     def __init__(self, case: HeadCase, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
         self.case, self.partition, v = case, case.partition, case.vocab_size
-        wide, dtype = accumulation_dtype(DTYPES[case.dtype]), DTYPES[case.dtype]
-        u = self.unit_roundoff = float(np.finfo(wide).eps) / 2
+        dtype, u = DTYPES[case.dtype], UNIT_ROUNDOFF
         targets = case.batch_array("targets").reshape(-1)
         self.hidden_TE = case.hidden_states().reshape(-1, case.emb_size).astype(np.float64)
         self.table_VE = np.concatenate([case.rank_rows(rank) for rank in range(case.world_size)]).astype(np.float64)
@@ -81,7 +82,7 @@ class Expected:
             self.logit_bound_T = of_products_T
             t_T = of_products_T + 64 * u
             largest_T = np.abs(self.hidden_TE).max(axis=1, initial=0)
-            weight_T = np.nan_to_num((2 * t_T + 4 * u * math.sqrt(tokens)) * largest_T / self.count)
+            weight_T = np.nan_to_num((2 * t_T + 4 * u * math.sqrt(tokens)) * largest_T)
             self._run(weight_T, progress)
             mass_V, loss = self._mass_V, self.values["loss"]
             hidden_bound = (4 * t_T + 8 * u * math.sqrt(v)) * np.abs(self.table_VE[:v]).max() / self.count
@@ -105,7 +106,7 @@ class Expected:
     def _run(self, weight_T: np.ndarray, progress: Callable[[str, int, int], None]) -> None:
         """Run the oracle over chunks of tokens."""
         v, w, tokens = self.case.vocab_size, self.case.world_size, len(self.targets_T)
-        # A further column, 0 in the table: its gradient is the sum over tokens of (p - [target]) * weight.
+        # A further column, 0 in the table: its gradient sums (p - [target]) * weight / count.
         hidden = np.column_stack([self.hidden_TE, weight_T])
         table = np.column_stack([self.table_VE, np.zeros(len(self.table_VE))])
         gradient, hidden_gradient = np.zeros_like(table), np.zeros_like(hidden)
@@ -131,7 +132,7 @@ class Expected:
         self.lse_T = head_oracle.logsumexp(self.lse_WT.T)
         onto = np.zeros(len(table))
         np.add.at(onto, self.targets_T[self.counted_T], weight_T[self.counted_T])
-        self._mass_V = gradient[:, -1] + 2 * onto
+        self._mass_V = gradient[:, -1] + 2 * onto / self.count
         self.head_VE = gradient[:, :-1]
         hidden_gradient_TE = hidden_gradient[:, :-1]
         self.lookup_VE = self._scatter(hidden_gradient_TE, np.arange(tokens))
@@ -156,11 +157,11 @@ class Expected:
             np.add.at(total, ids[valid], grad_KE[valid])
         return total
 
-    def is_best(self, tokens_K: np.ndarray, ids_K: np.ndarray) -> np.ndarray:
-        """Whether each id's logit is the token's greatest, within the bound."""
+    def is_best(self, tokens_K: np.ndarray, ids_K: np.ndarray, times: float = 1) -> np.ndarray:
+        """Whether each id's logit is the token's greatest, within so many times its bound."""
         valid = (ids_K >= 0) & (ids_K < self.case.vocab_size)
         x = np.einsum("te,te->t", self.hidden_TE[tokens_K], self.table_VE[np.where(valid, ids_K, 0).astype(np.int64)])
-        return valid & (self.best_WT[:, tokens_K].max(axis=0) - x <= 2 * self.logit_bound_T[tokens_K])
+        return valid & (self.best_WT[:, tokens_K].max(axis=0) - x <= 2 * times * self.logit_bound_T[tokens_K])
 
     def faults(self, what: str, rank: int | None) -> Iterator[Fault]:
         """Yield what each fault would give for one array of a rank, or of the whole."""
@@ -170,14 +171,14 @@ class Expected:
             return
         if what == "hidden gradient" and w > 1:
             for r in range(w):
-                yield Fault("rank missing", f"without rank {r}", lambda k, r=r: values[k] - self._rank_part(k, r))
+                yield Fault("rank missing", f"without rank {r}", partial(self._without_rank, rank=r))
             for r in range(w):
-                yield Fault("one rank only", f"rank {r}'s part", lambda k, r=r: self._rank_part(k, r))
+                yield Fault("one rank only", f"rank {r}'s part", partial(self._rank_part, rank=r))
         if what == "table gradient" and self.case.tied:
-            yield Fault("lookup missing", "", lambda k: self.head_VE[k])
-            yield Fault("head missing", "", lambda k: self.lookup_VE[k])
+            yield Fault("lookup missing", "", self.head_VE.__getitem__)
+            yield Fault("head missing", "", self.lookup_VE.__getitem__)
         for lse_T, targets_T, kind, note in self._wrong_statistics():
-            yield Fault(kind, note, lambda k, x=lse_T, t=targets_T: self._what_if(what, k, x, t))
+            yield Fault(kind, note, partial(self._what_if, what, lse_T, targets_T))
         tokens = len(self.targets_T)
         factors = {
             ("times w", f"times {w}"): w,
@@ -189,7 +190,7 @@ class Expected:
         }
         for (kind, note), factor in factors.items():
             if what != "logprobs" or kind in ("negated", "zeroed"):
-                yield Fault(kind, note, lambda k, factor=factor: values[k] * factor)
+                yield Fault(kind, note, (values * factor).__getitem__)
 
     def _wrong_statistics(self) -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
         """Logsumexp and targets as faults in their sums and ids would make them."""
@@ -206,7 +207,7 @@ class Expected:
         for step in (1, -1):
             yield self.lse_T, (self.targets_T + step) % v, "target off by one", f"target {step:+d}"
 
-    def _what_if(self, what: str, rows_K: np.ndarray, lse_T: np.ndarray, targets_T: np.ndarray) -> np.ndarray:
+    def _what_if(self, what: str, lse_T: np.ndarray, targets_T: np.ndarray, rows_K: np.ndarray) -> np.ndarray:
         """Rows of an array, with another logsumexp and other targets."""
         if what == "logprobs":
             return self._logprobs(rows_K, lse_T, targets_T)[:, None]
@@ -245,24 +246,28 @@ class Expected:
     def _rank_part(self, tokens_K: np.ndarray, rank: int) -> np.ndarray:
         return self._hidden_gradient(tokens_K, self.lse_T, self.targets_T, slice(*self.partition.owned_range(rank)))
 
+    def _without_rank(self, tokens_K: np.ndarray, rank: int) -> np.ndarray:
+        whole: np.ndarray = self.values["hidden gradient"][tokens_K] - self._rank_part(tokens_K, rank)
+        return whole
+
     def _argmax_faults(self) -> Iterator[Fault]:
         ids, tokens = self.values["argmax"], np.arange(len(self.targets_T))
         for r in range(self.case.world_size if self.case.world_size > 1 else 0):
             others = np.delete(np.arange(self.case.world_size), r)
             best = others[self.best_WT[others].argmax(axis=0)]
             without = self.best_id_WT[best, tokens][:, None].astype(np.float64)
-            yield Fault("rank missing", f"without rank {r}", lambda k, without=without: without[k])
+            yield Fault("rank missing", f"without rank {r}", without.__getitem__)
             alone = self.best_id_WT[r][:, None].astype(np.float64)
-            yield Fault("one rank only", f"rank {r}'s own", lambda k, alone=alone: alone[k])
+            yield Fault("one rank only", f"rank {r}'s own", alone.__getitem__)
         starts = self.partition.start(self.partition.owner(ids.astype(np.int64)))
-        yield Fault("local id", "row of its rank, not of the table", lambda k: (ids - starts)[k])
+        yield Fault("local id", "row of its rank, not of the table", (ids - starts).__getitem__)
         for step in (1, -1):
-            yield Fault("id off by one", f"{step:+d}", lambda k, step=step: ids[k] + step)
+            yield Fault("id off by one", f"{step:+d}", (ids + step).__getitem__)
 
 
 def _rounding(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Error of rounding to ``dtype`` once; a number flushed to zero counts as rounded."""
-    info, wide = ml_dtypes.finfo(dtype), np.finfo(accumulation_dtype(dtype))
-    smallest = float(info.smallest_subnormal) / 2 + float(wide.smallest_normal)
+    info = ml_dtypes.finfo(dtype)
+    smallest = float(info.smallest_subnormal) / 2 + float(np.finfo(np.float32).smallest_normal)
     rounded: np.ndarray = np.abs(values) * (float(info.eps) / 2) + smallest
     return rounded

@@ -70,7 +70,10 @@ def as_html(report: Report) -> str:
         *_section("Rank by kind of difference", [line for pair in report.pairs() for line in _map(report, pair)]),
         *_section("Rows that differ", [line for part in report.comparisons for line in _rows(report, part)]),
         *_section("Distances of the elements that differ", [bar for pair in report.pairs() for bar in _ulps(pair)]),
-        *_section("Kinds of difference", ["<dl>", *(_kind(kind, report.kinds[kind]) for kind in kinds), "</dl>"] if kinds else []),
+        *_section(
+            "Kinds of difference",
+            ["<dl>", *(_kind(kind, report.kinds[kind]) for kind in kinds), "</dl>"] if kinds else [],
+        ),
     ]
     title = f"pve: {'different' if report.different else 'equal'}"
     return "\n".join([_HEAD.format(title=title, style=_STYLE), *body, "</body>\n</html>\n"])

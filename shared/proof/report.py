@@ -14,7 +14,16 @@ from shared.proof.case import CaseFacts
 from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison, DifferingRow
 
-__all__ = ["Pair", "Report", "Versions", "case_report", "describe_kinds", "describe_number", "describe_parts", "describe_row"]
+__all__ = [
+    "Pair",
+    "Report",
+    "Versions",
+    "case_report",
+    "describe_kinds",
+    "describe_number",
+    "describe_parts",
+    "describe_row",
+]
 
 Versions = dict[str, dict[str, str]]
 
