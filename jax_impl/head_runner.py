@@ -33,7 +33,8 @@ def run(case: HeadCase, record: HeadWriter, progress: Callable[[str, int, int], 
     targets = case.batch_array("targets")
     # If tied, zeros to add to what is looked up: their gradient is that of the hidden states.
     given = np.zeros((*targets.shape, case.emb_size), DTYPES[case.dtype]) if case.tied else case.batch_array("hidden")
-    given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    given = jax.device_put(given, replicated)
 
     def hidden_states(emb: ParallelVocabEmbedding, given: jax.Array) -> jax.Array:
         return emb(case.batch_array("ids")) + given if case.tied else given
@@ -55,7 +56,9 @@ def run(case: HeadCase, record: HeadWriter, progress: Callable[[str, int, int], 
         "argmax": head.argmax(head(hidden_states(emb, given))),
     }
     for what, array in arrays.items():
-        for rank, part in enumerate(shards(array, mesh)):
+        # Results of an empty batch are constants, which lie on one device.
+        placed = jax.device_put(array, emb.weight.sharding if what == "table gradient" else replicated)
+        for rank, part in enumerate(shards(placed, mesh)):
             record.add(f"{what}.{rank}", part)
 
 

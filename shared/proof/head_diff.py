@@ -89,7 +89,7 @@ class HeadDiff:
                 f"the {what} of {name} on rank {rank} must be {legal} with {rows * expected.shape[1]} elements, "
                 f"got {array.dtype} with {array.size}"
             )
-        return array.reshape(rows, -1).astype(np.float64)
+        return array.reshape(rows, expected.shape[1]).astype(np.float64)
 
     def _dtype(self, what: str) -> np.dtype:
         return DTYPES[self._case.dtype] if "gradient" in what else np.dtype(np.float32)

@@ -23,8 +23,8 @@ SMALL = ["--vocab-size", "94", "--emb-size", "16", "--world-size", "4", "--padde
     ("backends", "options"),
     [
         slower("jax", ["--tied"]),
-        slower("torch,jax", ["--tied", "--dtype", "float32"]),
-        slower("torch,jax", ["--head", "--dtype", "float16"]),
+        slower("torch,jax", ["--tied", "--dtype", "float32", "--world-size", "2"]),
+        slower("torch,jax", ["--head", "--dtype", "float16", "--world-size", "2"]),
         slower("torch,jax", ["--head", "--world-size", "3", "--padded-vocab-size", "multiple-of:150"]),
         slower("torch,jax", ["--tied", "--world-size", "1", "--padded-vocab-size", "94"]),
     ],
