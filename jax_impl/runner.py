@@ -15,7 +15,7 @@ from shared.proof.case import Case
 from shared.proof.harness import serve
 from shared.proof.record import RecordWriter
 
-__all__ = ["run"]
+__all__ = ["make_mesh", "run", "shards"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
@@ -24,16 +24,7 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     Raises:
         RuntimeError: the platform has fewer devices than the case has ranks. CPUs are made up to be enough.
     """
-    jax.config.update("jax_num_cpu_devices", case.world_size)
-    jax.config.update("jax_enable_x64", case.dtype == "float64")
-    devices = jax.devices()
-    if len(devices) < case.world_size:
-        raise RuntimeError(
-            f"the case needs {case.world_size} devices, JAX has {len(devices)} of platform {devices[0].platform}; "
-            f"choose a smaller --world-size, or set JAX_PLATFORMS=cpu"
-        )
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((case.world_size,), ("tp",), auto, devices=devices[: case.world_size])
+    mesh = make_mesh(case)
     progress("table", 0, 4)
     emb = ParallelVocabEmbedding.from_table(
         case.weights,
@@ -61,17 +52,31 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         upstream = jax.device_put(grad_output, output.sharding)
     (gradient,) = pull_back(upstream)
     progress("record", 3, 4)
-    parts = _shards(output, mesh)
+    parts = shards(output, mesh)
     for rank, part in enumerate(parts):
         record.add(f"forward.{rank}", part[0] if case.reduction == "none" else part)
     # The gradient of an empty batch is a constant, which lies on one device.
-    for rank, rows in enumerate(_shards(jax.device_put(gradient.weight, emb.weight.sharding), mesh)):
+    for rank, rows in enumerate(shards(jax.device_put(gradient.weight, emb.weight.sharding), mesh)):
         record.add(f"gradient.{rank}", rows)
     record.add("sum", np.asarray(total) if case.reduction != "all_to_all" else case.whole_of(parts))
 
 
-def _shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:
-    """The shards as NumPy arrays, in the order of the ranks."""
+def make_mesh(case: Case) -> jax.sharding.Mesh:
+    """Mesh of one device per rank of the case; RuntimeError if there are fewer."""
+    jax.config.update("jax_num_cpu_devices", case.world_size)
+    jax.config.update("jax_enable_x64", case.dtype == "float64")
+    devices = jax.devices()
+    if len(devices) < case.world_size:
+        raise RuntimeError(
+            f"the case needs {case.world_size} devices, JAX has {len(devices)} of platform {devices[0].platform}; "
+            f"choose a smaller --world-size, or set JAX_PLATFORMS=cpu"
+        )
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((case.world_size,), ("tp",), auto, devices=devices[: case.world_size])
+
+
+def shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:
+    """Each rank's shard, or its copy of a replicated array, as NumPy arrays."""
     by_device = {shard.device: shard.data for shard in array.addressable_shards}
     return [np.asarray(by_device[device]) for device in mesh.devices.flat]
 

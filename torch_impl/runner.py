@@ -7,8 +7,9 @@ Without a reduction the ranks take turns in this process; with one, each is a pr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,7 @@ from shared.proof.record import RecordWriter
 from shared.tables.tensor_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
-__all__ = ["run"]
+__all__ = ["run", "run_processes", "to_numpy", "to_torch"]
 
 
 def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
@@ -41,34 +42,46 @@ def _in_turn(case: Case, record: RecordWriter, progress: Callable[[str, int, int
         progress(f"rank {rank}", rank, case.world_size)
         partial, gradient = _forward_and_backward(case, rank, None)
         total = partial if total is None else total + partial
-        record.add(f"forward.{rank}", _array(partial))
-        record.add(f"gradient.{rank}", _array(gradient))
+        record.add(f"forward.{rank}", to_numpy(partial))
+        record.add(f"gradient.{rank}", to_numpy(gradient))
     assert total is not None
-    record.add("sum", _array(total))
+    record.add("sum", to_numpy(total))
 
 
 def _in_a_group(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
     progress(f"{case.world_size} processes", 0, 2)
-    with tempfile.TemporaryDirectory(prefix="pve-") as temporary:
-        spawn(_one_process, (case, temporary), nprocs=case.world_size)
-        progress("record", 1, 2)
-        parts = []
-        for rank in range(case.world_size):
-            with open_safetensors(Path(temporary) / f"{rank}.safetensors") as file:
-                parts.append(np.asarray(file.get_tensor("forward")))
-                record.add(f"forward.{rank}", parts[-1])
-                record.add(f"gradient.{rank}", np.asarray(file.get_tensor("gradient")))
+    parts = []
+    for rank, arrays in enumerate(run_processes(_one_rank, case)):
+        parts.append(arrays["forward"])
+        record.add(f"forward.{rank}", arrays["forward"])
+        record.add(f"gradient.{rank}", arrays["gradient"])
     record.add("sum", case.whole_of(parts))
 
 
-def _one_process(rank: int, case: Case, folder: str) -> None:
+def _one_rank(case: Case, rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    forward, gradient = _forward_and_backward(case, rank, group)
+    return {"forward": forward, "gradient": gradient}
+
+
+def run_processes(
+    function: Callable[[Any, int, dist.ProcessGroup], dict[str, Tensor]], case: Case
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run ``function(case, rank, group)`` in one process per rank; yield each rank's arrays."""
+    with tempfile.TemporaryDirectory(prefix="pve-") as temporary:
+        spawn(_one_process, (function, case, temporary), nprocs=case.world_size)
+        for rank in range(case.world_size):
+            with open_safetensors(Path(temporary) / f"{rank}.safetensors") as file:
+                yield {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def _one_process(rank: int, function: Callable[..., dict[str, Tensor]], case: Case, folder: str) -> None:
     """One rank of the group; its results go to a file."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=case.world_size)
     try:
-        forward, gradient = _forward_and_backward(case, rank, dist.group.WORLD)
-        save_file({"forward": forward.contiguous(), "gradient": gradient}, f"{folder}/{rank}.safetensors")
+        arrays = function(case, rank, dist.group.WORLD)
+        save_file({name: array.contiguous() for name, array in arrays.items()}, f"{folder}/{rank}.safetensors")
     finally:
         dist.destroy_process_group()
 
@@ -77,7 +90,7 @@ def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None
     ids, grad_output = case.batch_array("ids"), case.part_of(case.batch_array("grad_output"), rank)
     if case.reduction == "all_to_all":  # each rank its own
         ids = case.part_of(ids, rank)
-    upstream = _tensor(grad_output)
+    upstream = to_torch(grad_output)
     emb = ParallelVocabEmbedding.from_table(
         case.weights,
         case.tensor,
@@ -87,19 +100,21 @@ def _forward_and_backward(case: Case, rank: int, group: dist.ProcessGroup | None
         vocab_size=case.vocab_size,
         **case.config.changes(),
     )
-    output = emb(_tensor(ids))
+    output = emb(to_torch(ids))
     output.backward(upstream)
     assert emb.weight.grad is not None
     return output.detach(), emb.weight.grad
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def to_torch(array: np.ndarray) -> Tensor:
+    """Tensor that shares an array's memory."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Array that shares a tensor's memory."""
     if tensor.dtype == torch.bfloat16:
         return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
     return np.asarray(tensor.numpy())

@@ -9,12 +9,16 @@ import time
 from pathlib import Path
 
 from shared.cli.case_arguments import Commands, add_case_arguments, add_command, case_options
-from shared.cli.console import fail, progress_steps
+from shared.cli.console import Steps, fail, progress_steps
 from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.case import build_case
 from shared.proof.diff import compare_records
-from shared.proof.launch import FRAMEWORKS, is_installed, record_backend
-from shared.proof.report import case_report
+from shared.proof.head_case import build_head_case
+from shared.proof.head_diff import HeadDiff
+from shared.proof.head_expected import Expected
+from shared.proof.head_report import head_report
+from shared.proof.launch import FRAMEWORKS, is_installed, record_backend, record_head
+from shared.proof.report import Report, case_report
 
 __all__ = ["add_parser"]
 
@@ -29,11 +33,22 @@ With --reduction the ranks communicate: torch runs one process per rank in a glo
 
 The sums of the gradient fed in are exact in every order, so no comparison needs a tolerance.
 
+With --head the output head is compared in place of the embedding: the cross entropy of hidden states against targets, over
+the table split by rows. The ids are the targets (--ids); those outside the vocabulary do not count. An oracle in float64
+computes each rank's loss, log-probabilities, gradient of the hidden states, gradient of its rows, and argmax. Sums of
+products round, so each array but the argmax has a bound, which follows from the dtype (--json prints the formulas). What all
+ranks have must have the same bits on all of them.
+
+--tied looks the ids up in the same table to get the hidden states, and the target of a token is the next id. The table's
+gradient is then the sum of both uses.
+
 examples:
   pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
   pve compare --world-size 3 --vocab-size 96 --emb-size 16 --dtype float32
   pve compare --weights model.safetensors --tensor model.embed_tokens.weight --world-size 4
   pve compare --reduction reduce_scatter --exchange routed --world-size 4
+  pve compare --head --weights model.safetensors --tensor lm_head.weight --world-size 4
+  pve compare --tied --weights table.safetensors --tokenizer tokenizer.json --text README.md --world-size 4
   pve compare --weights table.safetensors --tokenizer tokenizer.json --text README.md --json
   pve compare --report compare.html --markdown >> "$GITHUB_STEP_SUMMARY"
 
@@ -46,6 +61,16 @@ def add_parser(commands: Commands) -> None:
     add_case_arguments(parser)
     other = parser.add_argument_group("comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
+    other.add_argument(
+        "--head",
+        action="store_true",
+        help="compare the output head in place of the embedding (made up: a table of 32768 x 256, targets 4 x 128)",
+    )
+    other.add_argument(
+        "--tied",
+        action="store_true",
+        help="compare the head of a model whose embedding has the same table; implies --head",
+    )
     add_result_arguments(parser)
 
 
@@ -58,22 +83,48 @@ def _run(options: argparse.Namespace) -> int:
             return fail("neither torch nor jax is installed: pip install 'parallel-vocab-embedding[all]'")
     else:
         backends, missing = _named(options.backends), []
-    started = time.perf_counter()
+    compare = _compare_heads if options.head or options.tied else _compare_embeddings
     with tempfile.TemporaryDirectory(prefix="pve-") as temporary, progress_steps() as begin:
-        folder = Path(temporary)
-        case = build_case(case_options(options), folder, begin("case"))
-        names = [*backends, "oracle"]
-        records = {name: record_backend(name, folder, folder / f"{name}.record", begin(name)) for name in names}
-        step = begin("compare")
-        comparisons = [
-            result
-            for left, right in itertools.combinations(names, 2)
-            for result in compare_records(records[left], records[right], step)
-        ]
-        versions = {name: record.versions for name, record in records.items()}
-        ids = case.batch_array("ids")
+        report = compare(options, backends, missing, Path(temporary), begin)
+    return show_result(report, options)
+
+
+def _compare_embeddings(
+    options: argparse.Namespace, backends: list[str], missing: list[str], folder: Path, begin: Steps
+) -> Report:
+    started = time.perf_counter()
+    case = build_case(case_options(options), folder, begin("case"))
+    names = [*backends, "oracle"]
+    records = {name: record_backend(name, folder, folder / f"{name}.record", begin(name)) for name in names}
+    step = begin("compare")
+    comparisons = [
+        result
+        for left, right in itertools.combinations(names, 2)
+        for result in compare_records(records[left], records[right], step)
+    ]
+    versions = {name: record.versions for name, record in records.items()}
+    return case_report(case, case.batch_array("ids"), versions, comparisons, missing, time.perf_counter() - started)
+
+
+def _compare_heads(
+    options: argparse.Namespace, backends: list[str], missing: list[str], folder: Path, begin: Steps
+) -> Report:
+    given = {"reduction": "none", "exchange": "auto", "seq_dim": None, "padding_idx": None}
+    for name, default in given.items():
+        if getattr(options, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is an option of the embedding, got {getattr(options, name)}: leave it out with --head"
+            )
+    started = time.perf_counter()
+    case = build_head_case(case_options(options), options.tied, folder, begin("case"))
+    records = {name: record_head(name, folder, folder / f"{name}.record", begin(name)) for name in backends}
+    expected = Expected(case, begin("oracle"))
+    diff = HeadDiff(expected, records)
+    comparisons = diff.compare(begin("compare"))
+    versions = {name: record.versions for name, record in records.items()}
     seconds = time.perf_counter() - started
-    return show_result(case_report(case, ids, versions, comparisons, missing, seconds), options)
+    return head_report(expected, versions, comparisons, len(diff.near_ties), missing, seconds)
 
 
 def _named(text: str) -> list[str]:

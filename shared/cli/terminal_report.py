@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison
 from shared.proof.report import Report, describe_kinds, describe_number, describe_parts, describe_row
 
@@ -34,7 +33,7 @@ def print_report(console: Console, report: Report) -> None:
             console.print(_rows(comparison))
             kinds |= dict.fromkeys(comparison.kinds)
     for kind in kinds:
-        say(f"{kind}: {KINDS[kind]}", "dim")
+        say(f"{kind}: {report.kinds[kind]}", "dim")
     for line in report.advice:
         say(line, "yellow")
     say(report.verdict, "bold red" if report.different else "bold green")
@@ -43,14 +42,14 @@ def print_report(console: Console, report: Report) -> None:
 def _overview(report: Report) -> Table:
     """One row per rank: owned ids, nonzero rows, result of each pair."""
     pairs, table = report.pairs(), Table()
-    for column in ("rank", "owns ids", *report.arrays.values()):
+    for column in ("rank", "owns ids", *filter(None, report.arrays.values())):
         table.add_column(column, justify="right")
     for pair in pairs:
         table.add_column(Text(f"{pair.left} = {pair.right}"))
     for rank, comparisons in pairs[0].ranks.items():
         if rank is None:
             table.add_section()
-        counts = (f"{part.nonzero} of {part.rows}" for part in comparisons)
+        counts = (f"{part.nonzero} of {part.rows}" for part in comparisons if report.arrays[part.what])
         table.add_row(*report.rank_cells(rank), *counts, *(_cell(pair.ranks[rank]) for pair in pairs))
     return table
 
@@ -63,6 +62,10 @@ def _cell(comparisons: list[Comparison]) -> Text:
 def _heading(comparison: Comparison, rank: str) -> str:
     where = f"{comparison.what}, {rank if comparison.rank is None else f'rank {rank}'}"
     distances = f"max {describe_number(comparison.max_ulp)} ULP, max abs {describe_number(comparison.max_abs)}"
+    if comparison.bound:
+        distances += f", bound {describe_number(comparison.bound)}"
+    if comparison.what == "argmax" or "ranks disagree" in comparison.kinds:
+        return f"{comparison.left} against {comparison.right}, {where}: {describe_kinds(comparison)}"
     return f"{comparison.left} against {comparison.right}, {where}: {describe_kinds(comparison)}; {distances}"
 
 

@@ -25,7 +25,7 @@ from shared.tables.find_table import open_table
 from shared.tables.table_file import TableFile
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Case", "CaseFacts", "CaseOptions", "build_case", "sha256"]
+__all__ = ["Case", "CaseFacts", "CaseOptions", "Inputs", "MadeUp", "Progress", "build_case", "find_inputs", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, the amount done and the total."""
@@ -149,7 +149,7 @@ class Case(CaseFacts):
     batch: str
 
     @classmethod
-    def load(cls, folder: Path) -> Case:
+    def load(cls, folder: Path) -> Self:
         """Read a case from its folder."""
         return cls.from_stored(json.loads((folder / "case.json").read_text()))
 
@@ -183,17 +183,11 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         raise ValueError(
             f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
-    ids = _given_ids(options)
-    find_table = _generated_table if options.weights is None else _given_table
-    table, table_source = find_table(options, folder, progress)
-    config = _config(table.vocab_size, table.emb_size, options)
+    inputs = find_inputs(options, folder, MadeUp((131072, 1024), table_chunks, (4, 2048)), progress)
+    table, ids, config = inputs.table, inputs.ids, inputs.config
     progress("checksums", 0, 1)
     weights_sum, row_hashes = table.fingerprint()
-    progress("ids and gradient", 0, 1)
-    ids_source = f"ids of {(options.ids or options.text or Path()).name}"
-    if ids is None:
-        ids_source = f"Zipf-distributed ids, seed {options.seed}"
-        ids = zipf_ids((4, 2048), config.partition, options.seed)
+    progress("gradient", 0, 1)
     if config.reduction in ("reduce_scatter", "all_to_all"):
         chunk_shape(ids.shape, config.seq_dim, config.world_size)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
@@ -206,13 +200,57 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         config=config,
         dtype=table.dtype,
         ids_shape=ids.shape,
-        source=f"{table_source}; {ids_source}",
+        source=inputs.source,
         seed=options.seed,
         checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
     )
     stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}
     (folder / "case.json").write_text(json.dumps(stored))
     return case
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What a table and ids are where none are given.
+
+    Attributes:
+        sizes: rows and columns of the table.
+        chunks: yields the table, given its sizes, dtype and seed.
+        ids_shape: shape of the ids.
+    """
+
+    sizes: tuple[int, int]
+    chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
+    ids_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Table and ids of a case, their partition, and their origin in words."""
+
+    table: TableFile
+    ids: np.ndarray
+    config: EmbeddingConfig
+    source: str
+
+
+def find_inputs(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Inputs:
+    """Read the given table and ids; make up what is not given.
+
+    Raises:
+        ValueError, TypeError, IndexError: an option is out of range, a file is invalid, or options contradict each other.
+    """
+    ids = _given_ids(options)
+    if options.weights is None:
+        table, table_source = _generated_table(options, folder, made_up, progress)
+    else:
+        table, table_source = _given_table(options, folder, progress)
+    config = _config(table.vocab_size, table.emb_size, options)
+    ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+    if ids is None:
+        ids_source = f"Zipf-distributed ids, seed {options.seed}"
+        ids = zipf_ids(made_up.ids_shape, config.partition, options.seed)
+    return Inputs(table, ids, config, f"{table_source}; {ids_source}")
 
 
 def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:
@@ -228,14 +266,14 @@ def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingCo
     )
 
 
-def _generated_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
+def _generated_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
     if options.tensor is not None:
         raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
-    vocab_size = check_size("vocab_size", 131072 if options.vocab_size is None else options.vocab_size)
-    emb_size = check_size("emb_size", 1024 if options.emb_size is None else options.emb_size)
+    vocab_size = check_size("vocab_size", made_up.sizes[0] if options.vocab_size is None else options.vocab_size)
+    emb_size = check_size("emb_size", made_up.sizes[1] if options.emb_size is None else options.emb_size)
     dtype = dtype_named(options.dtype or "bfloat16")
     _config(vocab_size, emb_size, options)
-    chunks = table_chunks(vocab_size, emb_size, dtype, options.seed)
+    chunks = made_up.chunks(vocab_size, emb_size, dtype, options.seed)
     return _write_table(folder, chunks, (vocab_size, emb_size), dtype, progress), f"made-up table, seed {options.seed}"
 
 

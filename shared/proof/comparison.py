@@ -11,9 +11,10 @@ from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
 from shared.proof.classify import Side, held_rows, rows_at_once
 
-__all__ = ["Comparison", "Differences", "DifferingRow"]
+__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow"]
 
-_EXAMPLES = 5
+EXAMPLES = 5
+"""Most rows of a kind that are listed."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class DifferingRow:
 
     Attributes:
         index: position in the whole ids (forward), or row of the whole table.
-        id: id of the row.
+        id: id of the row, or target of the token.
         owner: rank that owns the id; -1 for ids outside the vocabulary.
-        kind: one of ``shared.proof.classify.KINDS``.
+        kind: one of ``shared.proof.classify.KINDS`` or ``shared.proof.head_diff.HEAD_KINDS``.
         max_ulp: largest distance of two elements; None if every element is NaN on a side.
-        note: the other row that a side holds, if any.
+        note: the other row that a side holds, if any; of a head, which rank or target is wrong.
     """
 
     index: tuple[int, ...]
@@ -43,16 +44,19 @@ class Comparison:
 
     Attributes:
         left, right: names of the sides.
-        what: name of the array: ``"forward"``, ``"gradient"`` or ``"table"``.
-        rank: rank of the array; None for the sum (forward) or the whole table.
+        what: name of the array: ``"forward"``, ``"gradient"``, ``"table"``, or one of ``shared.proof.head_record.ARRAYS``.
+        rank: rank of the array; None for the sum (forward) or the whole table. Of the head's results that all ranks have,
+            None compares the ranks with each other.
         rows: rows compared.
         nonzero: rows of the left side with any nonzero bit.
-        differing: rows with any differing bit.
+        differing: rows with any differing bit; where there is a bound, with an element beyond it.
         max_ulp, max_abs: largest distances, over elements that are NaN on neither side.
         kinds: number of differing rows of each kind, most frequent first.
         ulps: histogram of the distances of differing elements, in representable values. Key ``"4"`` counts distances in
             [4, 8), and so for each power of two. ``"0"`` counts differing signs of zero, ``"NaN"`` NaN on a side.
         examples: first differing rows of each kind.
+        bound: largest error that is allowed; 0 where every bit must be equal.
+        share: largest error of an element divided by its bound.
     """
 
     left: str
@@ -67,6 +71,8 @@ class Comparison:
     kinds: dict[str, int] = field(default_factory=dict)
     ulps: dict[str, int] = field(default_factory=dict)
     examples: tuple[DifferingRow, ...] = ()
+    bound: float = 0.0
+    share: float = 0.0
 
 
 class Differences:
@@ -91,7 +97,7 @@ class Differences:
         ulp, absolute, ulps = _distances(sides[0].values, sides[1].values)
         self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
         self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))
-        shown = np.sort(np.concatenate([np.flatnonzero(kinds == kind)[:_EXAMPLES] for kind in set(kinds)] or [ids[:0]]))
+        shown = np.sort(np.concatenate([np.flatnonzero(kinds == kind)[:EXAMPLES] for kind in set(kinds)] or [ids[:0]]))
         held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
         for i, *rows in zip(map(int, shown), *held, strict=True):
             notes = [
@@ -110,7 +116,7 @@ class Differences:
         self._ulps.update(ulps)
 
     def _keep(self, example: DifferingRow) -> None:
-        if sum(kept.kind == example.kind for kept in self._examples) < _EXAMPLES:
+        if sum(kept.kind == example.kind for kept in self._examples) < EXAMPLES:
             self._examples.append(example)
 
     def merge(self, other: Differences) -> None:

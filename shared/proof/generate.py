@@ -5,13 +5,15 @@ They come from raw Philox bits: streams of a library's distributions may change 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
+from shared.global_normal import normal_rows
 from shared.partition import VocabPartition
 
-__all__ = ["exact_gradient", "special_rows", "table_chunks", "zipf_ids"]
+__all__ = ["exact_gradient", "normal_chunks", "special_rows", "table_chunks", "zipf_ids"]
 
 _ROWS = 4096
 
@@ -33,6 +35,16 @@ def table_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> 
             if start <= row < start + count:
                 chunk[row - start] = value
         yield chunk
+
+
+def normal_chunks(vocab_size: int, emb_size: int, dtype: np.dtype, seed: int) -> Iterator[np.ndarray]:
+    """Yield a generated table in chunks of rows, for a head.
+
+    Values are normally distributed with standard deviation ``emb_size ** -0.5``: hidden states of standard deviation 1 give
+    logits of standard deviation 1. All are finite: NaN in a single row would make every logsumexp NaN.
+    """
+    for start in range(0, vocab_size, _ROWS):
+        yield normal_rows(start, min(start + _ROWS, vocab_size), emb_size, dtype, seed, std=1 / math.sqrt(emb_size))
 
 
 def special_rows(vocab_size: int) -> list[int]:

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shared.proof.case import Case
 from shared.proof.record import RecordWriter
@@ -14,17 +15,23 @@ __all__ = ["PROGRESS_PREFIX", "Runner", "serve"]
 
 PROGRESS_PREFIX = "pve-progress "
 
-Runner = Callable[[Case, RecordWriter, Callable[[str, int, int], None]], None]
+Runner = Callable[[Any, Any, Callable[[str, int, int], None]], None]
 """Computes a case, adds every array to the record and reports progress."""
 
 
-def serve(backend: str, versions: dict[str, str], run: Runner) -> None:
+def serve(
+    backend: str,
+    versions: dict[str, str],
+    run: Runner,
+    case_type: type[Case] = Case,
+    writer: Callable[[Any, str, dict[str, str]], Any] = RecordWriter,
+) -> None:
     """Run a backend on the case named on the command line."""
     parser = argparse.ArgumentParser(description=f"Record what the {backend} backend computes for a case.")
     parser.add_argument("case", type=Path, help="folder with case.json")
     parser.add_argument("record", type=Path, help="file to write")
     arguments = parser.parse_args()
-    case = Case.load(arguments.case)
-    record = RecordWriter(case, backend, versions)
+    case = case_type.load(arguments.case)
+    record = writer(case, backend, versions)
     run(case, record, lambda *step: print(PROGRESS_PREFIX + json.dumps(step), flush=True))
     record.write(arguments.record)

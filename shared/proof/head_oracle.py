@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shared.head import LossOptions
 
-__all__ = ["HeadLoss", "argmax", "logits", "loss", "sample", "top_k"]
+__all__ = ["HeadLoss", "argmax", "logits", "logsumexp", "loss", "sample", "top_k"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def loss(
 
     with np.errstate(all="ignore"):  # infinities and NaN propagate
         x = logits(hidden_TE, weight_VE, vocab_size, options.softcap)[:, :vocab_size]
-        lse = _logsumexp(x)
+        lse = logsumexp(x)
         target_logit = x[tokens, columns]
         spread = x.mean(axis=1) if smoothing else 0.0
         per_token = lse - (1 - smoothing) * target_logit - smoothing * spread + options.z_loss * lse**2
@@ -185,7 +185,10 @@ def _linear(hidden: np.ndarray, weight: np.ndarray, vocab_size: int) -> np.ndarr
     return hidden.astype(np.float64) @ weight[:vocab_size].astype(np.float64).T
 
 
-def _logsumexp(x: np.ndarray) -> np.ndarray:
+def logsumexp(x: np.ndarray) -> np.ndarray:
+    """Logarithm of the sum of exponentials along the last dimension; -inf of none."""
+    if x.shape[-1] == 0:
+        return np.full(x.shape[:-1], -np.inf)
     top = x.max(axis=-1)
     shift = np.where(top == -np.inf, 0, top)
     return shift + np.log(np.exp(x - shift[..., None]).sum(axis=-1))

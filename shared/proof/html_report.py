@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from shared.checks import printable
-from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison
 from shared.proof.report import Pair, Report, describe_row
 
@@ -71,7 +70,10 @@ def as_html(report: Report) -> str:
         *_section("Rank by kind of difference", [line for pair in report.pairs() for line in _map(report, pair)]),
         *_section("Rows that differ", [line for part in report.comparisons for line in _rows(report, part)]),
         *_section("Distances of the elements that differ", [bar for pair in report.pairs() for bar in _ulps(pair)]),
-        *_section("Kinds of difference", ["<dl>", *map(_kind, kinds), "</dl>"] if kinds else []),
+        *_section(
+            "Kinds of difference",
+            ["<dl>", *(_kind(kind, report.kinds[kind]) for kind in kinds), "</dl>"] if kinds else [],
+        ),
     ]
     title = f"pve: {'different' if report.different else 'equal'}"
     return "\n".join([_HEAD.format(title=title, style=_STYLE), *body, "</body>\n</html>\n"])
@@ -181,5 +183,5 @@ def _distance(least: str) -> str:
     return f"{low} - {2 * low - 1}" if low < 2**20 else f"2^{low.bit_length() - 1} - 2^{low.bit_length()}"
 
 
-def _kind(kind: str) -> str:
-    return f"<dt>{_text(kind)}</dt><dd>{_text(KINDS[kind])}</dd>"
+def _kind(kind: str, meaning: str) -> str:
+    return f"<dt>{_text(kind)}</dt><dd>{_text(meaning)}</dd>"

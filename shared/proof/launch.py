@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.proof.harness import PROGRESS_PREFIX
+from shared.proof.head_record import HeadRecord
 from shared.proof.record import Record
 
-__all__ = ["BACKENDS", "FRAMEWORKS", "BackendError", "is_installed", "record_backend"]
+__all__ = ["BACKENDS", "FRAMEWORKS", "HEAD_BACKENDS", "BackendError", "is_installed", "record_backend", "record_head"]
 
 BACKENDS = {"oracle": "shared.proof.runner", "torch": "torch_impl.runner", "jax": "jax_impl.runner"}
 """Runner module of each backend."""
+
+HEAD_BACKENDS = {"torch": "torch_impl.head_runner", "jax": "jax_impl.head_runner"}
+"""Runner module of each backend's head; its oracle runs in the comparing process."""
 
 FRAMEWORKS = ("torch", "jax")
 """Backends that need a package of the same name."""
@@ -38,7 +42,18 @@ def is_installed(backend: str) -> bool:
 
 def record_backend(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> Record:
     """Have a backend compute ``case`` into ``record``; BackendError if it fails."""
-    command = [sys.executable, "-m", BACKENDS[backend], str(case), str(record)]
+    _run(backend, BACKENDS[backend], case, record, progress)
+    return Record.open(record)
+
+
+def record_head(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> HeadRecord:
+    """Have a backend's head compute ``case`` into ``record``; BackendError if it fails."""
+    _run(backend, HEAD_BACKENDS[backend], case, record, progress)
+    return HeadRecord.open(record)
+
+
+def _run(backend: str, module: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> None:
+    command = [sys.executable, "-m", module, str(case), str(record)]
     # Keeps the current folder off sys.path, also in child processes: a json.py lying there would be run.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with (
@@ -55,4 +70,3 @@ def record_backend(backend: str, case: Path, record: Path, progress: Callable[[s
             details = errors.read().strip()
             last = details.splitlines()[-1] if details else f"exit status {status}, no message"
             raise BackendError(f"the {backend} backend failed: {last}", details)
-    return Record.open(record)

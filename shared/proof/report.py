@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,9 +11,19 @@ import numpy as np
 
 from shared.partition import VocabPartition
 from shared.proof.case import CaseFacts
+from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison, DifferingRow
 
-__all__ = ["Pair", "Report", "case_report", "describe_kinds", "describe_number", "describe_parts", "describe_row"]
+__all__ = [
+    "Pair",
+    "Report",
+    "Versions",
+    "case_report",
+    "describe_kinds",
+    "describe_number",
+    "describe_parts",
+    "describe_row",
+]
 
 Versions = dict[str, dict[str, str]]
 
@@ -40,10 +50,11 @@ class Report:
         notes: further facts about the input.
         sides: facts of each side, by its name.
         partition: ownership of the rows.
-        arrays: for each array compared, the heading for its number of nonzero rows.
+        arrays: for each array compared, the heading for its number of nonzero rows; empty to leave this number out.
         comparisons: of each array, rank and pair of sides.
         facts: further fields of the JSON form.
         missing: backends that are not installed.
+        kinds: kinds of difference and their meaning.
         seconds: time taken.
     """
 
@@ -55,6 +66,7 @@ class Report:
     comparisons: Sequence[Comparison]
     facts: dict[str, Any]
     missing: Sequence[str] = ()
+    kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
     seconds: float | None = field(default=None, compare=False)
 
     @property
@@ -69,7 +81,11 @@ class Report:
         if self.different:
             return f"DIFFERENT: {self.different} of {len(self.comparisons)} comparisons{time}"
         rows = sum(comparison.rows for comparison in self.comparisons)
-        return f"EQUAL: {len(self.comparisons)} comparisons of {rows} rows in all, max ULP 0, max abs 0{time}"
+        equal = f"EQUAL: {len(self.comparisons)} comparisons of {rows} rows in all"
+        if any(comparison.bound for comparison in self.comparisons):
+            share = max(comparison.share for comparison in self.comparisons)
+            return f"{equal}, errors at most {share:.2f} of their bounds{time}"
+        return f"{equal}, max ULP 0, max abs 0{time}"
 
     @property
     def advice(self) -> list[str]:
@@ -160,8 +176,16 @@ def describe_number(value: float) -> str:
 
 
 def describe_row(what: str, row: DifferingRow) -> tuple[str, str, str, str, str, str]:
-    """Position, id, owner, kind, distance and note of a differing row."""
-    place = "position" if what == "forward" else "row"
-    owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
+    """Position, id or target, owner, kind, distance and note of a differing row."""
     ulp = "NaN" if row.max_ulp is None else f"{describe_number(row.max_ulp)} ULP"
-    return f"{place} {', '.join(map(str, row.index))}", f"id {row.id}", owner, row.kind, ulp, row.note
+    owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
+    numbers = ", ".join(map(str, row.index))
+    if row.kind == "ranks disagree":
+        return f"rank {numbers}", "", "", row.kind, "", row.note
+    if what == "loss":
+        return "the loss", "", "", row.kind, ulp, row.note
+    if what in ("logprobs", "hidden gradient", "argmax"):
+        target = ("no target", "") if row.id < 0 else (f"target {row.id}", owner)
+        return f"position {numbers}", *target, row.kind, "" if what == "argmax" else ulp, row.note
+    place = "position" if what == "forward" else "row"
+    return f"{place} {numbers}", f"id {row.id}", owner, row.kind, ulp, row.note

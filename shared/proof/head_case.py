@@ -1,0 +1,95 @@
+"""Inputs of a comparison of heads: table, targets and hidden states, in files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from shared.bits import DTYPES
+from shared.global_normal import normal_rows
+from shared.proof.case import Case, CaseOptions, MadeUp, Progress, find_inputs, sha256
+from shared.proof.generate import normal_chunks
+
+__all__ = ["IGNORE_INDEX", "HeadCase", "build_head_case"]
+
+IGNORE_INDEX = -100
+"""Target of a token without a next one; as every target outside the vocabulary, it gives no loss."""
+
+
+@dataclass(frozen=True)
+class HeadCase(Case):
+    """A case of the head on disk, stored as ``case.json`` in its folder.
+
+    Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
+
+    Attributes:
+        tied: hidden states are rows of the table itself, looked up by ``ids``.
+    """
+
+    tied: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts and options, by name, as plain values."""
+        return {**super().facts, "tied": self.tied}
+
+    def hidden_states(self) -> np.ndarray:
+        """Hidden states ``[*targets.shape, e]`` in the dtype of the table; zeros for ids outside the vocabulary."""
+        if not self.tied:
+            return self.batch_array("hidden")
+        ids = self.batch_array("ids")
+        hidden = np.zeros((*ids.shape, self.emb_size), DTYPES[self.dtype])
+        for rank in range(self.world_size):
+            rows, owned = self.partition.locate(ids, rank)
+            hidden[owned] = self.rank_rows(rank)[rows[owned]]
+        return hidden
+
+
+def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Progress = lambda *_: None) -> HeadCase:
+    """Write the files of a case of the head to ``folder``.
+
+    The ids are the targets, and hidden states are normally distributed. If tied, the ids are looked up, and each token's
+    target is the id that follows it in row-major order.
+
+    Raises:
+        ValueError, TypeError, IndexError: an option is out of range, a file is invalid, or options contradict each other.
+    """
+    if tied:
+        options = replace(options, reduction="all_reduce")
+    made_up = MadeUp((32768, 256), normal_chunks, (4, 128))
+    inputs = find_inputs(options, folder, made_up, progress)
+    table, ids, dtype = inputs.table, inputs.ids, DTYPES[inputs.table.dtype]
+    if table.dtype == "float64":
+        raise ValueError(
+            "--dtype must be given for a head over a table of float64, to cast it: its argmax takes no float64"
+        )
+    progress("hidden states", 0, 1)
+    if tied:
+        targets = np.append(ids.reshape(-1)[1:], IGNORE_INDEX)[: ids.size].reshape(ids.shape)
+        batch = {"ids": ids, "targets": targets}
+    else:  # rows of the same seed behind those of a made-up table
+        first = table.vocab_size
+        hidden = normal_rows(first, first + math.prod(ids.shape), table.emb_size, dtype, options.seed)
+        batch = {"targets": ids, "hidden": hidden.reshape(*ids.shape, table.emb_size)}
+    save_file(batch, folder / "batch.safetensors")
+    case = HeadCase(
+        weights=str(table.path.absolute()),
+        tensor=table.tensor,
+        batch=str((folder / "batch.safetensors").absolute()),
+        config=inputs.config,
+        dtype=table.dtype,
+        ids_shape=ids.shape,
+        source=inputs.source,
+        seed=options.seed,
+        checksums={"weights": table.fingerprint()[0], **{name: sha256(array) for name, array in batch.items()}},
+        tied=tied,
+    )
+    stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}
+    (folder / "case.json").write_text(json.dumps(stored))
+    return case

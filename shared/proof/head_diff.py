@@ -1,0 +1,230 @@
+"""Comparison of heads with each other and with the oracle, and kinds of difference."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from shared.bits import DTYPES, cast, ulp_distance
+from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow
+from shared.proof.head_expected import Expected
+from shared.proof.head_record import ARRAYS, HeadRecord
+
+__all__ = ["HEAD_KINDS", "HeadDiff"]
+
+HEAD_KINDS = {
+    "ranks disagree": "not the same bits on all ranks",
+    "rank missing": "a sum over the ranks that lacks one of them",
+    "one rank only": "one rank's part in place of the sum over the ranks",
+    "counted w times": "every column counted w times, as if each rank had the logits of all",
+    "padding counted": "columns of padding in the sum, an id of padding, or a gradient of its rows",
+    "target off by one": "the next or the previous id in place of the target",
+    "ignored target counted": "a value for a token whose target does not count",
+    "lookup missing": "the table's gradient of the head alone, without that of the lookup",
+    "head missing": "the table's gradient of the lookup alone, without that of the head",
+    "times w": "w times the value: summed over the ranks once too often",
+    "divided by w": "the value divided by w",
+    "sum for mean": "the sum over the targets in place of the mean",
+    "ignored in the mean": "a mean over all tokens, those included whose target does not count",
+    "local id": "the row of the rank in place of the id",
+    "id off by one": "the next or the previous id",
+    "negated": "the value with the other sign",
+    "zeroed": "zeros in place of the values",
+    "imprecise": "within 4096 times the bound: sums or products in a narrower type",
+    "NaN": "NaN on one side only",
+    "other values": "none of these",
+    "not examined": "beyond the first 256 rows that differ",
+}
+"""Kinds of difference of a head and their meaning."""
+
+_EXAMINED = 256
+_IMPRECISE = 4096  # bfloat16 has 2**16 times the roundoff of float32; an error is seldom above 1/16 of its bound
+_ROWS = 4096
+
+
+class HeadDiff:
+    """Compares the records of one case, each with the others and with the oracle.
+
+    Attributes:
+        near_ties: tokens whose argmax differs from the oracle's, where both logits are the greatest within rounding.
+    """
+
+    def __init__(self, expected: Expected, records: Mapping[str, HeadRecord]) -> None:
+        self._expected, self._records, self._case = expected, records, expected.case
+        self.near_ties: set[int] = set()
+
+    def compare(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> list[Comparison]:
+        """Compare every array of each rank, the whole table's gradient, and the ranks with each other.
+
+        Raises:
+            ValueError: a backend recorded an array of another shape or dtype.
+        """
+        results, w = [], self._case.world_size
+        for pair in itertools.combinations([*self._records, "oracle"], 2):
+            for rank in range(w):
+                progress(" and ".join(pair), rank, w)
+                results += [self._compare(pair, what, rank) for what in ARRAYS]
+            for what in ARRAYS:
+                whole = what == "table gradient"
+                results.append(self._compare(pair, what, None) if whole else self._ranks_agree(pair, what))
+        return results
+
+    def _array(self, name: str, what: str, rank: int | None) -> np.ndarray:
+        """Rows of one side, float64."""
+        n, expected = self._case.partition.rows_per_rank, self._expected.values[what]
+        split = what == "table gradient"
+        if name == "oracle":
+            return expected if rank is None or not split else expected[rank * n : (rank + 1) * n]
+        if rank is None:
+            return np.concatenate([self._array(name, what, each) for each in range(self._case.world_size)])
+        array, rows = self._records[name].array(what, rank), n if split else len(expected)
+        legal = self._dtype(what)
+        if array.size != rows * expected.shape[1] or (
+            array.dtype != legal if what != "argmax" else array.dtype.kind != "i"
+        ):
+            raise ValueError(
+                f"the {what} of {name} on rank {rank} must be {legal} with {rows * expected.shape[1]} elements, "
+                f"got {array.dtype} with {array.size}"
+            )
+        return array.reshape(rows, expected.shape[1]).astype(np.float64)
+
+    def _dtype(self, what: str) -> np.dtype:
+        return DTYPES[self._case.dtype] if "gradient" in what else np.dtype(np.float32)
+
+    def _compare(self, pair: tuple[str, str], what: str, rank: int | None) -> Comparison:
+        a, b = (self._array(name, what, rank) for name in pair)
+        first = 0 if rank is None or what != "table gradient" else rank * len(a)
+        bounds = self._expected.bounds[what][first : first + len(a)]
+        bounds = bounds * (1 if "oracle" in pair else 2)
+        differing, share = _beyond(a, b, bounds)
+        if what == "argmax":
+            differing &= ~self._near_ties(a[:, 0], b[:, 0])
+        rows = np.flatnonzero(differing)
+        kinds, notes = np.full(len(rows), "not examined", object), [""] * len(rows)
+        if len(rows):
+            some = rows[:_EXAMINED]
+            kinds[: len(some)], notes[: len(some)] = self._classify(what, rank, a[some], b[some], first + some)
+        max_ulp, ulps = self._ulps(what, a, b)
+        return Comparison(
+            *pair,
+            what=what,
+            rank=rank,
+            rows=len(a),
+            nonzero=int(a.any(axis=1).sum()),
+            differing=len(rows),
+            max_ulp=max_ulp,
+            max_abs=_largest(np.abs(a - b)),
+            kinds=dict(Counter(map(str, kinds)).most_common()),
+            examples=tuple(self._examples(what, first + rows, kinds, notes, ulps[rows])),
+            bound=_largest(bounds),
+            share=share,
+        )
+
+    def _near_ties(self, *sides: np.ndarray) -> np.ndarray:
+        """Tokens whose ids on both sides have the greatest logit, within rounding."""
+        found = sides[0] != sides[1]
+        tokens = np.flatnonzero(found)
+        for ids in sides:
+            found[tokens] &= self._expected.is_best(tokens, ids[tokens])
+        self.near_ties |= set(map(int, np.flatnonzero(found)))
+        return found
+
+    def _ulps(self, what: str, a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
+        """Largest distance in representable values of all elements, and of each row."""
+        ulps = np.zeros(len(a))
+        if what != "argmax":
+            dtype = self._dtype(what)
+            for start in range(0, len(a), _ROWS):
+                part = slice(start, start + _ROWS)
+                distance = ulp_distance(cast(a[part], dtype), cast(b[part], dtype))
+                none = np.isnan(distance).all(axis=1)
+                ulps[part] = np.where(none, np.nan, np.nan_to_num(distance).max(axis=1, initial=0))
+        return _largest(ulps), ulps
+
+    def _classify(
+        self, what: str, rank: int | None, a: np.ndarray, b: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, list[str]]:
+        """Kind of each differing row and what is to be said about it, as the first fault that gives it."""
+        expected = self._expected
+        right, bounds = expected.values[what][rows], expected.bounds[what][rows]
+        wrong = np.where(_beyond(a, right, bounds)[0][:, None], a, b)
+        kinds, notes = np.full(len(rows), "", object), [""] * len(rows)
+
+        def settle(kind: str, where: np.ndarray, note: str = "") -> None:
+            for row in np.flatnonzero(where & (kinds == "")):
+                kinds[row], notes[row] = kind, note
+
+        settle("NaN", (np.isnan(wrong) & ~np.isnan(right)).any(axis=1))
+        if what == "argmax":
+            settle("padding counted", wrong[:, 0] >= self._case.vocab_size)
+            settle("imprecise", expected.is_best(rows, wrong[:, 0], _IMPRECISE))
+        elif what == "table gradient":
+            settle("padding counted", rows >= self._case.vocab_size)
+        elif what != "loss":
+            settle("ignored target counted", ~expected.counted_T[rows])
+        # Of several ranks that explain a row, the one that explains most rows is named.
+        guesses = []
+        for fault in expected.faults(what, rank):
+            if (kinds != "").all():
+                break
+            with np.errstate(all="ignore"):
+                guess = fault.rows(rows)
+            scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
+            fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
+            guesses.append((fault, fits))
+        for fault, fits in sorted(guesses, key=lambda each: -int(each[1].sum())):
+            settle(fault.kind, fits, fault.note)
+        settle("imprecise", ~_beyond(wrong, right, bounds * _IMPRECISE)[0] & (what != "argmax"))
+        settle("other values", kinds == "")
+        return kinds, notes
+
+    def _examples(
+        self, what: str, rows: np.ndarray, kinds: np.ndarray, notes: list[str], ulps: np.ndarray
+    ) -> list[DifferingRow]:
+        shown = sorted(i for kind in set(kinds) for i in np.flatnonzero(kinds == kind)[:EXAMPLES])
+        expected, shape = self._expected, self._case.ids_shape
+        found = []
+        for i in shown:
+            row = int(rows[i])
+            index: tuple[int, ...]
+            if what == "table gradient":
+                index, id_ = (row,), row
+            else:
+                index = () if what == "loss" else tuple(map(int, np.unravel_index(row, shape)))
+                id_ = int(expected.targets_T[row]) if what != "loss" and expected.counted_T[row] else -1
+            owner = int(self._case.partition.owner(id_))
+            ulp = None if np.isnan(ulps[i]) else float(ulps[i])
+            found.append(DifferingRow(index, id_, owner, str(kinds[i]), ulp, notes[i]))
+        return found
+
+    def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
+        """Compare the bits of the ranks' copies of one array; a row is a rank."""
+        w, differing = self._case.world_size, set[int]()
+        for name in pair:
+            if name != "oracle":
+                copies = [self._records[name].array(what, rank).tobytes() for rank in range(w)]
+                differing |= {rank for rank in range(w) if copies[rank] != copies[0]}
+        rows = tuple(
+            DifferingRow((rank,), -1, rank, "ranks disagree", None, f"rank {rank} against rank 0")
+            for rank in sorted(differing)
+        )
+        kinds = {"ranks disagree": len(rows)} if rows else {}
+        return Comparison(*pair, what, None, w, w, len(rows), kinds=kinds, examples=rows[:EXAMPLES])
+
+
+def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
+    """Rows with an element further apart than its bound, and the largest error as a share of its bound."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        error = np.where(same, 0, np.abs(a - b))
+        beyond = ~(same | (error <= bounds))
+        share = np.where(same, 0, error / bounds)
+    return beyond.any(axis=1), _largest(share)
+
+
+def _largest(values: np.ndarray) -> float:
+    """Largest of the numbers, NaN left out."""
+    return float(np.nanmax(np.where(np.isnan(values), 0, values), initial=0))

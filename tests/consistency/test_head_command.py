@@ -1,0 +1,143 @@
+"""`pve compare --head` and `--tied`: real layers are equal, and faults are named in the head's terms."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli.schema import SCHEMA, faults
+from marks import slower
+from safetensors.numpy import save_file
+
+from shared.cli import main
+from shared.proof.head_diff import HEAD_KINDS
+from shared.proof.head_record import ARRAYS
+from shared.proof.launch import HEAD_BACKENDS
+
+RUNNERS = Path(__file__).parents[1] / "runners"
+SMALL = ["--vocab-size", "94", "--emb-size", "16", "--world-size", "4", "--padded-vocab-size", "even"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "options"),
+    [
+        slower("jax", ["--tied"]),
+        slower("torch,jax", ["--tied", "--dtype", "float32", "--world-size", "2"]),
+        slower("torch,jax", ["--head", "--dtype", "float16", "--world-size", "2"]),
+        slower("torch,jax", ["--head", "--world-size", "3", "--padded-vocab-size", "multiple-of:150"]),
+        slower("torch,jax", ["--tied", "--world-size", "1", "--padded-vocab-size", "94"]),
+    ],
+)
+def test_real_heads_are_equal(capsys, backends, options):
+    """Padding, a rank of nothing else, one rank alone, and ids outside the vocabulary."""
+    assert main(["compare", *SMALL, "--backends", backends, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert faults(result, SCHEMA) == []
+    assert (result["equal"], result["case"]["tied"], set(result["bounds"])) == (True, "--tied" in options, set(ARRAYS))
+    assert 0 < result["ids_outside"] < 20
+    ranks = [*range(result["case"]["world_size"]), None]
+    names = [*backends.split(","), "oracle"]
+    pairs = [(left, right) for i, left in enumerate(names) for right in names[i + 1 :]]
+    found = [(c["left"], c["right"], c["rank"], c["what"]) for c in result["comparisons"]]
+    assert found == [(*pair, rank, what) for pair in pairs for rank in ranks for what in ARRAYS]
+    held = [c for c in result["comparisons"] if c["right"] == "oracle" and c["rank"] == 0 and c["what"] != "argmax"]
+    assert all(0 < c["share"] < 1 for c in held)
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """Let PyTorch's head be the one in NumPy with a fault."""
+
+    def use(fault):
+        monkeypatch.setenv("PYTHONPATH", str(RUNNERS), prepend=os.pathsep)
+        monkeypatch.setenv("HEAD_FAULT", fault)
+        monkeypatch.setitem(HEAD_BACKENDS, "torch", "wrong_head_runner")
+
+    return use
+
+
+STATISTICS = ("loss", "logprobs", "hidden gradient", "table gradient")
+FAULTS = [
+    ("rank missing", "--tied", dict.fromkeys(STATISTICS, "rank missing"), "without rank 1"),
+    ("padding counted", "--head", dict.fromkeys(STATISTICS, "padding counted"), "2 columns"),
+    ("target off by one", "--head", dict.fromkeys(STATISTICS, "target off by one"), "target +1"),
+    ("times w", "--head", {"hidden gradient": "times w"}, "times 4"),
+    ("not summed", "--head", {"hidden gradient": "one rank only"}, "rank 3's part"),
+    ("lookup missing", "--tied", {"table gradient": "lookup missing"}, ""),
+    ("disagreeing", "--head", {"loss": "ranks disagree"}, "rank 1 against rank 0"),
+    slower("rank missing", "--head", dict.fromkeys(STATISTICS, "rank missing"), "without rank 1"),
+    slower("gathered logits", "--head", dict.fromkeys(STATISTICS, "counted w times"), "the sum times 4"),
+    slower("mean over all", "--head", dict.fromkeys(("loss", *STATISTICS[2:]), "ignored in the mean"), "not 503"),
+    slower("sum", "--head", dict.fromkeys(("loss", *STATISTICS[2:]), "sum for mean"), "times 503"),
+    slower("local ids", "--head", {"argmax": "local id"}, "row of its rank"),
+    slower("bfloat16 logits", "--head", dict.fromkeys((*STATISTICS, "argmax"), "imprecise"), ""),
+]
+
+
+@pytest.mark.parametrize(("fault", "option", "kinds", "note"), FAULTS)
+def test_faults_are_named(capsys, wrong, fault, option, kinds, note):
+    wrong(fault)
+    assert main(["compare", *SMALL, option, "--dtype", "float32", "--backends", "torch", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert faults(result, SCHEMA) == []
+    # Of a rank's own part in place of the sum, the ranks' copies disagree too: what each rank shows comes last.
+    different = sorted((c for c in result["comparisons"] if c["differing"]), key=lambda c: c["rank"] is not None)
+    assert {c["what"]: next(iter(c["kinds"])) for c in different} == kinds
+    notes = {row["note"] for c in different for row in c["examples"] if row["kind"] == kinds[c["what"]]}
+    assert any(note in found for found in notes)
+    assert len(notes) <= 4  # of "one rank only", one a rank
+
+
+def test_difference_in_words(capsys, wrong, tmp_path):
+    wrong("local ids")
+    page = tmp_path / "page.html"
+    assert main(["compare", *SMALL, "--head", "--backends", "torch", "--report", str(page)]) == 1
+    printed = capsys.readouterr().out
+    for words in (
+        "head of 94 x 16 bfloat16 over 4 ranks (padded to 96), tokens 4x128",
+        "differ: argmax",
+        "row of its rank, not of the table",
+        f"local id: {HEAD_KINDS['local id']}",
+        "DIFFERENT: 4 of 25 comparisons",
+    ):
+        assert words in printed
+    assert HEAD_KINDS["local id"] in page.read_text()
+
+
+@pytest.mark.parametrize("option", ["--head", "--tied"])
+def test_textbook_head_is_equal(capsys, wrong, tmp_path, option):
+    """The runner of the faults is right without one; a table whose rows repeat has ties of the argmax."""
+    wrong("none")
+    table = np.random.default_rng(0).standard_normal((47, 8)).astype(np.float32)
+    save_file({"emb": np.concatenate([table, table])}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "ids.npy", np.arange(-3, 97).reshape(4, 25))
+    files = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy")]
+    page = tmp_path / "page.html"
+    sizes = ["--world-size", "4", "--padded-vocab-size", "even", "--backends", "torch"]
+    assert main(["compare", option, *files, *sizes, "--markdown", "--report", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("**EQUAL: 25 comparisons")
+    assert "of their bounds" in printed
+    assert 'class="equal">EQUAL' in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        (
+            "--reduction is an option of the embedding, got all_reduce: leave it out with --head",
+            ["--reduction", "all_reduce"],
+        ),
+        ("--exchange is an option of the embedding, got dense", ["--exchange", "dense"]),
+        ("--seq-dim is an option of the embedding, got 0", ["--seq-dim", "0"]),
+        ("--padding-idx is an option of the embedding, got 3", ["--padding-idx", "3"]),
+        ("--dtype must be given for a head over a table of float64", ["--dtype", "float64"]),
+        ("the least such size is 100", ["--vocab-size", "97", "--padded-vocab-size", "97"]),
+    ],
+)
+@pytest.mark.parametrize("option", ["--head", "--tied"])
+def test_bad_input_is_one_clear_line(capsys, option, match, arguments):
+    assert main(["compare", *SMALL, option, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert (match in printed.err, printed.out, printed.err.count("error:")) == (True, "", 1), printed.err
