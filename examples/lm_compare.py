@@ -81,7 +81,9 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the losses, with matplotlib")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        losses = train(options.folder or Path(temporary))
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        losses = train(folder)
     table = Table("losses of", "and of", "largest relative difference", "equal bits")
     found = []
     for (name, values), (other, others) in itertools.combinations(losses.items(), 2):

@@ -6,7 +6,7 @@ Run: python examples/lm_jax.py --devices 4
 from collections.abc import Iterator
 
 import jax
-from lm_text import BETAS, EMB, EPS, HEADS, LAYERS, NORM_EPS, RATE, VOCAB, batches, initial_weights, parser_of, record
+from lm_text import BETAS, EMB, HEADS, LAYERS, NORM_EPS, RATE, VOCAB, batches, initial_weights, parser_of, record
 
 parser = parser_of(__doc__)
 parser.add_argument("--devices", type=int, default=1, help="CPU devices over which the table is split")
@@ -47,7 +47,7 @@ def loss_of(model, ids, targets):
     return head(norm(x, weights["norm.weight"]), targets)  # the cross entropy: no device ever holds all logits
 
 
-optimizer = optax.adam(RATE, *BETAS, eps=EPS)
+optimizer = optax.adam(RATE, *BETAS)
 
 
 @jax.jit

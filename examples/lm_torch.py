@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lm_text import (
     BETAS,
     EMB,
-    EPS,
     HEADS,
     LAYERS,
     LENGTH,
@@ -68,7 +67,7 @@ def train(process_group) -> Iterator[float]:
     weights = {name: torch.from_numpy(array) for name, array in initial_weights().items()}
     weights["emb.weight"] = weights["emb.weight"].chunk(model.emb.world_size)[model.emb.rank]
     model.load_state_dict(weights)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS, eps=EPS)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS)
     for ids in torch.from_numpy(batches()):
         loss = model(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
