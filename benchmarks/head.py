@@ -137,7 +137,7 @@ def main() -> int:
             table.add_section()
             progress.advance(task)
     console.print(table)
-    notes = "Memory: of one step, beyond inputs and gradients. torch: resident, on rank 0. JAX: the compiler's temporary memory."
+    notes = "Memory of one step beyond inputs and gradients. torch: resident, on rank 0. JAX: the compiler's figure."
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("\n".join(["# The output head", "", describe(facts), "", notes, "", *lines]) + "\n")
     console.print(f"written to {options.output}")

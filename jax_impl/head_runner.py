@@ -1,4 +1,4 @@
-"""The JAX head on a case: one mesh of as many devices as ranks."""
+"""Run the JAX head on a case, one device per rank."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
 
 
 def make_mesh(case: Case) -> jax.sharding.Mesh:
-    """Mesh of one device per rank of the case; RuntimeError if there are fewer."""
+    """Mesh of one device per rank; RuntimeError if there are fewer."""
     jax.config.update("jax_num_cpu_devices", case.world_size)
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     devices = jax.devices()
@@ -76,7 +76,7 @@ def make_mesh(case: Case) -> jax.sharding.Mesh:
 
 
 def shards(array: jax.Array, mesh: jax.sharding.Mesh) -> list[Any]:
-    """Each rank's shard, or its copy of a replicated array, as NumPy arrays."""
+    """Each rank's shard or copy of an array, in NumPy."""
     by_device = {shard.device: shard.data for shard in array.addressable_shards}
     return [np.asarray(by_device[device]) for device in mesh.devices.flat]
 

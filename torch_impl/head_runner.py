@@ -1,4 +1,4 @@
-"""The PyTorch head on a case: one process per rank, in a gloo group."""
+"""Run the PyTorch head on a case, one process per rank."""
 
 from __future__ import annotations
 

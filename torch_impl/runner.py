@@ -66,7 +66,7 @@ def _one_rank(case: Case, rank: int, group: dist.ProcessGroup) -> dict[str, Tens
 def run_processes(
     function: Callable[[Any, int, dist.ProcessGroup], dict[str, Tensor]], case: Case
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Run ``function(case, rank, group)`` in one process per rank; yield each rank's arrays."""
+    """Run ``function`` in one process per rank; yield each rank's arrays."""
     with tempfile.TemporaryDirectory(prefix="pve-") as temporary:
         spawn(_one_process, (function, case, temporary), nprocs=case.world_size)
         for rank in range(case.world_size):

@@ -226,7 +226,7 @@ class MadeUp:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Table and ids of a case, their partition, and their origin in words."""
+    """Table and ids of a case, their partition and their origin."""
 
     table: TableFile
     ids: np.ndarray

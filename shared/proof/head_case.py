@@ -1,4 +1,4 @@
-"""Inputs of a comparison of heads: table, targets and hidden states, in files."""
+"""Inputs of a comparison of heads, in files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class HeadCase(Case):
-    """A case of the head on disk, stored as ``case.json`` in its folder.
+    """A case of the head on disk.
 
-    Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
+    ``case.json`` in its folder describes it. Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
 
     Attributes:
         tied: hidden states are rows of the table itself, looked up by ``ids``.
@@ -40,7 +40,10 @@ class HeadCase(Case):
         return {**super().facts, "tied": self.tied}
 
     def hidden_states(self) -> np.ndarray:
-        """Hidden states ``[*targets.shape, e]`` in the dtype of the table; zeros for ids outside the vocabulary."""
+        """Hidden states ``[*targets.shape, e]`` in the table's dtype.
+
+        Those of ids outside the vocabulary are zeros.
+        """
         if not self.tied:
             return self.batch_array("hidden")
         ids = self.batch_array("ids")

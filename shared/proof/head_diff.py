@@ -1,4 +1,4 @@
-"""Comparison of heads with each other and with the oracle, and kinds of difference."""
+"""Comparison of heads, and kinds of difference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ROWS = 4096
 
 
 class HeadDiff:
-    """Compares the records of one case, each with the others and with the oracle.
+    """Compares the records of a case with each other and the oracle.
 
     Attributes:
         near_ties: tokens whose argmax differs from the oracle's, where both logits are the greatest within rounding.
@@ -57,7 +57,7 @@ class HeadDiff:
         self.near_ties: set[int] = set()
 
     def compare(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> list[Comparison]:
-        """Compare every array of each rank, the whole table's gradient, and the ranks with each other.
+        """Compare each rank's arrays, the table's gradient, and the ranks.
 
         Raises:
             ValueError: a backend recorded an array of another shape or dtype.
@@ -147,7 +147,7 @@ class HeadDiff:
     def _classify(
         self, what: str, rank: int | None, a: np.ndarray, b: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, list[str]]:
-        """Kind of each differing row and what is to be said about it, as the first fault that gives it."""
+        """Kind and note of each differing row: the first fault that fits."""
         expected = self._expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
         wrong = np.where(_beyond(a, right, bounds)[0][:, None], a, b)
@@ -201,7 +201,7 @@ class HeadDiff:
         return found
 
     def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
-        """Compare the bits of the ranks' copies of one array; a row is a rank."""
+        """Compare the ranks' copies of one array; a row is a rank."""
         w, differing = self._case.world_size, set[int]()
         for name in pair:
             if name != "oracle":
@@ -216,7 +216,7 @@ class HeadDiff:
 
 
 def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
-    """Rows with an element further apart than its bound, and the largest error as a share of its bound."""
+    """Rows beyond their bound, and the largest error divided by it."""
     with np.errstate(invalid="ignore", divide="ignore"):
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         error = np.where(same, 0, np.abs(a - b))

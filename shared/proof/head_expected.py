@@ -1,4 +1,4 @@
-"""What a head must give for a case, how closely, and what faults would give.
+"""Expected arrays of a head, their bounds, and those of faults.
 
 All of it is float64 NumPy. Shape suffixes: T tokens, V columns of the logits or rows of the table, E hidden columns, K some
 tokens or rows.
@@ -149,7 +149,7 @@ class Expected:
         return [tokens_K[start : start + step] for start in range(0, len(tokens_K), step)]
 
     def _scatter(self, grad_KE: np.ndarray, tokens_K: np.ndarray) -> np.ndarray:
-        """Sum of the hidden states' gradients by the id that was looked up; zeros unless tied."""
+        """Hidden gradients summed by id; zeros unless tied."""
         total = np.zeros_like(self.table_VE)
         if self.case.tied:
             ids = self.ids_T[tokens_K]
@@ -158,13 +158,13 @@ class Expected:
         return total
 
     def is_best(self, tokens_K: np.ndarray, ids_K: np.ndarray, times: float = 1) -> np.ndarray:
-        """Whether each id's logit is the token's greatest, within so many times its bound."""
+        """Whether each id's logit is the greatest, within its bound."""
         valid = (ids_K >= 0) & (ids_K < self.case.vocab_size)
         x = np.einsum("te,te->t", self.hidden_TE[tokens_K], self.table_VE[np.where(valid, ids_K, 0).astype(np.int64)])
         return valid & (self.best_WT[:, tokens_K].max(axis=0) - x <= 2 * times * self.logit_bound_T[tokens_K])
 
     def faults(self, what: str, rank: int | None) -> Iterator[Fault]:
-        """Yield what each fault would give for one array of a rank, or of the whole."""
+        """Yield what each fault would make of one array."""
         w, values = self.case.world_size, self.values[what]
         if what == "argmax":
             yield from self._argmax_faults()
@@ -193,7 +193,7 @@ class Expected:
                 yield Fault(kind, note, (values * factor).__getitem__)
 
     def _wrong_statistics(self) -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
-        """Logsumexp and targets as faults in their sums and ids would make them."""
+        """Logsumexp and targets of faults in sums and ids."""
         w, v, padding = self.case.world_size, self.case.vocab_size, self.partition.padding_rows
         if w > 1:
             for r in range(w):
@@ -266,7 +266,7 @@ class Expected:
 
 
 def _rounding(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Error of rounding to ``dtype`` once; a number flushed to zero counts as rounded."""
+    """Largest error of rounding to ``dtype`` once, flushing included."""
     info = ml_dtypes.finfo(dtype)
     smallest = float(info.smallest_subnormal) / 2 + float(np.finfo(np.float32).smallest_normal)
     rounded: np.ndarray = np.abs(values) * (float(info.eps) / 2) + smallest

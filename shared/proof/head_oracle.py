@@ -186,7 +186,7 @@ def _linear(hidden: np.ndarray, weight: np.ndarray, vocab_size: int) -> np.ndarr
 
 
 def logsumexp(x: np.ndarray) -> np.ndarray:
-    """Logarithm of the sum of exponentials along the last dimension; -inf of none."""
+    """Logsumexp along the last dimension; -inf of no elements."""
     if x.shape[-1] == 0:
         return np.full(x.shape[:-1], -np.inf)
     top = x.max(axis=-1)

@@ -20,7 +20,7 @@ ARRAYS = ("loss", "logprobs", "hidden gradient", "table gradient", "argmax")
 
 
 class HeadWriter:
-    """Collects the arrays of every rank and writes them to a safetensors file."""
+    """Collects the ranks' arrays and writes them to a safetensors file."""
 
     def __init__(self, case: HeadCase, backend: str, versions: dict[str, str]) -> None:
         self._names = {f"{what}.{rank}" for what in ARRAYS for rank in range(case.world_size)}

@@ -176,7 +176,7 @@ def describe_number(value: float) -> str:
 
 
 def describe_row(what: str, row: DifferingRow) -> tuple[str, str, str, str, str, str]:
-    """Position, id or target, owner, kind, distance and note of a differing row."""
+    """Describe a differing row: position, id, owner, kind, distance, note."""
     ulp = "NaN" if row.max_ulp is None else f"{describe_number(row.max_ulp)} ULP"
     owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
     numbers = ", ".join(map(str, row.index))
