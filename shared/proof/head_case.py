@@ -26,7 +26,9 @@ IGNORE_INDEX = -100
 class HeadCase(Case):
     """A case of the head on disk.
 
-    ``case.json`` in its folder describes it. Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
+    ``case.json`` in its folder describes it.
+
+    Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
 
     Attributes:
         tied: hidden states are rows of the table itself, looked up by ``ids``.
