@@ -6,7 +6,7 @@ Run: python examples/lm_jax.py --devices 4
 from collections.abc import Iterator
 
 import jax
-from lm_text import BETAS, EMB, HEADS, LAYERS, NORM_EPS, RATE, VOCAB, batches, initial_weights, parser_of, record
+from lm_text import BETAS, EMB, EPS, HEADS, LAYERS, RATE, VOCAB, batches, initial_weights, parser_of, record
 
 parser = parser_of(__doc__)
 parser.add_argument("--devices", type=int, default=1, help="CPU devices over which the table is split")
@@ -21,7 +21,7 @@ from jax_impl import ParallelLMHead, ParallelVocabEmbedding
 
 
 def norm(x, gain):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS) * gain
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * gain
 
 
 def layer(x, weights, number):

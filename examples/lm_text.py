@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 VOCAB, EMB, HEADS, LAYERS = 32000, 128, 4, 2
 BATCH, LENGTH, STEPS = 4, 64, 40
-NORM_EPS = 1e-6
+EPS = 1e-6  # of the RMS norms
 # Of Adam, whose eps is 1e-8 by default in torch and optax. At a rate of 3e-3 training is unstable: differences of 1e-7
 # between the runs grew to 3e-3. With 0.999 for the second beta the frameworks were 2e-6 apart: 1 - beta**step, which optax
 # computes in float32, loses digits.

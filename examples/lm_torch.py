@@ -9,20 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lm_text import (
-    BETAS,
-    EMB,
-    HEADS,
-    LAYERS,
-    LENGTH,
-    NORM_EPS,
-    RATE,
-    VOCAB,
-    batches,
-    initial_weights,
-    parser_of,
-    record,
-)
+from lm_text import BETAS, EMB, EPS, HEADS, LAYERS, LENGTH, RATE, VOCAB, batches, initial_weights, parser_of, record
 from torch import nn
 
 from torch_impl import ParallelLMHead, ParallelVocabEmbedding
@@ -33,7 +20,7 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.RMSNorm(EMB, eps=NORM_EPS), nn.RMSNorm(EMB, eps=NORM_EPS)
+        self.norm_1, self.norm_2 = nn.RMSNorm(EMB, eps=EPS), nn.RMSNorm(EMB, eps=EPS)
         self.qkv = nn.Linear(EMB, 3 * EMB, bias=False)
         self.out = nn.Linear(EMB, EMB, bias=False)
         self.up = nn.Linear(EMB, 4 * EMB, bias=False)
@@ -54,7 +41,7 @@ class LanguageModel(nn.Module):
         self.emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=process_group, reduction="all_reduce", init=None)
         self.positions = nn.Parameter(torch.empty(LENGTH, EMB))
         self.layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
-        self.norm = nn.RMSNorm(EMB, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(EMB, eps=EPS)
         self.head = ParallelLMHead(self.emb, tied=True)  # without parameters: it multiplies by the table of self.emb
 
     def forward(self, ids, targets):
