@@ -108,6 +108,8 @@ class HeadDiff:
             some = rows[:_EXAMINED]
             kinds[: len(some)], notes[: len(some)] = self._classify(what, rank, a[some], b[some], first + some)
         max_ulp, ulps = self._ulps(what, a, b)
+        with np.errstate(invalid="ignore"):  # infinity minus itself
+            max_abs = _largest(np.abs(a - b))
         return Comparison(
             *pair,
             what=what,
@@ -116,7 +118,7 @@ class HeadDiff:
             nonzero=int(a.any(axis=1).sum()),
             differing=len(rows),
             max_ulp=max_ulp,
-            max_abs=_largest(np.abs(a - b)),
+            max_abs=max_abs,
             kinds=dict(Counter(map(str, kinds)).most_common()),
             examples=tuple(self._examples(what, first + rows, kinds, notes, ulps[rows])),
             bound=_largest(bounds),
@@ -150,7 +152,10 @@ class HeadDiff:
         """Kind and note of each differing row: the first fault that fits."""
         expected = self._expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
-        wrong = np.where(_beyond(a, right, bounds)[0][:, None], a, b)
+        left_is_wrong = _beyond(a, right, bounds)[0]
+        if what == "argmax":
+            left_is_wrong &= ~expected.is_best(rows, a[:, 0])
+        wrong = np.where(left_is_wrong[:, None], a, b)
         kinds, notes = np.full(len(rows), "", object), [""] * len(rows)
 
         def settle(kind: str, where: np.ndarray, note: str = "") -> None:

@@ -77,16 +77,19 @@ class Expected:
         tokens, self.count = len(targets), max(1, int(self.counted_T.sum()))
 
         with np.errstate(all="ignore"):  # tables of NaN and infinity
-            longest = np.linalg.norm(self.table_VE[:v], axis=1).max()
-            of_products_T = 4 * u * math.sqrt(case.emb_size) * np.linalg.norm(self.hidden_TE, axis=1) * longest
+            # What is not finite gives infinity or NaN, of which no bound is needed.
+            lengths_T, lengths_V = (
+                _finite(np.linalg.norm(rows, axis=1)) for rows in (self.hidden_TE, self.table_VE[:v])
+            )
+            of_products_T = 4 * u * math.sqrt(case.emb_size) * lengths_T * lengths_V.max()
             self.logit_bound_T = of_products_T
             t_T = of_products_T + 64 * u
-            largest_T = np.abs(self.hidden_TE).max(axis=1, initial=0)
-            weight_T = np.nan_to_num((2 * t_T + 4 * u * math.sqrt(tokens)) * largest_T)
+            largest_T = _finite(np.abs(self.hidden_TE)).max(axis=1, initial=0)
+            weight_T = (2 * t_T + 4 * u * math.sqrt(tokens)) * largest_T
             self._run(weight_T, progress)
             mass_V, loss = self._mass_V, self.values["loss"]
-            hidden_bound = (4 * t_T + 8 * u * math.sqrt(v)) * np.abs(self.table_VE[:v]).max() / self.count
-            hidden_bound_TE = np.where(self.counted_T, hidden_bound, 0)[:, None] + 0 * self.hidden_TE
+            hidden_bound = (4 * t_T + 8 * u * math.sqrt(v)) * _finite(np.abs(self.table_VE[:v])).max() / self.count
+            hidden_bound_TE = np.where(self.counted_T, hidden_bound, 0)[:, None] + np.zeros_like(self.hidden_TE)
             hidden_bound_TE += _rounding(self.values["hidden gradient"], dtype)
             table_bound_VE = mass_V[:, None] + _rounding(self.values["table gradient"], dtype)
             if case.tied:
@@ -160,8 +163,10 @@ class Expected:
     def is_best(self, tokens_K: np.ndarray, ids_K: np.ndarray, times: float = 1) -> np.ndarray:
         """Whether each id's logit is the greatest, within its bound."""
         valid = (ids_K >= 0) & (ids_K < self.case.vocab_size)
-        x = np.einsum("te,te->t", self.hidden_TE[tokens_K], self.table_VE[np.where(valid, ids_K, 0).astype(np.int64)])
-        return valid & (self.best_WT[:, tokens_K].max(axis=0) - x <= 2 * times * self.logit_bound_T[tokens_K])
+        rows_KE = self.table_VE[np.where(valid, ids_K, 0).astype(np.int64)]
+        with np.errstate(invalid="ignore"):  # tables of infinity
+            below = self.best_WT[:, tokens_K].max(axis=0) - np.einsum("te,te->t", self.hidden_TE[tokens_K], rows_KE)
+        return valid & (below <= 2 * times * self.logit_bound_T[tokens_K])
 
     def faults(self, what: str, rank: int | None) -> Iterator[Fault]:
         """Yield what each fault would make of one array."""
@@ -263,6 +268,10 @@ class Expected:
         yield Fault("local id", "row of its rank, not of the table", (ids - starts).__getitem__)
         for step in (1, -1):
             yield Fault("id off by one", f"{step:+d}", (ids + step).__getitem__)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values, nan=0, posinf=0)
 
 
 def _rounding(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -89,6 +89,16 @@ def test_faults_are_named(capsys, wrong, fault, option, kinds, note):
     assert len(notes) <= 4  # of "one rank only", one a rank
 
 
+@pytest.mark.slow
+def test_fault_is_attributed_to_its_backend(capsys, wrong):
+    wrong("times w")
+    assert main(["compare", *SMALL, "--tied", "--json"]) == 1
+    different = [c for c in json.loads(capsys.readouterr().out)["comparisons"] if c["differing"]]
+    assert {(c["left"], c["right"], c["what"]) for c in different} >= {("torch", "jax", "hidden gradient")}
+    assert {c["left"] for c in different} == {"torch"}
+    assert all(next(iter(c["kinds"])) == "times w" for c in different if c["what"] == "hidden gradient")
+
+
 def test_difference_in_words(capsys, wrong, tmp_path):
     wrong("local ids")
     page = tmp_path / "page.html"
