@@ -211,7 +211,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
 
 @dataclass(frozen=True)
 class MadeUp:
-    """A table and ids, for where none are given.
+    """What a table and ids are where none are given.
 
     Attributes:
         sizes: rows and columns of the table.

@@ -11,7 +11,10 @@ from marks import slower
 from safetensors.numpy import save_file
 
 from shared.cli import main
+from shared.proof.case import CaseOptions
+from shared.proof.head_case import build_head_case
 from shared.proof.head_diff import HEAD_KINDS
+from shared.proof.head_expected import Expected
 from shared.proof.head_record import ARRAYS
 from shared.proof.launch import HEAD_BACKENDS
 
@@ -130,6 +133,17 @@ def test_textbook_head_is_equal(capsys, wrong, tmp_path, option):
     assert printed.startswith("**EQUAL: 25 comparisons")
     assert "of their bounds" in printed
     assert 'class="equal">EQUAL' in page.read_text()
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_rows_that_are_not_finite_widen_no_bound(tmp_path, value):
+    table = np.ones((8, 4), np.float32)
+    found = []
+    for table[5, 0] in (1, value):
+        save_file({"emb": table}, tmp_path / "t.safetensors")
+        case = build_head_case(CaseOptions(weights=tmp_path / "t.safetensors", world_size=2), False, tmp_path)
+        found.append(Expected(case).bounds["logprobs"])
+    assert (found[0] >= found[1]).all()
 
 
 @pytest.mark.parametrize(
