@@ -257,6 +257,7 @@ def backward_products(
             tokens_CE = jnp.where(silent_C1, 0, tokens_CE).astype(wide)
             sums_BE += jnp.einsum("cb,ce->be", grad_CB, tokens_CE, preferred_element_type=wide)
             of_tokens_CE = jnp.einsum("cb,be->ce", grad_CB, rows_BE.astype(wide), preferred_element_type=wide)
+            of_tokens_CE = jnp.where(silent_C1, 0, of_tokens_CE)  # 0 times a NaN row is NaN
             return (hidden_KCE.at[chunk].add(of_tokens_CE), sums_BE), None
 
         start = hidden_KCE, vary(jnp.zeros(rows_BE.shape, wide), *everything)

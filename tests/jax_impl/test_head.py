@@ -209,6 +209,10 @@ def test_tokens_that_are_ignored_reach_nothing():
     assert np.isfinite(loss)
     assert count == (targets >= 0).sum()
     assert all(np.isfinite(grad).all() for grad in grads)
+    spoilt = weight.copy()
+    spoilt[5] = np.nan  # a row of the vocabulary
+    _, _, grad, _ = run(hidden, spoilt, targets)
+    assert not np.asarray(grad)[targets < 0].any()
     loss, count, *grads = run(hidden[:, :0], weight, targets[:, :0])
     assert (loss, count) == (0, 0)
     assert not np.asarray(grads[1]).any()
