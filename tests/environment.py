@@ -32,15 +32,6 @@ SINCE = [
         ["jax_impl/test_lookup.py::test_an_empty_batch_has_no_invalid_ids[Explicit]"],
     ),
     (
-        "jax",
-        (0, 10),
-        "device_put does not split an array of one device over the Explicit mesh that is set",
-        [
-            "jax_impl/test_vocab_emb.py::test_misplaced_table_names_with_weight[Explicit-forward]",
-            "jax_impl/test_vocab_emb.py::test_misplaced_table_names_with_weight[Explicit-gradient]",
-        ],
-    ),
-    (
         "torch",
         (2, 13),
         "fully_shard does not run on CPUs: their streams record no events",

@@ -30,12 +30,12 @@ from shared.sequence import resolve_seq_dim
 from torch_impl.agreement import naming_the_operation
 from torch_impl.head import (
     FLOAT_DTYPES,
-    FirstOrder,
     backward_products,
     block_buffer,
     check_products,
     chunks,
     column_slices,
+    first_order,
     gather_sequence,
     logits_block,
     owned_columns,
@@ -344,7 +344,7 @@ class _LogitStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets_T, statistics = ctx.saved_tensors
         arguments = grads[0], statistics, logits, targets_T, ctx.sizes, ctx.rank
-        grad = FirstOrder.apply(torch.ops.pve.logit_statistics_backward, *arguments)
+        grad = first_order(torch.ops.pve.logit_statistics_backward, *arguments)
         return grad, *[None] * 5
 
 
@@ -379,7 +379,7 @@ class _LinearStatistics(torch.autograd.Function):
         hidden, weight, targets_T, statistics = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         arguments = grads[0], statistics, hidden, weight, targets_T, *ctx.options, wanted[0], wanted[1]
-        hidden_grad, weight_grad = FirstOrder.apply(torch.ops.pve.linear_statistics_backward, *arguments)
+        hidden_grad, weight_grad = first_order(torch.ops.pve.linear_statistics_backward, *arguments)
         return (hidden_grad if wanted[0] else None, weight_grad if wanted[1] else None, *[None] * 7)
 
 

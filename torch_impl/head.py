@@ -26,12 +26,12 @@ from torch_impl.process_group import find_group
 __all__ = [
     "FLOAT_DTYPES",
     "TOKENS_AT_ONCE",
-    "FirstOrder",
     "backward_products",
     "block_buffer",
     "check_products",
     "chunks",
     "column_slices",
+    "first_order",
     "gather_sequence",
     "logits_block",
     "logits_over_group",
@@ -237,8 +237,14 @@ def gather_sequence(hidden: Tensor, seq_dim: int | None, group: dist.ProcessGrou
     return whole.movedim(0, seq_dim).reshape(shape)
 
 
-class FirstOrder(torch.autograd.Function):
+def first_order(operator: Any, *arguments: Any) -> Any:
     """Call an operator that computes a gradient; refuse second derivatives."""
+    # Dynamo traces backward without gradients, and takes a forward with *arguments for one with a ctx.
+    return operator(*arguments) if torch.compiler.is_compiling() else _FirstOrder.apply(operator, *arguments)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Operator without a second derivative."""
 
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> Any:
@@ -283,7 +289,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *logits = ctx.saved_tensors
         arguments = grads[0], logits[0] if logits else None, hidden, weight, ctx.shape, *ctx.options
-        hidden_grad, weight_grad = FirstOrder.apply(
+        hidden_grad, weight_grad = first_order(
             torch.ops.pve.head_logits_backward, *arguments, *ctx.needs_input_grad[:2]
         )
         wanted = ctx.needs_input_grad

@@ -109,17 +109,18 @@ class ParallelLMHead(nn.Module):
                 a ValueError.
         """
         embedding, options = self.embedding, self.options
+        partition = embedding.config.partition  # dynamo does not trace the property
         weight = embedding.rank_weight()
-        if missing := embedding.partition.rows_per_rank - len(weight):  # DTensor leaves them out
+        if missing := partition.rows_per_rank - len(weight):  # DTensor leaves them out
             weight = F.pad(weight, (0, 0, 0, missing))
-        group_name = (embedding.group_name or "") if embedding.partition.world_size > 1 else ""
+        group_name = (embedding.group_name or "") if partition.world_size > 1 else ""
         if targets is not None:
             asked = replace(options, returns=tuple(returns)) if returns else options
-            return linear_loss(hidden, weight, targets, embedding.partition, asked, embedding.rank, group_name)
+            return linear_loss(hidden, weight, targets, partition, asked, embedding.rank, group_name)
         if returns:
             raise ValueError(f"returns must be empty without targets, got {tuple(returns)}")
         return logits_over_group(
-            hidden, weight, embedding.partition, embedding.rank, options.softcap, options.seq_dim, group_name
+            hidden, weight, partition, embedding.rank, options.softcap, options.seq_dim, group_name
         )
 
     def extra_repr(self) -> str:

@@ -206,7 +206,7 @@ def test_what_cannot_be_pickled(mesh_of, tmp_path):
 def test_misplaced_table_names_with_weight(mesh_of, transform):
     emb = ParallelVocabEmbedding(12, 5, mesh_of((4,)))
     structure, ids = jax.tree.structure(emb), np.arange(12)
-    misplaced = jax.tree.unflatten(structure, [jax.device_put(emb.weight, jax.devices()[0])])
+    misplaced = jax.tree.unflatten(structure, [jax.device_put(np.asarray(emb.weight), jax.devices()[0])])
     with pytest.raises(ValueError, match=r"must lie on the devices of the layer's mesh, {'tp': 4}: emb.with_weight"):
         transform(misplaced, ids)
     np.testing.assert_array_equal(emb.with_weight(misplaced.weight)(ids), emb(ids))
