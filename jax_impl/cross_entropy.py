@@ -34,6 +34,7 @@ from jax_impl.head import (
     wide_dtype,
 )
 from jax_impl.ids import INVALID, as_targets, check_targets
+from jax_impl.private_api import all_gather_invarying
 from shared.head import (
     ColumnBlocks,
     LossOptions,
@@ -328,7 +329,7 @@ def _merge(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Ar
 
 def rank_levels(local_ST: jax.Array, plan: Plan) -> list[list[jax.Array]]:
     """Levels of the tree over ranks, from each rank's statistics."""
-    gathered = jax.lax.all_gather(local_ST, plan.axis_name, axis=1, to="invarying")
+    gathered = all_gather_invarying(local_ST, plan.axis_name, axis=1, tiled=False)
     return merge_levels(as_leaves(gathered, ColumnBlocks(1, plan.partition.world_size, 0, 0)))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_impl.cross_entropy import as_leaves, finite_shift, maximum_and_sum, merge_levels, rank_levels
 from jax_impl.functional import check_axis, check_same_on_ranks
 from jax_impl.head import Block, Plan, block_edges, block_of, owned_columns, vary, wide_dtype
+from jax_impl.private_api import all_gather_invarying
 from shared.head import (
     ColumnBlocks,
     check_logits_width,
@@ -107,7 +108,7 @@ def parallel_top_k(
     values_TK, columns_TK = jax.lax.top_k(logits_TN, min(k, n))
     ids_TK = columns_TK.astype(jnp.int32) + partition.start(jax.lax.axis_index(axis_name))
     # Candidates in rank order: of equal logits top_k prefers the first, which has the lowest id. Padding comes last.
-    gathered = [jax.lax.all_gather(each, axis_name, axis=1, tiled=True, to="invarying") for each in (values_TK, ids_TK)]
+    gathered = [all_gather_invarying(each, axis_name, axis=1) for each in (values_TK, ids_TK)]
     values_TK, places_TK = jax.lax.top_k(gathered[0], k)
     tokens_T1 = jnp.arange(len(places_TK))[:, None]
     ids_TK = gathered[1].at[tokens_T1, places_TK].get(mode="promise_in_bounds")
@@ -193,7 +194,7 @@ def parallel_sample(
     ids_T = partition.start(rank) + last_T - blocks.columns + jnp.argmax(above_TB, axis=1)
     legal_T = (uniform_T >= 0) & (uniform_T < 1) & (total_T > 0) & jnp.isfinite(total_T)
     mine_T = jnp.where((owner_T == rank) & legal_T, ids_T.astype(jnp.int32), -1)
-    return jax.lax.all_gather(mine_T, axis_name, to="invarying").max(axis=0).reshape(uniform.shape)
+    return all_gather_invarying(mine_T, axis_name, tiled=False).max(axis=0).reshape(uniform.shape)
 
 
 def _descend(levels: list[list[jax.Array]], shift_T: jax.Array, threshold_T: jax.Array) -> tuple[jax.Array, jax.Array]:

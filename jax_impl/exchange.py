@@ -88,7 +88,7 @@ def _of_own_ids(
     reduced: Callable[..., jax.Array], weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str
 ) -> jax.Array:
     """All-gather the ids; the rank's own are its reduce_scatter chunk."""
-    ids_WC = jax.lax.all_gather(ids.reshape(-1), axis_name, to="invarying")
+    ids_WC = all_gather_invarying(ids.reshape(-1), axis_name, tiled=False)
     rows = reduced(weight, ids_WC, replace(config, reduction="reduce_scatter", seq_dim=0), axis_name)
     return rows.reshape(*ids.shape, weight.shape[1])
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_impl.functional import check_rows, check_same_on_ranks
-from jax_impl.private_api import varying_axes
+from jax_impl.private_api import all_gather_invarying, varying_axes
 from shared.head import ColumnBlocks, check_hidden, check_softcap, logits_dtype_error
 from shared.partition import VocabPartition
 
@@ -289,7 +289,7 @@ def _sum_as(array: jax.Array, primal: jax.Array) -> jax.Array:
     several = tuple(axis for axis in axes if axis not in single)
     array = (jax.lax.psum(array, several) if several else array).astype(primal.dtype)
     for axis in single:  # XLA fails to compile psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
-        array = jax.lax.all_gather(array, axis, tiled=True, to="invarying")
+        array = all_gather_invarying(array, axis)
     return array
 
 

@@ -24,11 +24,11 @@ def varying_axes(array: ArrayLike) -> frozenset[str]:
     return frozenset(aval.manual_axis_type.varying if jax.__version_info__ >= (0, 10) else aval.vma)
 
 
-def all_gather_invarying(rows: jax.Array, axis_name: str) -> jax.Array:
+def all_gather_invarying(array: jax.Array, axis_name: str, *, axis: int = 0, tiled: bool = True) -> jax.Array:
     """All-gather rows into an array that does not vary over the axis."""
     if jax.__version_info__ >= (0, 10):
-        return jax.lax.all_gather(rows, axis_name, tiled=True, to="invarying")
+        return jax.lax.all_gather(array, axis_name, axis=axis, tiled=tiled, to="invarying")
     from jax._src.lax import parallel
 
     gather: Any = parallel.all_gather_invariant
-    return gather(rows, axis_name, tiled=True)
+    return gather(array, axis_name, axis=axis, tiled=tiled)
