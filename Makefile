@@ -8,7 +8,8 @@ TEST_JAX = PVE_TEST_WITHOUT=torch JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n
 TEST_TORCH = PVE_TEST_WITHOUT=jax $(1)/bin/python -m pytest -n 2 tests/torch_impl tests/contract tests/shared
 TEST_TOOLS = pytest pytest-xdist hypothesis scipy
 QUICK_JAX = tests/contract tests/jax_impl/test_private_api.py tests/jax_impl/test_documentation.py \
-  tests/jax_impl/test_checkpoint.py tests/jax_impl/test_vocab_emb.py tests/jax_impl/test_meshes.py
+  tests/jax_impl/test_checkpoint.py tests/jax_impl/test_vocab_emb.py tests/jax_impl/test_meshes.py \
+  tests/jax_impl/test_nnx.py tests/jax_impl/test_linen.py tests/jax_impl/test_equinox.py
 
 .PHONY: test-fast test slow aot lint docs bench oldest-jax newest-jax test-oldest-jax test-newest-jax test-torch-2.6 test-torch-2.14
 
