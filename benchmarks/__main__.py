@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.cases import Case, shuffled, timing, traffic
 from benchmarks.exchange import HEADER as EXCHANGE_HEADER
-from benchmarks.exchange import SCALING, TURNS, exchange_cases
+from benchmarks.exchange import OWN_IDS, SCALING, TURNS, exchange_cases, own_ids_cases
 from benchmarks.exchange import rows_of as exchange_rows
 from benchmarks.exchange import targets as exchange_targets
 from benchmarks.local import HEADER, WHAT_IS_WHAT, Result, local_cases, reasons, rows_of, targets
@@ -38,11 +38,15 @@ round, in an order that changes, and medians.
   exchange: the reductions. torch: Megatron-core's VocabParallelEmbedding and DTensor's RowwiseParallel, w gloo
             processes, started anew for each candidate; and one rank's own cost at w = 8, 64, 512. JAX: a masked
             lookup with psum or psum_scatter, and jnp.take with every layout pinned.
+  all_to_all: each rank its own ids. torch: FSDP2, which gathers the table, and torchrec's row-wise sharding; JAX:
+            jnp.take with the table and the ids split over the same axis.
 
   python -m benchmarks aot: what the compilers of TPUs and GPUs make of the JAX layer (--help tells more).
 
 Peers that are not installed are left out:
   pip install -c constraints.txt -e '.[all,bench]'; pip install --no-deps megatron-core==0.16.1
+  pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 tensordict torchmetrics==1.0.3 lightning-utilities \
+    pyre-extensions typing-inspect pyvers cloudpickle iopath portalocker tabulate tqdm
 Before each measurement memory is faulted in and freed, so that no candidate profits from what the one before it left.
 Each candidate's output is compared with NumPy's before it is timed. (python -m benchmarks.tables measures files.)
 
@@ -114,7 +118,7 @@ def _merged(found: list[Any]) -> dict[str, float]:
     return (
         timing("forward", times["forward"])
         | timing("forward_backward", times["forward_backward"])
-        | {"sent_bytes": found[0]["sent_bytes"]}
+        | {key: found[0][key] for key in ("sent_bytes", "sent_bytes_with_backward", "peak_extra_bytes")}
     )
 
 
@@ -127,6 +131,16 @@ def _run_scaling(rounds: int, progress: Progress) -> list[Any]:
         command = [sys.executable, "-m", "benchmarks.torch_scaling", spec, str(result)]
         _wait_for([command], "one rank of w", lambda: progress.advance(task))
         return list(json.loads(result.read_text()))
+
+
+def _run_own_ids(framework: str, rounds: int, turns: int, progress: Progress) -> list[tuple[str, Case, Any]]:
+    cases = own_ids_cases()[framework]
+    if framework == "torch":
+        peers = ["FSDP2"] + ["torchrec"] * (importlib.util.find_spec("torchrec") is not None)
+        found = _run_torch(cases, ["ours, auto", "ours, dense", "ours, sparse", *peers], 3, turns, progress)
+    else:
+        found = _run_jax(cases, ["ours, auto", "ours, routed", "GSPMD"], rounds, progress)
+    return [(framework, case, each) for case, each in zip(cases, found, strict=True)]
 
 
 def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progress) -> list[Result]:
@@ -186,7 +200,7 @@ def main() -> int:
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the base cases only, in some twenty minutes")
-    parser.add_argument("--part", choices=["local", "exchange"], help="one part")
+    parser.add_argument("--part", choices=["local", "exchange", "all_to_all"], help="one part")
     parser.add_argument("--only", choices=["torch", "jax"], help="one framework")
     parser.add_argument("--rounds", type=int, default=None, help="measurements of each (3 with --quick, else 7)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
@@ -200,15 +214,18 @@ def main() -> int:
         console = Console(width=_WIDTH, soft_wrap=True)
     local: list[Result] = []
     exchange: list[tuple[str, Case, Any]] = []
+    own_ids: list[tuple[str, Case, Any]] = []
     scaling: list[Any] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        for framework in frameworks if options.part != "exchange" else []:
+        for framework in frameworks if options.part in (None, "local") else []:
             cases = local_cases(options.quick)[framework]
             local += _run_local(framework, cases, rounds, progress)
             if framework == "torch" and facts["gpu"] != NO_GPU:
                 local += _run_local("torch on a GPU", cases, rounds, progress)
-        for framework in frameworks if options.part != "local" else []:
+        for framework in frameworks if options.part in (None, "all_to_all") else []:
+            own_ids += _run_own_ids(framework, rounds, 2 if options.quick else TURNS, progress)
+        for framework in frameworks if options.part in (None, "exchange") else []:
             megatron = importlib.util.find_spec("megatron") is not None
             peers = [name for name in _PEERS[framework] if name != "Megatron-core" or megatron]
             candidates = ["ours, auto", "ours, routed", "ours, dense", *peers]
@@ -268,6 +285,16 @@ def main() -> int:
             [(f"{name}, {case}", found) for name, case, found in exchange], options.output / "exchange.png", title
         ):
             written.append("exchange.png")
+    if own_ids:
+        lines = [*OWN_IDS.splitlines(), ""]
+        if reached := exchange_targets(own_ids):
+            lines += _table("Targets", _SPEED_HEADER, [reached], console)
+        for framework in frameworks:
+            groups = [exchange_rows(case, found) for name, case, found in own_ids if name == framework]
+            lines += _table(framework, EXCHANGE_HEADER, groups, console)
+        stored = [{"framework": name, "case": case.as_json(), "found": found} for name, case, found in own_ids]
+        _write(options.output, "all_to_all", "Each rank its own ids", rounds, facts, lines, stored)
+        written += ["all_to_all.json", "all_to_all.md"]
     if not any(name.endswith(".png") for name in written):
         console.print("no figures: matplotlib is not installed")
     if not written:

@@ -23,6 +23,8 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _layout(case: Case) -> PartitionSpec:
+    if case.reduction == "all_to_all":
+        return PartitionSpec("tp")
     return PartitionSpec(None, "tp", None) if case.reduction == "reduce_scatter" else PartitionSpec()
 
 
@@ -83,7 +85,8 @@ def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:
     rows = NamedSharding(mesh, PartitionSpec("tp", None))
     draw = jax.jit(lambda key: jax.random.normal(key, (case.vocab_size, case.emb_size), case.dtype), out_shardings=rows)
     weight = draw(jax.random.key(0))
-    ids = jax.device_put(make_ids(case).astype(np.int32), NamedSharding(mesh, PartitionSpec()))
+    split = PartitionSpec("tp") if case.reduction == "all_to_all" else PartitionSpec()
+    ids = jax.device_put(make_ids(case).astype(np.int32), NamedSharding(mesh, split))
     output = NamedSharding(mesh, _layout(case))
     upstream = jax.device_put(np.ones((*ids.shape, case.emb_size), case.dtype), output)
     times = np.zeros((rounds, len(programs), 2))

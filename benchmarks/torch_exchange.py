@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, make_ids
+from benchmarks.cases import Case, make_ids, peak_of
+from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding
 
 __all__ = ["main", "sent_bytes"]
 
 
-def _ours(case: Case, exchange: str) -> nn.Module:
+def _ours(case: Case, exchange: str, sparse: bool = False) -> nn.Module:
     return ParallelVocabEmbedding(
         case.vocab_size,
         case.emb_size,
@@ -31,6 +32,7 @@ def _ours(case: Case, exchange: str) -> nn.Module:
         device="meta",
         reduction=case.reduction,
         exchange=exchange,
+        sparse=sparse,
     )
 
 
@@ -66,8 +68,62 @@ def _dtensor(case: Case) -> nn.Module:
     return parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=layout))
 
 
+def _fsdp2(case: Case) -> nn.Module:
+    """The whole table is gathered before the lookup, and its gradient reduce-scattered and divided by the ranks.
+
+    The table stays gathered until backward, which does not gather it a second time: the faster of FSDP2's two ways.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    embedding = nn.Embedding(case.vocab_size, case.emb_size, dtype=getattr(torch, case.dtype), device="meta")
+    mesh = dist.init_device_mesh("cpu", (case.world_size,))
+    return fully_shard(embedding, mesh=mesh, reshard_after_forward=False).to_empty(device="cpu")
+
+
+class _TorchRec(nn.Module):
+    """torchrec's row-wise sharding with its fused kernel: backward is a step of SGD, and there is no gradient.
+
+    Its dense kernel, which has one, fails over gloo (torchrec 1.8.0, a split that does not match).
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        warnings.simplefilter("ignore")
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec.distributed.embedding import EmbeddingCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.types import ShardingEnv
+
+        w, cpu = case.world_size, torch.device("cpu")
+        table = EmbeddingConfig(
+            name="t", embedding_dim=case.emb_size, num_embeddings=case.vocab_size, feature_names=["ids"]
+        )
+        whole = EmbeddingCollection(tables=[table], device=torch.device("meta"))
+        sharder = EmbeddingCollectionSharder(fused_params={"learning_rate": 1.0})
+        plan = construct_module_sharding_plan(
+            whole, {"t": row_wise(compute_kernel="fused")}, sharder, local_size=w, world_size=w, device_type="cpu"
+        )
+        self.sharded = sharder.shard(whole, plan, ShardingEnv.from_process_group(dist.group.WORLD), cpu)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.sharded.state_dict()["embeddings.t.weight"].local_shards()[0].tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        from torchrec import KeyedJaggedTensor
+
+        one_each = torch.ones_like(ids, dtype=torch.int32)
+        return self.sharded(KeyedJaggedTensor(keys=["ids"], values=ids, lengths=one_each))["ids"].values()
+
+
 def _with_rows(module: nn.Module, rows: Tensor) -> nn.Module:
-    """The module with the shared table, so that all candidates read the same memory."""
+    """The module with the rank's rows of the shared table."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, (_TorchRec, FSDPModule)):  # they have memory of their own
+        own = module.rows if isinstance(module, _TorchRec) else module.weight.to_local()
+        own.detach().copy_(rows)
+        return module
     weight = module.weight
     if hasattr(weight, "to_local"):
         from torch.distributed.tensor import DTensor
@@ -82,11 +138,37 @@ def _candidates(case: Case, wanted: list[str]) -> dict[str, nn.Module]:
         "ours, auto": lambda: _ours(case, "auto"),
         "ours, routed": lambda: _ours(case, "routed"),
         "ours, dense": lambda: _ours(case, "dense"),
+        "ours, sparse": lambda: _ours(case, "auto", sparse=True),
+        "FSDP2": lambda: _fsdp2(case),
+        "torchrec": lambda: _TorchRec(case),
         "Megatron-core": lambda: _megatron(case),
         "DTensor": lambda: _dtensor(case),
     }
-    rows = torch.randn(case.vocab_size // case.world_size, case.emb_size).to(getattr(torch, case.dtype))
+    start, stop = VocabPartition(case.vocab_size, case.world_size).owned_range(dist.get_rank())
+    rows = _rows_of(torch.arange(start, stop), case)
     return {name: _with_rows(makers[name](), rows) for name in wanted}
+
+
+def _rows_of(ids: Tensor, case: Case) -> Tensor:
+    """What stands in the table, known without it."""
+    columns = torch.arange(case.emb_size, dtype=torch.int32)
+    return (ids.to(torch.int32).unsqueeze(-1) * 7919 + columns).remainder_(8191).to(getattr(torch, case.dtype))
+
+
+def _check_own_ids(module: nn.Module, case: Case, ids: Tensor, output: Tensor) -> None:
+    """Compare the rows, and the gradient for an upstream of ones: how often each id occurs on all ranks."""
+    rank = dist.get_rank()
+    torch.testing.assert_close(output.detach(), _rows_of(ids[rank], case), rtol=0, atol=0)
+    start, stop = VocabPartition(case.vocab_size, case.world_size).owned_range(rank)
+    counts = torch.bincount(ids.reshape(-1), minlength=case.vocab_size)[start:stop].to(output.dtype)
+    if isinstance(module, _TorchRec):
+        grad = _rows_of(torch.arange(start, stop), case) - module.rows
+    else:
+        grad = module.weight.grad
+        grad = grad.to_local() if hasattr(grad, "to_local") else grad.to_dense()
+    if isinstance(module, _TorchRec) or hasattr(module.weight, "to_local"):
+        counts = counts / case.world_size  # the mean of the ranks' gradients
+    torch.testing.assert_close(grad, counts.unsqueeze(1).expand_as(grad), rtol=0, atol=0)
 
 
 def sent_bytes() -> int:
@@ -100,11 +182,13 @@ def sent_bytes() -> int:
 
 def _measure(case: Case, wanted: str, rounds: int) -> dict[str, Any]:
     """Seconds of the slowest rank, call by call; the first of them is not counted."""
-    module, ids = _candidates(case, [wanted])[wanted], torch.from_numpy(make_ids(case))
+    module, all_ids = _candidates(case, [wanted])[wanted], torch.from_numpy(make_ids(case))
+    own_ids = case.reduction == "all_to_all"
+    ids = all_ids[dist.get_rank()] if own_ids else all_ids
     times = np.zeros((rounds + 1, 2))
-    sent, upstream = 0.0, None
+    sent, sent_with_backward, upstream = 0.0, 0.0, None
     for turn in range(rounds + 1):
-        module.weight.grad = None
+        module.zero_grad()
         dist.barrier()
         before = sent_bytes()
         start = time.perf_counter()
@@ -113,14 +197,34 @@ def _measure(case: Case, wanted: str, rounds: int) -> dict[str, Any]:
         if turn == 0:
             dist.barrier()
             sent = (sent_bytes() - before) / case.world_size
-            upstream = torch.randn_like(output)
+            upstream = torch.ones_like(output)
         output.backward(upstream)
         times[turn] = between - start, time.perf_counter() - start
+        if turn == 0:
+            dist.barrier()
+            sent_with_backward = (sent_bytes() - before) / case.world_size
+            if own_ids:
+                _check_own_ids(module, case, all_ids, output)
         del output
+    module.zero_grad()
+
+    def step() -> None:
+        dist.barrier()
+        module(ids).backward(upstream)
+        module.zero_grad()
+
+    peak = torch.tensor([peak_of(step)])
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
     slowest = torch.from_numpy(times[1:])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     forward, both = slowest.unbind(1)
-    return {"forward": forward.tolist(), "forward_backward": both.tolist(), "sent_bytes": sent}
+    return {
+        "forward": forward.tolist(),
+        "forward_backward": both.tolist(),
+        "sent_bytes": sent,
+        "sent_bytes_with_backward": sent_with_backward,
+        "peak_extra_bytes": peak.item(),
+    }
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from benchmarks.__main__ import _run_jax, _run_local, _run_scaling, _run_torch
+from benchmarks.__main__ import _run_jax, _run_local, _run_own_ids, _run_scaling, _run_torch
 from benchmarks.cases import Case, make_ids, timing, traffic
-from benchmarks.exchange import SCALING, exchange_cases
+from benchmarks.exchange import HEADER as EXCHANGE_HEADER
+from benchmarks.exchange import SCALING, exchange_cases, own_ids_cases
 from benchmarks.exchange import rows_of as exchange_rows
 from benchmarks.exchange import targets as exchange_targets
 from benchmarks.head import _jax_case, _torch_case
@@ -34,6 +35,22 @@ def test_every_candidate_is_measured(framework):
     assert [row[1] for row in exchange_rows(case, found)] == candidates
     if framework == "torch":
         assert all(times["sent_bytes"] > 0 for times in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_every_candidate_with_own_ids_is_measured(framework, monkeypatch):
+    """The processes compare rows and gradients with what they must be, and fail otherwise."""
+    case = Case("all_to_all", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
+    monkeypatch.setattr("benchmarks.__main__.own_ids_cases", lambda: {framework: [case]})
+    with Progress(disable=True) as progress:
+        ((_, _, found),) = _run_own_ids(framework, 2, 1, progress)
+    assert {"torch": "FSDP2", "jax": "GSPMD"}[framework] in found
+    rows = exchange_rows(case, found)
+    assert [row[1] for row in rows] == list(found)
+    assert all(len(row) == len(EXCHANGE_HEADER) for row in rows)
+    if framework == "torch":
+        assert all(0 < times["sent_bytes"] < times["sent_bytes_with_backward"] for times in found.values())
 
 
 @pytest.mark.slow
@@ -103,6 +120,11 @@ def test_an_exchange_is_so_many_times_as_fast_as_its_peers():
         ["forward + backward: times as fast as DTensor", "3.00", "5.00", "missed"],
     ]
     assert {c.dtype for c in exchange_cases(quick=True)["torch"]} == {"float32", "bfloat16"}
+    own_ids = own_ids_cases()["torch"]
+    assert {c.world_size: c.batch * c.sequence for c in own_ids} == {2: 8192, 4: 8192, 8: 8192}
+    found = {name: {"forward": t, "forward_backward": t} for name, t in (("ours, auto", 1.0), ("FSDP2", 2.9))}
+    rows = exchange_targets([("torch", case, found) for case in own_ids])
+    assert [row[1:] for row in rows] == [["forward + backward: times as fast as FSDP2", "2.90", "3.00", "missed"]] * 2
 
 
 @pytest.mark.slow
