@@ -188,6 +188,7 @@ INTERRUPTED = """
 import os, signal, sys, threading
 from shared.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
 interrupt.daemon = True
 
