@@ -27,9 +27,8 @@ Measure the mean cross entropy of hidden states against a vocabulary table, forw
   torch, w=4: Megatron-core's vocab_parallel_cross_entropy after its parallel product; DTensor's loss_parallel; gloo.
   jax:        optax's loss of a dense product, the table split over the devices, left to the compiler.
 
-Each of torch's candidates runs in fresh processes, in an order that changes; JAX's take turns in one. Medians. Peak memory
-is that of one step beyond what there was before it: gradients are part of it. JAX's is the compiler's own figure without
-gradients. Apple's cut cross entropy and Liger's losses need a GPU and are left out.
+Each of torch's candidates runs in fresh processes, in an order that changes; JAX's take turns in one. Medians. Memory is
+that of one step beyond inputs and gradients: the resident peak on rank 0 for torch, the compiler's figure for JAX. Apple's cut cross entropy and Liger's losses need a GPU and are left out.
 
 examples:
   python -m benchmarks.head
@@ -68,8 +67,7 @@ def _torch_case(spec: dict[str, Any], turns: int) -> dict[str, Any]:
     for name, runs in found.items():
         times = timing("forward_backward", [t for run in runs for t in run["times"]])
         first = runs[0]
-        beyond = max(0.0, first["peak_bytes"] - first["gradient_bytes"])
-        merged[name] = {**times, "memory": beyond, "sent_bytes": first["sent_bytes"], "loss": first["loss"]}
+        merged[name] = {**times, "memory": first["peak_bytes"], "sent_bytes": first["sent_bytes"], "loss": first["loss"]}
     return merged
 
 
