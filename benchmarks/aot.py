@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from jax_impl import ParallelVocabEmbedding
 
 __all__ = [
     "CASES",
+    "OWN_IDS_CASES",
     "AotCase",
     "Verdict",
     "float32_scatter",
@@ -88,6 +90,10 @@ CASES = [
     AotCase("v5p:8x8x8", 4, 2048, 1024),
     AotCase("h100", 8, 4096, 4096),
 ]
+
+
+OWN_IDS_CASES = [AotCase(topology, 512, 64, 4096) for topology in ("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8")]
+"""What all_to_all is judged by: as many ids in all over 8, 64 and 512 chips."""
 
 
 @dataclass(frozen=True)
@@ -226,12 +232,28 @@ def _candidates(case: AotCase) -> list[tuple[str, str, Lookup, Mesh, P]]:
     return found
 
 
-def forward_and_gradient(case: AotCase, lookup: Lookup, mesh: Mesh, output: P) -> tuple[Verdict, Verdict]:
+def _own_ids_candidates(case: AotCase) -> list[tuple[str, str, Lookup, Mesh, P, P]]:
+    """What is compared where each device has ids of its own; the last is how the ids lie."""
+    mesh, split = mesh_of(case.topology), P("tp")
+    lookups = {
+        f"ours, {exchange}": ours(case, mesh, reduction="all_to_all", exchange=exchange)
+        for exchange in ("dense", "routed")
+    }
+    return [
+        ("all_to_all", name, each, mesh, split, split) for name, each in {**lookups, "jnp.take, GSPMD": take}.items()
+    ]
+
+
+def forward_and_gradient(
+    case: AotCase, lookup: Lookup, mesh: Mesh, output: P, ids_split: P | None = None
+) -> tuple[Verdict, Verdict]:
     """What the compiler says of a lookup and of its gradient, the layouts of all arguments and results pinned."""
     weight = _abstract(mesh, (case.vocab_size, case.emb_size), case.dtype, P("tp", None))
-    ids = _abstract(mesh, (case.batch, case.sequence), jnp.int32, P(None, None))
+    ids = _abstract(mesh, (case.batch, case.sequence), jnp.int32, ids_split or P())
     shape = (case.batch, case.sequence, case.emb_size)
-    upstream = _abstract(mesh, (mesh.size, *shape) if output == P("tp") else shape, case.dtype, output)
+    upstream = _abstract(
+        mesh, (mesh.size, *shape) if output == P("tp") and ids_split is None else shape, case.dtype, output
+    )
 
     def gradient(weight: Any, ids: Any, upstream: Any) -> Any:
         return jax.vjp(lambda weight: lookup(weight, ids), weight)[1](upstream)[0]
@@ -277,12 +299,17 @@ the program accesses, *temporary MB* its memory beside arguments and results.
 """
 
 
-def write_table(cases: list[AotCase], output: Path, console: Console) -> None:
+def write_table(
+    cases: list[AotCase],
+    output: Path,
+    console: Console,
+    candidates_of: Callable[[AotCase], Sequence[tuple[Any, ...]]] = _candidates,
+) -> None:
     """Judge all cases, show the tables and write them as Markdown."""
     lines = ["# By the chips' own compilers", "", f"jax {jax.__version__}{_compilers()}", "", _WHAT_IT_SAYS]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in cases:
-            candidates = _candidates(case)
+            candidates = candidates_of(case)
             table = Table(*_HEADER, title=str(case))
             lines += [f"## {case}", "", "| " + " | ".join(_HEADER) + " |", "|---|---|" + "--:|" * (len(_HEADER) - 2)]
             task = progress.add_task(str(case), total=len(candidates))
@@ -312,14 +339,18 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # else jax looks for a TPU
-    cases = [case for case in CASES if is_available(case.topology)]
+    cases, own_ids = ([each for each in every if is_available(each.topology)] for every in (CASES, OWN_IDS_CASES))
     console = Console(width=_WIDTH, soft_wrap=True)
     if not cases:
         console.print("no compiler is installed: pip install 'jax[tpu]' brings the TPU's, 'jax[cuda12]' the GPU's")
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     write_table(cases, options.output / "aot.md", console)
-    console.print(f"written to {options.output}: aot.md")
+    written = ["aot.md"]
+    if own_ids:
+        write_table(own_ids, options.output / "aot_all_to_all.md", console, _own_ids_candidates)
+        written.append("aot_all_to_all.md")
+    console.print(f"written to {options.output}: {', '.join(written)}")
     return 0
 
 

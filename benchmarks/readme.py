@@ -23,15 +23,21 @@ _NAMES = {
     "ours": "**this layer**",
     "ours, auto": "**this layer**",
     "ours, dense": 'the same, `exchange="dense"`',
+    "ours, routed": 'the same, `exchange="routed"`',
+    "ours, sparse": "the same, `sparse=True`",
     "ours, moved table": "this layer after `.to()`",
     "ours, plain": "this layer, the plain way",
     "ours, all_reduce": "**this layer, all_reduce**",
     "Megatron-core": "Megatron-core 0.16.1 `VocabParallelEmbedding`",
     "DTensor": "DTensor `RowwiseParallel`",
+    "FSDP2": "FSDP2, `fully_shard(nn.Embedding)`",
+    "torchrec": "torchrec row-wise, its SGD in backward",
     "psum": "masked lookup, then `psum` or `psum_scatter`",
 }
 _LARGE = [("uniform", "float32"), ("zipf", "float32"), ("uniform", "bfloat16"), ("zipf", "bfloat16")]
 _TOKENS = (1, 64, 512, 2048)
+_IDS, _RANKS = ("zipf", "uniform"), (2, 4, 8)
+_OF_A_STEP = ("sent_bytes_with_backward", "peak_extra_bytes")
 
 
 def _results(name: str) -> list[dict[str, Any]]:
@@ -68,6 +74,24 @@ def _side_by_side(
     return rows
 
 
+def _own_ids(framework: str, found: list[dict[str, dict[str, float]]]) -> list[list[str]]:
+    """A row for each candidate of all_to_all: the times of each case; of the first, bytes of a step and memory."""
+    rows = _side_by_side(found, (), "", ("forward", "forward_backward"))
+    rows[0][0] = f"**{framework}, w=4, all_to_all**"
+    for row, each in zip(rows, found[0].values(), strict=True):
+        row += [f"{each[key] / 1e6:.1f}" if key in each else "" for key in _OF_A_STEP]
+    return rows
+
+
+def _by_ranks(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each of torch's candidates: bytes that a rank sends in a step / its peak memory, at each number of ranks."""
+    found = [_found(results, "torch", Case("all_to_all", w, "uniform", w, 8192 // w)) for w in _RANKS]
+    return [
+        [_NAMES.get(name, name), *(" / ".join(f"{each[name][key] / 1e6:.1f}" for key in _OF_A_STEP) for each in found)]
+        for name in found[0]
+    ]
+
+
 def tables() -> dict[str, str]:
     """By the name of their mark."""
     local, exchange = _results("local"), _results("exchange")
@@ -93,6 +117,13 @@ def tables() -> dict[str, str]:
             of_exchange += [
                 [*row, "" if count is None else f"{count / 1e6:.1f}"] for row, count in zip(rows, sent, strict=True)
             ]
+    own_ids = [
+        row
+        for framework in ("torch", "jax")
+        for row in _own_ids(
+            framework, [_found(_results("all_to_all"), framework, Case("all_to_all", 4, ids)) for ids in _IDS]
+        )
+    ]
     best = [_found(exchange, "torch", Case(reduction, 4, "zipf")) for reduction in ("reduce_scatter", "all_reduce")]
     three = [
         [f"one rank's lookup of 8, {dtype}", torch[number]["ours"], torch[number]["Megatron's form"], None]
@@ -113,6 +144,8 @@ def tables() -> dict[str, str]:
             ["", "uniform ids", "zipf ids"],
             _side_by_side(micro, (), "copying the tokens' rows twice", ("forward_backward",)),
         ),
+        "own_ids": _table(["", "zipf ids", "uniform ids", "MB sent per rank, zipf", "peak MB, zipf"], own_ids),
+        "own_ids_by_ranks": _table(["uniform ids", *(f"w={w}" for w in _RANKS)], _by_ranks(_results("all_to_all"))),
         "exchange": _table(["", "zipf ids", "uniform ids", "MB sent per rank, zipf"], of_exchange),
     }
 
