@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -25,7 +24,7 @@ from shared.tables.find_table import open_table
 from shared.tables.table_file import TableFile
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Case", "CaseFacts", "CaseOptions", "Inputs", "MadeUp", "Progress", "build_case", "find_inputs", "sha256"]
+__all__ = ["Case", "CaseFacts", "CaseOptions", "Inputs", "MadeUp", "Progress", "build_case", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, the amount done and the total."""
@@ -66,15 +65,8 @@ class CaseOptions:
 class CaseFacts:
     """Facts of a case, independent of its files.
 
-    Each option of ``config`` is an attribute too.
-
-    Attributes:
-        config: options of the layers.
-        dtype: dtype of the table.
-        ids_shape: shape of the ids.
-        source: origin of table and ids, in words.
-        seed: of everything that was generated.
-        checksums: SHA-256 of the bytes of ``weights``, ``ids`` and ``grad_output``.
+    ``partition`` and the options of the lookup in ``config`` are attributes too. ``source`` is the origin of table and ids
+    in words, ``seed`` that of everything generated. ``checksums`` are SHA-256 of the bytes of ``weights`` and of the batch.
     """
 
     config: EmbeddingConfig
@@ -84,15 +76,19 @@ class CaseFacts:
     seed: int
     checksums: dict[str, str]
 
-    if TYPE_CHECKING:  # properties of the options, made below
-
-        def __getattr__(self, option: str) -> Any: ...
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("partition", *LOOKUP_OPTIONS):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.config, name)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Facts and options of the lookup, by name, as plain values."""
-        own = {each.name: getattr(self, each.name) for each in fields(CaseFacts) if each.name != "config"}
-        return {**{name: getattr(self.config, name) for name in LOOKUP_OPTIONS}, **own}
+        return self._plain(each.name for each in fields(CaseFacts))
+
+    def _plain(self, names: Iterable[str]) -> dict[str, Any]:
+        options = {name: getattr(self.config, name) for name in LOOKUP_OPTIONS}
+        return options | {name: getattr(self, name) for name in names if name != "config"}
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any], **more: Any) -> Self:
@@ -131,22 +127,38 @@ class CaseFacts:
         return np.concatenate(parts, axis=resolve_seq_dim(len(self.ids_shape), self.seq_dim))
 
 
-for _name in ("partition", *LOOKUP_OPTIONS):
-    setattr(CaseFacts, _name, property(attrgetter(f"config.{_name}"), doc=f"``config.{_name}``."))
-
-
 @dataclass(frozen=True)
 class Case(CaseFacts):
     """A case on disk, stored as ``case.json`` in its folder.
 
-    Attributes:
-        weights, tensor: path of the table, and name of its tensor.
-        batch: safetensors file with ``ids``, int64, ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
+    ``weights`` is the path of the table, ``tensor`` the name in it. ``batch`` is a safetensors file with ``ids``, int64,
+    ``grad_output`` ``[*ids.shape, e]`` and ``row_hashes`` ``[v]``.
     """
 
     weights: str
     tensor: str
     batch: str
+
+    @classmethod
+    def write(cls, folder: Path, inputs: Inputs, batch: dict[str, np.ndarray], **more: Any) -> Self:
+        """Write a case of a batch to its folder; ``more`` are further fields."""
+        weights_sum, row_hashes = inputs.table.fingerprint()
+        path = folder / "batch.safetensors"
+        save_file({**batch, "row_hashes": row_hashes}, path)
+        case = cls(
+            weights=str(inputs.table.path.absolute()),
+            tensor=inputs.table.tensor,
+            batch=str(path.absolute()),
+            config=inputs.config,
+            dtype=inputs.table.dtype,
+            ids_shape=inputs.ids.shape,
+            source=inputs.source,
+            seed=inputs.seed,
+            checksums={"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}},
+            **more,
+        )
+        (folder / "case.json").write_text(json.dumps(case._plain(each.name for each in fields(cls))))
+        return case
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -183,87 +195,54 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         raise ValueError(
             f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
-    inputs = find_inputs(options, folder, MadeUp((131072, 1024), table_chunks, (4, 2048)), progress)
-    table, ids, config = inputs.table, inputs.ids, inputs.config
-    progress("checksums", 0, 1)
-    weights_sum, row_hashes = table.fingerprint()
-    progress("gradient", 0, 1)
+    inputs = Inputs.find(options, folder, MadeUp((131072, 1024), table_chunks, (4, 2048)), progress)
+    ids, config = inputs.ids, inputs.config
     if config.reduction in ("reduce_scatter", "all_to_all"):
         chunk_shape(ids.shape, config.seq_dim, config.world_size)
-    grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
-    batch = folder / "batch.safetensors"
-    save_file({"ids": ids, "grad_output": grad_output, "row_hashes": row_hashes}, batch)
-    case = Case(
-        weights=str(table.path.absolute()),
-        tensor=table.tensor,
-        batch=str(batch.absolute()),
-        config=config,
-        dtype=table.dtype,
-        ids_shape=ids.shape,
-        source=inputs.source,
-        seed=options.seed,
-        checksums={"weights": weights_sum, "ids": sha256(ids), "grad_output": sha256(grad_output)},
-    )
-    stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}
-    (folder / "case.json").write_text(json.dumps(stored))
-    return case
+    progress("gradient and checksums", 0, 1)
+    grad_output = exact_gradient(ids, config.emb_size, DTYPES[inputs.table.dtype], options.seed)
+    return Case.write(folder, inputs, {"ids": ids, "grad_output": grad_output})
 
 
-@dataclass(frozen=True)
-class MadeUp:
-    """What a table and ids are where none are given.
-
-    Attributes:
-        sizes: rows and columns of the table.
-        chunks: yields the table, given its sizes, dtype and seed.
-        ids_shape: shape of the ids.
-    """
+class MadeUp(NamedTuple):
+    """Sizes and chunks of the table, and shape of the ids, where none are given."""
 
     sizes: tuple[int, int]
     chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
     ids_shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Table and ids of a case, their partition and their origin."""
+class Inputs(NamedTuple):
+    """Table and ids of a case, the layer's options, their origin in words, and the seed."""
 
     table: TableFile
     ids: np.ndarray
     config: EmbeddingConfig
     source: str
+    seed: int
 
+    @classmethod
+    def find(cls, options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Inputs:
+        """Read the given table and ids; make up what is not given.
 
-def find_inputs(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Inputs:
-    """Read the given table and ids; make up what is not given.
-
-    Raises:
-        ValueError, TypeError, IndexError: an option is out of range, a file is invalid, or options contradict each other.
-    """
-    ids = _given_ids(options)
-    if options.weights is None:
-        table, table_source = _generated_table(options, folder, made_up, progress)
-    else:
-        table, table_source = _given_table(options, folder, progress)
-    config = _config(table.vocab_size, table.emb_size, options)
-    ids_source = f"ids of {(options.ids or options.text or Path()).name}"
-    if ids is None:
-        ids_source = f"Zipf-distributed ids, seed {options.seed}"
-        ids = zipf_ids(made_up.ids_shape, config.partition, options.seed)
-    return Inputs(table, ids, config, f"{table_source}; {ids_source}")
+        Raises:
+            ValueError, TypeError, IndexError: as in ``build_case``.
+        """
+        ids = _given_ids(options)
+        find_table = _generated_table if options.weights is None else _given_table
+        table, table_source = find_table(options, folder, made_up, progress)
+        config = _config(table.vocab_size, table.emb_size, options)
+        ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+        if ids is None:
+            ids_source = f"Zipf-distributed ids, seed {options.seed}"
+            ids = zipf_ids(made_up.ids_shape, config.partition, options.seed)
+        return cls(table, ids, config, f"{table_source}; {ids_source}", options.seed)
 
 
 def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:
-    return EmbeddingConfig(
-        vocab_size,
-        emb_size,
-        options.world_size,
-        padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size),
-        reduction=options.reduction,
-        exchange=options.exchange,
-        seq_dim=options.seq_dim,
-        padding_idx=options.padding_idx,
-    )
+    padded = padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
+    given = {name: getattr(options, name) for name in ("reduction", "exchange", "seq_dim", "padding_idx")}
+    return EmbeddingConfig(vocab_size, emb_size, options.world_size, padded, **given)
 
 
 def _generated_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
@@ -272,12 +251,13 @@ def _generated_table(options: CaseOptions, folder: Path, made_up: MadeUp, progre
     vocab_size = check_size("vocab_size", made_up.sizes[0] if options.vocab_size is None else options.vocab_size)
     emb_size = check_size("emb_size", made_up.sizes[1] if options.emb_size is None else options.emb_size)
     dtype = dtype_named(options.dtype or "bfloat16")
-    _config(vocab_size, emb_size, options)
+    _config(vocab_size, emb_size, options)  # raises before the work
+    table = np.empty((vocab_size, emb_size), dtype)
     chunks = made_up.chunks(vocab_size, emb_size, dtype, options.seed)
-    return _write_table(folder, chunks, (vocab_size, emb_size), dtype, progress), f"made-up table, seed {options.seed}"
+    return _write_table(folder, table, chunks, progress), f"made-up table, seed {options.seed}"
 
 
-def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tuple[TableFile, str]:
+def _given_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
     assert options.weights is not None
     table = open_table(options.weights, options.tensor, options.vocab_size)
     if options.emb_size not in (None, table.emb_size):
@@ -287,25 +267,21 @@ def _given_table(options: CaseOptions, folder: Path, progress: Progress) -> tupl
     source = f"{table.tensor} of {options.weights.name}"
     if options.dtype is None and table.dtype not in DTYPES:
         raise ValueError(f"--dtype must be given for a table of {table.dtype}, to cast it: one of {', '.join(DTYPES)}")
-    if options.dtype in (None, table.dtype):
+    if options.dtype is None or options.dtype == table.dtype:
         return table, source
-    dtype = dtype_named(options.dtype or table.dtype)
-    chunks = (cast(chunk, dtype) for chunk in table.chunks())
-    shape = (table.vocab_size, table.emb_size)
-    return _write_table(folder, chunks, shape, dtype, progress), f"{source}, cast to {options.dtype}"
+    rows = np.empty((table.vocab_size, table.emb_size), dtype_named(options.dtype))
+    chunks = (cast(chunk, rows.dtype) for chunk in table.chunks())
+    return _write_table(folder, rows, chunks, progress), f"{source}, cast to {options.dtype}"
 
 
-def _write_table(
-    folder: Path, chunks: Iterator[np.ndarray], shape: tuple[int, int], dtype: np.dtype, progress: Progress
-) -> TableFile:
-    path = folder / "weights.safetensors"
-    table, filled = np.empty(shape, dtype), 0
+def _write_table(folder: Path, table: np.ndarray, chunks: Iterator[np.ndarray], progress: Progress) -> TableFile:
+    filled = 0
     for chunk in chunks:
         table[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
         progress("table", filled, len(table))
-    save_file({"weight": table}, path)
-    return open_table(path, "weight")
+    save_file({"weight": table}, folder / "weights.safetensors")
+    return open_table(folder / "weights.safetensors", "weight")
 
 
 def _given_ids(options: CaseOptions) -> np.ndarray | None:

@@ -80,12 +80,8 @@ def classify(
 ) -> np.ndarray:
     """Classify each differing row as the first kind that fits.
 
-    Args:
-        ids: id of each row, ``[k]``.
-        sides: the rows of both sides.
-        partition: ownership of the rows.
-        padding_idx: id whose row does not matter, or None.
-        expected: whether each row should be present rather than zero, ``[k]``.
+    ``ids`` ``[k]`` are those of the rows, ``expected`` ``[k]`` says which should be present rather than zero. The row of
+    ``padding_idx`` does not matter.
     """
     kinds = np.full(len(ids), "", object)
 

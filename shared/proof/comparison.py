@@ -11,7 +11,7 @@ from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
 from shared.proof.classify import Side, held_rows, rows_at_once
 
-__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow"]
+__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow", "distances", "first_of_each_kind", "number"]
 
 EXAMPLES = 5
 """Most rows of a kind that are listed."""
@@ -19,15 +19,10 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class DifferingRow:
-    """One row that differs.
+    """One row that differs; ``schema.json`` of the command describes its fields.
 
-    Attributes:
-        index: position in the whole ids (forward), or row of the whole table.
-        id: id of the row, or target of the token.
-        owner: rank that owns the id; -1 for ids outside the vocabulary.
-        kind: one of ``shared.proof.classify.KINDS`` or ``shared.proof.head_diff.HEAD_KINDS``.
-        max_ulp: largest distance of two elements; None if every element is NaN on a side.
-        note: the other row that a side holds, if any; of a head, which rank or target is wrong.
+    ``kind`` is one of ``shared.proof.classify.KINDS`` or ``shared.proof.head_diff.HEAD_KINDS``. ``note`` names the other row
+    that a side holds, if any; of a head, the rank or target that is wrong.
     """
 
     index: tuple[int, ...]
@@ -37,26 +32,28 @@ class DifferingRow:
     max_ulp: float | None
     note: str
 
+    def cells(self, what: str) -> tuple[str, str, str, str, str, str]:
+        """Position, id, owner, kind, distance and note of a row of the array ``what``, in words."""
+        ulp = "NaN" if self.max_ulp is None else f"{number(self.max_ulp)} ULP"
+        owner = "no rank's" if self.owner < 0 else f"rank {self.owner}'s"
+        numbers = ", ".join(map(str, self.index))
+        if self.kind == "ranks disagree":
+            return f"rank {numbers}", "", "", self.kind, "", self.note
+        if what == "loss":
+            return "the loss", "", "", self.kind, ulp, self.note
+        if what in ("logprobs", "hidden gradient", "argmax"):
+            target = ("no target", "") if self.id < 0 else (f"target {self.id}", owner)
+            return f"position {numbers}", *target, self.kind, "" if what == "argmax" else ulp, self.note
+        place = "position" if what == "forward" else "row"
+        return f"{place} {numbers}", f"id {self.id}", owner, self.kind, ulp, self.note
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of comparing one array of two sides.
+    """Result of comparing one array of two sides; ``schema.json`` of the command describes its fields.
 
-    Attributes:
-        left, right: names of the sides.
-        what: name of the array: ``"forward"``, ``"gradient"``, ``"table"``, or one of ``shared.proof.head_record.ARRAYS``.
-        rank: rank of the array; None for the sum (forward) or the whole table. Of the head's results that all ranks have,
-            None compares the ranks with each other.
-        rows: rows compared.
-        nonzero: rows of the left side with any nonzero bit.
-        differing: rows with any differing bit; where there is a bound, with an element beyond it.
-        max_ulp, max_abs: largest distances, over elements that are NaN on neither side.
-        kinds: number of differing rows of each kind, most frequent first.
-        ulps: histogram of the distances of differing elements, in representable values. Key ``"4"`` counts distances in
-            [4, 8), and so for each power of two. ``"0"`` counts differing signs of zero, ``"NaN"`` NaN on a side.
-        examples: first differing rows of each kind.
-        bound: largest error that is allowed; 0 where every bit must be equal.
-        share: largest error of an element divided by its bound.
+    ``nonzero`` counts rows of the left side with any nonzero bit. ``max_ulp`` and ``max_abs`` leave out elements that are
+    NaN on a side. ``kinds`` has the most frequent kind first, ``examples`` the first differing rows of each.
     """
 
     left: str
@@ -74,6 +71,16 @@ class Comparison:
     bound: float = 0.0
     share: float = 0.0
 
+    @property
+    def counts(self) -> str:
+        """Number of differing rows of each kind, in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+
+
+def number(distance: float) -> str:
+    """Format a distance."""
+    return f"{distance:.0f}" if abs(distance) < 1e6 and distance == round(distance) else f"{distance:.3g}"
+
 
 class Differences:
     """Accumulator of the differing rows of one array."""
@@ -86,18 +93,11 @@ class Differences:
         self._examples: list[DifferingRow] = []
 
     def add(self, ids: np.ndarray, index: np.ndarray, sides: tuple[Side, Side], kinds: np.ndarray) -> None:
-        """Add differing rows.
-
-        Args:
-            ids: id of each row, ``[k]``.
-            index: position of each row, ``[k, d]``, as ``DifferingRow.index``.
-            sides: the rows of both sides, ``[k, e]``.
-            kinds: kind of each row, ``[k]``, from ``classify``.
-        """
-        ulp, absolute, ulps = _distances(sides[0].values, sides[1].values)
+        """Add differing rows, given their ids ``[k]``, positions ``[k, d]``, values and kinds ``[k]``."""
+        ulp, absolute, ulps = distances(sides[0].values, sides[1].values)
         self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
         self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))
-        shown = np.sort(np.concatenate([np.flatnonzero(kinds == kind)[:EXAMPLES] for kind in set(kinds)] or [ids[:0]]))
+        shown = first_of_each_kind(kinds)
         held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
         for i, *rows in zip(map(int, shown), *held, strict=True):
             notes = [
@@ -145,7 +145,13 @@ class Differences:
         )
 
 
-def _distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+def first_of_each_kind(kinds: np.ndarray) -> np.ndarray:
+    """Indices of the first ``EXAMPLES`` rows of each kind, ascending."""
+    found = (np.flatnonzero(kinds == kind)[:EXAMPLES] for kind in set(kinds))
+    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """Largest ULP and absolute distance of each row, and ``Comparison.ulps``.
 
     A row whose elements are all NaN on a side has distance NaN.

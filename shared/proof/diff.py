@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, unsigned_view
-from shared.proof.case import sha256
+from shared.proof.case import Progress, sha256
 from shared.proof.classify import Side, classify
 from shared.proof.comparison import Comparison, Differences
 from shared.proof.record import Record
@@ -19,9 +18,7 @@ __all__ = ["compare_records"]
 _CHUNK = 1024
 
 
-def compare_records(
-    left: Record, right: Record, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> list[Comparison]:
+def compare_records(left: Record, right: Record, progress: Progress = lambda *_: None) -> list[Comparison]:
     """Compare each rank's forward and gradient, the sum and the whole gradient.
 
     Each rank's forward is compared bit for bit. In the sum and in gradients, any NaN equals any other: arithmetic does not

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.proof.case import Case
+from shared.proof.case import Case, Progress
 from shared.proof.record import RecordWriter
 
 __all__ = ["PROGRESS_PREFIX", "Runner", "serve"]
 
 PROGRESS_PREFIX = "pve-progress "
 
-Runner = Callable[[Any, Any, Callable[[str, int, int], None]], None]
+Runner = Callable[[Any, Any, Progress], None]
 """Computes a case, adds every array to the record and reports progress."""
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
 from shared.global_normal import normal_rows
-from shared.proof.case import Case, CaseOptions, MadeUp, Progress, find_inputs, sha256
+from shared.proof.case import Case, CaseOptions, Inputs, MadeUp, Progress
 from shared.proof.generate import normal_chunks
 
 __all__ = ["IGNORE_INDEX", "HeadCase", "build_head_case"]
@@ -26,12 +24,8 @@ IGNORE_INDEX = -100
 class HeadCase(Case):
     """A case of the head on disk.
 
-    ``case.json`` in its folder describes it.
-
-    Its batch holds ``targets``, int64, and ``ids`` if tied, else ``hidden`` ``[*targets.shape, e]``.
-
-    Attributes:
-        tied: hidden states are rows of the table itself, looked up by ``ids``.
+    Its batch holds ``targets``, int64, and if ``tied`` the ``ids`` whose rows of the table are the hidden states, else
+    ``hidden`` ``[*targets.shape, e]``.
     """
 
     tied: bool
@@ -67,34 +61,18 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     """
     if tied:
         options = replace(options, reduction="all_reduce")
-    made_up = MadeUp((32768, 256), normal_chunks, (4, 128))
-    inputs = find_inputs(options, folder, made_up, progress)
-    table, ids, dtype = inputs.table, inputs.ids, DTYPES[inputs.table.dtype]
+    inputs = Inputs.find(options, folder, MadeUp((32768, 256), normal_chunks, (4, 128)), progress)
+    table, ids = inputs.table, inputs.ids
     if table.dtype == "float64":
         raise ValueError(
             "--dtype must be given for a head over a table of float64, to cast it: its argmax takes no float64"
         )
-    progress("hidden states", 0, 1)
+    progress("hidden states and checksums", 0, 1)
     if tied:
         targets = np.append(ids.reshape(-1)[1:], IGNORE_INDEX)[: ids.size].reshape(ids.shape)
         batch = {"ids": ids, "targets": targets}
     else:  # rows of the same seed behind those of a made-up table
-        first = table.vocab_size
+        first, dtype = table.vocab_size, DTYPES[table.dtype]
         hidden = normal_rows(first, first + math.prod(ids.shape), table.emb_size, dtype, options.seed)
         batch = {"targets": ids, "hidden": hidden.reshape(*ids.shape, table.emb_size)}
-    save_file(batch, folder / "batch.safetensors")
-    case = HeadCase(
-        weights=str(table.path.absolute()),
-        tensor=table.tensor,
-        batch=str((folder / "batch.safetensors").absolute()),
-        config=inputs.config,
-        dtype=table.dtype,
-        ids_shape=ids.shape,
-        source=inputs.source,
-        seed=options.seed,
-        checksums={"weights": table.fingerprint()[0], **{name: sha256(array) for name, array in batch.items()}},
-        tied=tied,
-    )
-    stored = {**case.facts, "weights": case.weights, "tensor": case.tensor, "batch": case.batch}
-    (folder / "case.json").write_text(json.dumps(stored))
-    return case
+    return HeadCase.write(folder, inputs, batch, tied=tied)

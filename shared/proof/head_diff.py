@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from shared.bits import DTYPES, cast, ulp_distance
-from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow
+from shared.bits import DTYPES, cast
+from shared.proof.case import Progress
+from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow, distances, first_of_each_kind
 from shared.proof.head_expected import Expected
 from shared.proof.head_record import ARRAYS, HeadRecord
 
@@ -42,7 +45,6 @@ HEAD_KINDS = {
 
 _EXAMINED = 256
 _IMPRECISE = 4096  # bfloat16 has 2**16 times the roundoff of float32; an error is seldom above 1/16 of its bound
-_ROWS = 4096
 
 
 class HeadDiff:
@@ -53,17 +55,17 @@ class HeadDiff:
     """
 
     def __init__(self, expected: Expected, records: Mapping[str, HeadRecord]) -> None:
-        self._expected, self._records, self._case = expected, records, expected.case
+        self.expected, self.records, self.case = expected, records, expected.case
         self.near_ties: set[int] = set()
 
-    def compare(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> list[Comparison]:
+    def compare(self, progress: Progress = lambda *_: None) -> list[Comparison]:
         """Compare each rank's arrays, the table's gradient, and the ranks.
 
         Raises:
             ValueError: a backend recorded an array of another shape or dtype.
         """
-        results, w = [], self._case.world_size
-        for pair in itertools.combinations([*self._records, "oracle"], 2):
+        results, w = [], self.case.world_size
+        for pair in itertools.combinations([*self.records, "oracle"], 2):
             for rank in range(w):
                 progress(" and ".join(pair), rank, w)
                 results += [self._compare(pair, what, rank) for what in ARRAYS]
@@ -74,40 +76,43 @@ class HeadDiff:
 
     def _array(self, name: str, what: str, rank: int | None) -> np.ndarray:
         """Rows of one side, float64."""
-        n, expected = self._case.partition.rows_per_rank, self._expected.values[what]
+        n, expected = self.case.partition.rows_per_rank, self.expected.values[what]
         split = what == "table gradient"
         if name == "oracle":
             return expected if rank is None or not split else expected[rank * n : (rank + 1) * n]
         if rank is None:
-            return np.concatenate([self._array(name, what, each) for each in range(self._case.world_size)])
-        array, rows = self._records[name].array(what, rank), n if split else len(expected)
+            return np.concatenate([self._array(name, what, each) for each in range(self.case.world_size)])
+        array, shape = self.records[name].array(f"{what}.{rank}"), (n if split else len(expected), expected.shape[1])
         legal = self._dtype(what)
-        if array.size != rows * expected.shape[1] or (
-            array.dtype != legal if what != "argmax" else array.dtype.kind != "i"
-        ):
+        if array.size != math.prod(shape) or (array.dtype != legal if what != "argmax" else array.dtype.kind != "i"):
             raise ValueError(
-                f"the {what} of {name} on rank {rank} must be {legal} with {rows * expected.shape[1]} elements, "
+                f"the {what} of {name} on rank {rank} must be {legal} with {math.prod(shape)} elements, "
                 f"got {array.dtype} with {array.size}"
             )
-        return array.reshape(rows, expected.shape[1]).astype(np.float64)
+        return array.reshape(shape).astype(np.float64)
 
     def _dtype(self, what: str) -> np.dtype:
-        return DTYPES[self._case.dtype] if "gradient" in what else np.dtype(np.float32)
+        return DTYPES[self.case.dtype] if "gradient" in what else np.dtype(np.float32)
 
     def _compare(self, pair: tuple[str, str], what: str, rank: int | None) -> Comparison:
         a, b = (self._array(name, what, rank) for name in pair)
         first = 0 if rank is None or what != "table gradient" else rank * len(a)
-        bounds = self._expected.bounds[what][first : first + len(a)]
-        bounds = bounds * (1 if "oracle" in pair else 2)
+        bounds = self.expected.bounds[what][first : first + len(a)] * (1 if "oracle" in pair else 2)
         differing, share = _beyond(a, b, bounds)
         if what == "argmax":
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
+            ulps = np.zeros(len(a))
+        else:
+            ulps = distances(cast(a, self._dtype(what)), cast(b, self._dtype(what)))[0]
         rows = np.flatnonzero(differing)
         kinds, notes = np.full(len(rows), "not examined", object), [""] * len(rows)
         if len(rows):
             some = rows[:_EXAMINED]
             kinds[: len(some)], notes[: len(some)] = self._classify(what, rank, a[some], b[some], first + some)
-        max_ulp, ulps = self._ulps(what, a, b)
+        examples = (
+            self._example(what, int(first + rows[i]), str(kinds[i]), ulps[rows[i]], notes[i])
+            for i in first_of_each_kind(kinds)
+        )
         with np.errstate(invalid="ignore"):  # infinity minus itself
             max_abs = _largest(np.abs(a - b))
         return Comparison(
@@ -117,10 +122,10 @@ class HeadDiff:
             rows=len(a),
             nonzero=int(a.any(axis=1).sum()),
             differing=len(rows),
-            max_ulp=max_ulp,
+            max_ulp=_largest(ulps),
             max_abs=max_abs,
             kinds=dict(Counter(map(str, kinds)).most_common()),
-            examples=tuple(self._examples(what, first + rows, kinds, notes, ulps[rows])),
+            examples=tuple(examples),
             bound=_largest(bounds),
             share=share,
         )
@@ -130,27 +135,15 @@ class HeadDiff:
         found = sides[0] != sides[1]
         tokens = np.flatnonzero(found)
         for ids in sides:
-            found[tokens] &= self._expected.is_best(tokens, ids[tokens])
+            found[tokens] &= self.expected.is_best(tokens, ids[tokens])
         self.near_ties |= set(map(int, np.flatnonzero(found)))
         return found
-
-    def _ulps(self, what: str, a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray]:
-        """Largest distance in representable values of all elements, and of each row."""
-        ulps = np.zeros(len(a))
-        if what != "argmax":
-            dtype = self._dtype(what)
-            for start in range(0, len(a), _ROWS):
-                part = slice(start, start + _ROWS)
-                distance = ulp_distance(cast(a[part], dtype), cast(b[part], dtype))
-                none = np.isnan(distance).all(axis=1)
-                ulps[part] = np.where(none, np.nan, np.nan_to_num(distance).max(axis=1, initial=0))
-        return _largest(ulps), ulps
 
     def _classify(
         self, what: str, rank: int | None, a: np.ndarray, b: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, list[str]]:
         """Kind and note of each differing row: the first fault that fits."""
-        expected = self._expected
+        expected = self.expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
         left_is_wrong = _beyond(a, right, bounds)[0]
         if what == "argmax":
@@ -164,10 +157,10 @@ class HeadDiff:
 
         settle("NaN", (np.isnan(wrong) & ~np.isnan(right)).any(axis=1))
         if what == "argmax":
-            settle("padding counted", wrong[:, 0] >= self._case.vocab_size)
+            settle("padding counted", wrong[:, 0] >= self.case.vocab_size)
             settle("imprecise", expected.is_best(rows, wrong[:, 0], _IMPRECISE))
         elif what == "table gradient":
-            settle("padding counted", rows >= self._case.vocab_size)
+            settle("padding counted", rows >= self.case.vocab_size)
         elif what != "loss":
             settle("ignored target counted", ~expected.counted_T[rows])
         # Of several ranks that explain a row, the one that explains most rows is named.
@@ -186,31 +179,23 @@ class HeadDiff:
         settle("other values", kinds == "")
         return kinds, notes
 
-    def _examples(
-        self, what: str, rows: np.ndarray, kinds: np.ndarray, notes: list[str], ulps: np.ndarray
-    ) -> list[DifferingRow]:
-        shown = sorted(i for kind in set(kinds) for i in np.flatnonzero(kinds == kind)[:EXAMPLES])
-        expected, shape = self._expected, self._case.ids_shape
-        found = []
-        for i in shown:
-            row = int(rows[i])
-            index: tuple[int, ...]
-            if what == "table gradient":
-                index, id_ = (row,), row
-            else:
-                index = () if what == "loss" else tuple(map(int, np.unravel_index(row, shape)))
-                id_ = int(expected.targets_T[row]) if what != "loss" and expected.counted_T[row] else -1
-            owner = int(self._case.partition.owner(id_))
-            ulp = None if np.isnan(ulps[i]) else float(ulps[i])
-            found.append(DifferingRow(index, id_, owner, str(kinds[i]), ulp, notes[i]))
-        return found
+    def _example(self, what: str, row: int, kind: str, ulp: float, note: str) -> DifferingRow:
+        index: tuple[Any, ...] = ()
+        id_ = -1
+        if what == "table gradient":
+            index, id_ = (row,), row
+        elif what != "loss":
+            index = np.unravel_index(row, self.case.ids_shape)
+            id_ = int(self.expected.targets_T[row]) if self.expected.counted_T[row] else -1
+        owner, max_ulp = int(self.case.partition.owner(id_)), None if np.isnan(ulp) else float(ulp)
+        return DifferingRow(tuple(map(int, index)), id_, owner, kind, max_ulp, note)
 
     def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
         """Compare the ranks' copies of one array; a row is a rank."""
-        w, differing = self._case.world_size, set[int]()
+        w, differing = self.case.world_size, set[int]()
         for name in pair:
             if name != "oracle":
-                copies = [self._records[name].array(what, rank).tobytes() for rank in range(w)]
+                copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
                 differing |= {rank for rank in range(w) if copies[rank] != copies[0]}
         rows = tuple(
             DifferingRow((rank,), -1, rank, "ranks disagree", None, f"rank {rank} against rank 0")

@@ -17,6 +17,7 @@ import numpy as np
 from shared.bits import DTYPES
 from shared.head import LossOptions
 from shared.proof import head_oracle
+from shared.proof.case import Progress
 from shared.proof.head_case import HeadCase
 
 __all__ = ["BOUNDS", "UNIT_ROUNDOFF", "Expected", "Fault"]
@@ -42,13 +43,7 @@ _ELEMENTS = 1 << 24  # of the logits at once: 128 MiB
 
 
 class Fault(NamedTuple):
-    """A kind of fault and what it gives.
-
-    Attributes:
-        kind: one of ``shared.proof.head_diff.HEAD_KINDS``.
-        note: which rank or target, in words.
-        rows: the wrong result for some rows, given their numbers.
-    """
+    """A kind of ``shared.proof.head_diff.HEAD_KINDS``, which rank or target it is, and the wrong rows it gives."""
 
     kind: str
     note: str
@@ -65,7 +60,7 @@ class Expected:
         count: number of targets that count.
     """
 
-    def __init__(self, case: HeadCase, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
+    def __init__(self, case: HeadCase, progress: Progress = lambda *_: None) -> None:
         self.case, self.partition, v = case, case.partition, case.vocab_size
         dtype, u = DTYPES[case.dtype], UNIT_ROUNDOFF
         targets = case.batch_array("targets").reshape(-1)
@@ -106,7 +101,7 @@ class Expected:
                 "argmax": np.zeros((tokens, 1)),
             }
 
-    def _run(self, weight_T: np.ndarray, progress: Callable[[str, int, int], None]) -> None:
+    def _run(self, weight_T: np.ndarray, progress: Progress) -> None:
         """Run the oracle over chunks of tokens."""
         v, w, tokens = self.case.vocab_size, self.case.world_size, len(self.targets_T)
         # A further column, 0 in the table: its gradient sums (p - [target]) * weight / count.
@@ -175,10 +170,12 @@ class Expected:
             yield from self._argmax_faults()
             return
         if what == "hidden gradient" and w > 1:
-            for r in range(w):
-                yield Fault("rank missing", f"without rank {r}", partial(self._without_rank, rank=r))
-            for r in range(w):
-                yield Fault("one rank only", f"rank {r}'s part", partial(self._rank_part, rank=r))
+            ranges = [self.partition.owned_range(r) for r in range(w)]
+            parts = [partial(self._hidden_gradient, self.lse_T, self.targets_T, columns) for columns in ranges]
+            for r, part in enumerate(parts):
+                yield Fault("rank missing", f"without rank {r}", lambda rows, part=part: values[rows] - part(rows))
+            for r, part in enumerate(parts):
+                yield Fault("one rank only", f"rank {r}'s part", part)
         if what == "table gradient" and self.case.tied:
             yield Fault("lookup missing", "", self.head_VE.__getitem__)
             yield Fault("head missing", "", self.lookup_VE.__getitem__)
@@ -218,9 +215,9 @@ class Expected:
             return self._logprobs(rows_K, lse_T, targets_T)[:, None]
         if what == "loss":
             return np.array([[-self._logprobs(np.arange(len(lse_T)), lse_T, targets_T).sum() / self.count]])
-        every = slice(0, self.case.vocab_size)
+        hidden_gradient = partial(self._hidden_gradient, lse_T, targets_T, (0, self.case.vocab_size))
         if what == "hidden gradient":
-            return self._hidden_gradient(rows_K, lse_T, targets_T, every)
+            return hidden_gradient(rows_K)
         total = np.zeros((len(rows_K), self.case.emb_size))
         owned = rows_K[rows_K < self.case.vocab_size]
         for part in self._chunks(np.flatnonzero(self.counted_T)):
@@ -229,7 +226,7 @@ class Expected:
             total[: len(owned)] += p.T @ self.hidden_TE[part] / self.count
         if self.case.tied:
             tokens = np.flatnonzero(np.isin(self.ids_T, rows_K))
-            total += self._scatter(self._hidden_gradient(tokens, lse_T, targets_T, every), tokens)[rows_K]
+            total += self._scatter(hidden_gradient(tokens), tokens)[rows_K]
         return total
 
     def _logprobs(self, tokens_K: np.ndarray, lse_T: np.ndarray, targets_T: np.ndarray) -> np.ndarray:
@@ -237,23 +234,16 @@ class Expected:
         return np.where(self.counted_T[tokens_K], x - lse_T[tokens_K], 0)
 
     def _hidden_gradient(
-        self, tokens_K: np.ndarray, lse_T: np.ndarray, targets_T: np.ndarray, columns: slice
+        self, lse_T: np.ndarray, targets_T: np.ndarray, columns: tuple[int, int], tokens_K: np.ndarray
     ) -> np.ndarray:
-        """Gradient of some tokens, from some columns of the logits."""
-        found = np.zeros((len(tokens_K), self.case.emb_size))
+        """Gradient of some tokens, from a range of columns of the logits."""
+        found, rows_VE = np.zeros((len(tokens_K), self.case.emb_size)), self.table_VE[slice(*columns)]
         for at in self._chunks(np.arange(len(tokens_K))):
-            part, rows_VE = tokens_K[at], self.table_VE[columns]
+            part = tokens_K[at]
             p = np.exp(self.hidden_TE[part] @ rows_VE.T - lse_T[part, None])
-            p -= targets_T[part, None] == np.arange(columns.start, columns.stop)
+            p -= targets_T[part, None] == np.arange(*columns)
             found[at] = np.where(self.counted_T[part, None], p @ rows_VE / self.count, 0)
         return found
-
-    def _rank_part(self, tokens_K: np.ndarray, rank: int) -> np.ndarray:
-        return self._hidden_gradient(tokens_K, self.lse_T, self.targets_T, slice(*self.partition.owned_range(rank)))
-
-    def _without_rank(self, tokens_K: np.ndarray, rank: int) -> np.ndarray:
-        whole: np.ndarray = self.values["hidden gradient"][tokens_K] - self._rank_part(tokens_K, rank)
-        return whole
 
     def _argmax_faults(self) -> Iterator[Fault]:
         ids, tokens = self.values["argmax"], np.arange(len(self.targets_T))

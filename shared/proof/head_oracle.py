@@ -36,13 +36,9 @@ class HeadLoss:
 
 
 def logits(hidden: np.ndarray, weight: np.ndarray, vocab_size: int, softcap: float | None = None) -> np.ndarray:
-    """Logits of every column, ``[*, V]``; -inf in padding columns.
+    """Logits ``[*, V]`` of ``[*, E]`` and the whole table ``[V, E]``; -inf for padding rows.
 
-    Args:
-        hidden: ``[*, E]``.
-        weight: the whole table, ``[V, E]``, padding rows included.
-        vocab_size: rows that are not padding.
-        softcap: bounds logits to ``softcap * tanh(logits / softcap)``.
+    ``softcap`` bounds them to ``softcap * tanh(logits / softcap)``.
 
     Example:
         >>> import numpy as np

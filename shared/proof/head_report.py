@@ -8,50 +8,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from shared.proof.comparison import Comparison
-from shared.proof.head_diff import HEAD_KINDS
-from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
+from shared.proof.head_diff import HEAD_KINDS, HeadDiff
+from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF
 from shared.proof.head_record import ARRAYS
-from shared.proof.report import Report, Versions
+from shared.proof.report import Report, sizes
 
 __all__ = ["head_report"]
 
 
-def head_report(
-    expected: Expected,
-    versions: Versions,
-    comparisons: Sequence[Comparison],
-    near_ties: int,
-    missing: Sequence[str] = (),
-    seconds: float | None = None,
-) -> Report:
-    """Report on backends that computed one case of the head.
-
-    Args:
-        expected: the oracle's result.
-        versions: facts of each backend, by its name.
-        comparisons: of ``HeadDiff.compare``.
-        near_ties: tokens for which several ids are right.
-        missing: backends that are not installed.
-        seconds: time taken.
-    """
-    case = expected.case
-    tokens, counted = len(expected.counted_T), int(expected.counted_T.sum())
+def head_report(diff: HeadDiff, comparisons: Sequence[Comparison], missing: Sequence[str], seconds: float) -> Report:
+    """Report on backends that computed one case of the head, from ``HeadDiff.compare``."""
+    case, counted = diff.case, diff.expected.counted_T
     shape = "x".join(map(str, case.ids_shape)) or "one"
-    padded = f" (padded to {case.padded_vocab_size})" if case.partition.padding_rows else ""
-    head = "tied head" if case.tied else "head"
-    sizes = f"{case.vocab_size} x {case.emb_size} {case.dtype}"
     notes = [
         f"{case.source}; {'hidden states looked up in the table' if case.tied else 'normal hidden states'}",
-        f"{counted} of {tokens} targets count; the others lie outside the vocabulary [0, {case.vocab_size})",
+        f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})",
         f"bounds: sums in float32 (u = 2**-24), gradients rounded to {case.dtype}; the bits of all ranks are the same",
     ]
+    near_ties = len(diff.near_ties)
     if near_ties:
         notes.append(
             f"argmax of {near_ties} tokens: two logits are within rounding of each other, and either id is right"
         )
-    versions = {**versions, "oracle": {"python": platform.python_version(), "numpy": np.__version__}}
+    versions = {name: record.versions for name, record in diff.records.items()}
+    versions["oracle"] = {"python": platform.python_version(), "numpy": np.__version__}
     return Report(
-        title=f"{head} of {sizes} over {case.world_size} ranks{padded}, tokens {shape}",
+        title=f"{'tied head' if case.tied else 'head'} of {sizes(case)}, tokens {shape}",
         notes=tuple(notes),
         sides=versions,
         partition=case.partition,
@@ -59,7 +41,7 @@ def head_report(
         comparisons=comparisons,
         facts={
             "case": case.facts,
-            "ids_outside": tokens - counted,
+            "ids_outside": int((~counted).sum()),
             "backends": versions,
             "missing": list(missing),
             "unit_roundoff": UNIT_ROUNDOFF,

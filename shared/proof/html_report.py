@@ -9,7 +9,7 @@ from html import escape
 
 from shared.checks import printable
 from shared.proof.comparison import Comparison
-from shared.proof.report import Pair, Report, describe_row
+from shared.proof.report import Pair, Report
 
 __all__ = ["as_html"]
 
@@ -47,44 +47,30 @@ _HEAD = """<!doctype html>
 
 
 def as_html(report: Report) -> str:
-    """Format a report as one page.
-
-    All text of the report is escaped.
-
-    Example:
-        >>> from shared import VocabPartition
-        >>> from shared.proof.comparison import Comparison
-        >>> from shared.proof.html_report import as_html
-        >>> from shared.proof.report import Report
-        >>> equal = Comparison("a", "b", "table", None, rows=12, nonzero=12)
-        >>> report = Report("12 x 4 <float32>", (), {}, VocabPartition(12, 3), {"table": "not zero"}, [equal], {})
-        >>> "12 x 4 &lt;float32&gt;" in as_html(report)
-        True
-    """
-    kinds = list(dict.fromkeys(kind for comparison in report.comparisons for kind in comparison.kinds))
-    body = [
-        f'<h1 class="{"different" if report.different else "equal"}">{_text(report.verdict)}</h1>',
-        f"<p>{_text(report.title)}</p>",
-        *(f'<p class="note">{_text(note)}</p>' for note in (*report.notes, *report.advice)),
-        *_section("The sides", _sides(report) if report.sides else []),
-        *_section("Rank by kind of difference", [line for pair in report.pairs() for line in _map(report, pair)]),
-        *_section("Rows that differ", [line for part in report.comparisons for line in _rows(report, part)]),
-        *_section("Distances of the elements that differ", [bar for pair in report.pairs() for bar in _ulps(pair)]),
-        *_section(
-            "Kinds of difference",
-            ["<dl>", *(_kind(kind, report.kinds[kind]) for kind in kinds), "</dl>"] if kinds else [],
-        ),
-    ]
-    title = f"pve: {'different' if report.different else 'equal'}"
-    return "\n".join([_HEAD.format(title=title, style=_STYLE), *body, "</body>\n</html>\n"])
+    """Format a report as one page; all its text is escaped."""
+    pairs = report.pairs()
+    kinds = [f"<dt>{_text(kind)}</dt><dd>{_text(meaning)}</dd>" for kind, meaning in report.meanings.items()]
+    sections = {
+        "The sides": _sides(report) if report.sides else [],
+        "Rank by kind of difference": [line for pair in pairs for line in _map(report, pair)],
+        "Rows that differ": [line for part in report.different for line in _rows(report, part)],
+        "Distances of the elements that differ": [line for pair in pairs for line in _distances(pair)],
+        "Kinds of difference": ["<dl>", *kinds, "</dl>"] if kinds else [],
+    }
+    status = "different" if report.different else "equal"
+    body = [f'<h1 class="{status}">{_text(report.verdict)}</h1>', f"<p>{_text(report.title)}</p>"]
+    body += [f'<p class="note">{_text(note)}</p>' for note in (*report.notes, *report.advice)]
+    for title, lines in sections.items():
+        body += ["<section>", f"<h2>{title}</h2>", *lines, "</section>"] if lines else []
+    return "\n".join([_HEAD.format(title=f"pve: {status}", style=_STYLE), *body, "</body>\n</html>\n"])
 
 
 def _text(text: str) -> str:
     return escape(printable(text))
 
 
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return ["<section>", f"<h2>{title}</h2>", *lines, "</section>"] if lines else []
+def _cell(text: str, name: str = "") -> str:
+    return f'<td class="{name}">{_text(text)}</td>' if name else f"<td>{_text(text)}</td>"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> list[str]:
@@ -92,10 +78,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> l
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
     lines = (f"<tr>{''.join(row)}</tr>" for row in rows)
     return [f'<div class="wide"><table class="{name}">', f"<tr>{head}</tr>", *lines, "</table></div>"]
-
-
-def _cell(text: str, name: str = "") -> str:
-    return f'<td class="{name}">{_text(text)}</td>' if name else f"<td>{_text(text)}</td>"
 
 
 def _sides(report: Report) -> list[str]:
@@ -130,21 +112,18 @@ def _hot(part: Comparison, kind: str) -> str:
 
 
 def _rows(report: Report, part: Comparison) -> list[str]:
-    if not part.differing:
-        return []
-    rank = report.rank_cells(part.rank)[0]
-    title = f"{part.left} against {part.right}, {part.what}, {rank if part.rank is None else f'rank {rank}'}"
-    rows = ([_cell(text) for text in describe_row(part.what, row)] for row in part.examples)
+    summary = _text(f"{report.heading(part)}: {part.differing} rows")
+    rows = ([_cell(text) for text in row.cells(part.what)] for row in part.examples)
     more = part.differing - len(part.examples)
     return [
-        f"<details{' open' if part.rank is None else ''}><summary>{_text(f'{title}: {part.differing} rows')}</summary>",
+        f"<details{' open' if part.rank is None else ''}><summary>{summary}</summary>",
         *_table(["where", "id", "owner", "looks like", "distance", "note"], rows, "facts"),
         *([f'<p class="note">and {more} more</p>'] if more else []),
         "</details>",
     ]
 
 
-def _ulps(pair: Pair) -> list[str]:
+def _distances(pair: Pair) -> list[str]:
     """Histograms of distances, over all ranks of each array."""
     lines = []
     for what in dict.fromkeys(part.what for found in pair.ranks.values() for part in found):
@@ -162,26 +141,17 @@ def _ulps(pair: Pair) -> list[str]:
 
 def _bars(counts: Counter[str]) -> list[str]:
     most = math.log1p(max(counts.values()))
-    rows = [
-        [
-            _cell(_distance(least)),
-            _cell(str(counts[least])),
-            f'<td><div class="bar" style="width: {100 * math.log1p(counts[least]) / most:.1f}%"></div></td>',
-        ]
-        for least in sorted(counts, key=lambda name: math.inf if name == "NaN" else float(name))
-    ]
+    rows = []
+    for least in sorted(counts, key=lambda name: math.inf if name == "NaN" else float(name)):
+        width = 100 * math.log1p(counts[least]) / most
+        bar = f'<td><div class="bar" style="width: {width:.1f}%"></div></td>'
+        rows.append([_cell(_range(least)), _cell(str(counts[least])), bar])
     return _table(["ULP", "elements", ""], rows, "bars")
 
 
-def _distance(least: str) -> str:
+def _range(least: str) -> str:
     """Range of distances of a key of ``Comparison.ulps``."""
-    if least == "NaN":
-        return "NaN"
+    if least in ("0", "1", "NaN"):
+        return "0 (sign of zero)" if least == "0" else least
     low = int(least)
-    if low < 2:
-        return "0 (sign of zero)" if low == 0 else "1"
     return f"{low} - {2 * low - 1}" if low < 2**20 else f"2^{low.bit_length() - 1} - 2^{low.bit_length()}"
-
-
-def _kind(kind: str, meaning: str) -> str:
-    return f"<dt>{_text(kind)}</dt><dd>{_text(meaning)}</dd>"

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from shared.proof.case import Progress
 from shared.proof.harness import PROGRESS_PREFIX
 from shared.proof.head_record import HeadRecord
 from shared.proof.record import Record
@@ -40,19 +40,19 @@ def is_installed(backend: str) -> bool:
     return backend not in FRAMEWORKS or importlib.util.find_spec(backend) is not None
 
 
-def record_backend(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> Record:
+def record_backend(backend: str, case: Path, record: Path, progress: Progress) -> Record:
     """Have a backend compute ``case`` into ``record``; BackendError if it fails."""
     _run(backend, BACKENDS[backend], case, record, progress)
     return Record.open(record)
 
 
-def record_head(backend: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> HeadRecord:
+def record_head(backend: str, case: Path, record: Path, progress: Progress) -> HeadRecord:
     """Have a backend's head compute ``case`` into ``record``; BackendError if it fails."""
     _run(backend, HEAD_BACKENDS[backend], case, record, progress)
     return HeadRecord.open(record)
 
 
-def _run(backend: str, module: str, case: Path, record: Path, progress: Callable[[str, int, int], None]) -> None:
+def _run(backend: str, module: str, case: Path, record: Path, progress: Progress) -> None:
     command = [sys.executable, "-m", module, str(case), str(record)]
     # Keeps the current folder off sys.path, also in child processes: a json.py lying there would be run.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}

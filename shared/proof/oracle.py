@@ -20,13 +20,7 @@ def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
 
 
 def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int) -> np.ndarray:
-    """Look up the ids that ``rank`` owns; others get +0.0.
-
-    Args:
-        weight: the rows of ``rank``, ``[n, e]``.
-        ids: any shape and integer dtype.
-        partition: ownership of the rows.
-        rank: the rank that looks up.
+    """Look up the ids that ``rank`` owns in its rows ``[n, e]``; others get +0.0.
 
     Returns:
         The incomplete embedding ``Er``, ``[*ids.shape, e]``, in the dtype of ``weight``.
@@ -68,17 +62,11 @@ def weight_grad(
 ) -> np.ndarray:
     """Gradient of a rank's rows: ``grad_output`` summed by id.
 
-    Sums start from +0.0, run in row-major order in ``accumulation_dtype``, and are rounded once.
-
-    Args:
-        grad_output: gradient of ``Er`` or ``E``, ``[*ids.shape, e]``.
-        ids: any shape and integer dtype.
-        partition: ownership of the rows.
-        rank: the rank whose gradient to compute.
-        padding_idx: global id whose row gets no gradient, or None.
+    Sums start from +0.0, run in row-major order in ``accumulation_dtype``, and are rounded once. ``grad_output`` is the
+    gradient of ``Er`` or ``E``, ``[*ids.shape, e]``.
 
     Returns:
-        ``[n, e]`` in the dtype of ``grad_output``; zero for rows whose id does not occur.
+        ``[n, e]`` in the dtype of ``grad_output``; zero for ``padding_idx`` and for rows whose id does not occur.
 
     Example:
         >>> import numpy as np

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -18,7 +20,7 @@ from shared.proof.case import Case, CaseFacts, sha256
 from shared.proof.rows import Rows
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Record", "RecordWriter", "is_record", "writable_file"]
+__all__ = ["Record", "RecordWriter", "is_record", "replacing", "writable_file"]
 
 _FORMAT = "parallel-vocab-embedding record"
 _VERSION = 5
@@ -34,6 +36,20 @@ def writable_file(path: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file to write, which replaces ``path`` if nothing fails; links are followed."""
+    target = writable_file(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class RecordWriter:
     """Collects a backend's arrays and writes them to a safetensors file.
 
@@ -41,6 +57,9 @@ class RecordWriter:
     ``sum``. It also holds the case's ids and row hashes. Its metadata hold sizes, versions, and SHA-256 checksums of the
     case's inputs and of every tensor.
     """
+
+    inputs: ClassVar[tuple[str, ...]] = ("ids", "row_hashes")
+    """Arrays of the case's batch that the record holds too."""
 
     def __init__(self, case: Case, backend: str, versions: dict[str, str]) -> None:
         self._case = case
@@ -50,7 +69,7 @@ class RecordWriter:
             "machine": platform.machine(),
             **case.facts,
         }
-        self._tensors = {name: case.batch_array(name) for name in ("ids", "row_hashes")}
+        self._tensors = {name: case.batch_array(name) for name in self.inputs}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Keep an array: ``forward.R``, ``gradient.R`` (R a rank) or ``sum``."""
@@ -59,25 +78,19 @@ class RecordWriter:
 
     def write(self, path: Path) -> None:
         """Write the file atomically; a symbolic link is followed."""
-        path = writable_file(path)
-        if missing := _tensors(self._case.world_size) - set(self._tensors):
+        if missing := self.tensors(self._case.world_size) - set(self._tensors):
             raise ValueError(f"the record lacks {', '.join(sorted(missing))}")
         sums = {name: sha256(array) for name, array in self._tensors.items()}
         header = {**self._header, "sha256": sums}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "header": json.dumps(header)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file(self._tensors, temporary, metadata)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
-
-def _tensors(world_size: int) -> set[str]:
-    arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
-    return {f"{name}.{part}" for name in arrays for part in ("index", "values")}
+    @staticmethod
+    def tensors(world_size: int) -> set[str]:
+        """Names of all tensors but the inputs."""
+        arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+        return {f"{name}.{part}" for name in arrays for part in ("index", "values")}
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,10 @@ class Record(CaseFacts):
     machine: str
     sha256: dict[str, str]
 
+    writer: ClassVar[type[RecordWriter]] = RecordWriter
+
     @classmethod
-    def open(cls, path: Path) -> Record:
+    def open(cls, path: Path) -> Self:
         """Open a record; ValueError if missing, damaged or of another version."""
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
@@ -105,26 +120,26 @@ class Record(CaseFacts):
         try:
             record = cls.from_stored(json.loads(metadata["header"]), path=path)
             record._check_header(names)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: a damaged record, its header does not hold together ({error})") from error
         return record
 
     def _check_header(self, names: set[str]) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r}")
-        if not all(type(size) is int and size >= 0 for size in self.ids_shape):
-            raise ValueError(f"ids_shape {self.ids_shape}")
-        _ = self.output_shape  # raises ValueError for a sequence that cannot be split
-        if not all(isinstance(text, str) for text in (self.backend, self.machine, self.source)):
-            raise ValueError("backend, machine or source is not text")
-        if type(self.seed) is not int:
-            raise ValueError(f"seed {self.seed!r}")
+        texts = [self.backend, self.machine, self.source]
         for facts in (self.versions, self.checksums, self.sha256):
-            if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
-                raise ValueError("versions or checksums are not text")
-        if len(names) != 2 * (2 * self.world_size + 1) + 2:  # first: a hostile world_size would make the set below huge
-            raise ValueError(f"{len(names)} tensors for {self.world_size} ranks")
-        if not {*_tensors(self.world_size), "ids", "row_hashes"} == names == set(self.sha256):
+            texts += facts.values()
+        valid = {
+            "dtype": self.dtype in DTYPES,
+            "ids_shape": all(type(size) is int and size >= 0 for size in self.ids_shape),
+            "seed": type(self.seed) is int,
+            "text": all(isinstance(text, str) for text in texts),
+            "number of tensors": len(names) >= self.world_size,  # a hostile world_size would make the next set huge
+        }
+        for name, holds in valid.items():
+            if not holds:
+                raise ValueError(f"invalid {name}")
+        _ = self.output_shape  # raises ValueError for a sequence that cannot be split
+        if not {*self.writer.tensors(self.world_size), *self.writer.inputs} == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
 
     def array(self, name: str) -> np.ndarray:

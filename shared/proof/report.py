@@ -12,18 +12,9 @@ import numpy as np
 from shared.partition import VocabPartition
 from shared.proof.case import CaseFacts
 from shared.proof.classify import KINDS
-from shared.proof.comparison import Comparison, DifferingRow
+from shared.proof.comparison import Comparison
 
-__all__ = [
-    "Pair",
-    "Report",
-    "Versions",
-    "case_report",
-    "describe_kinds",
-    "describe_number",
-    "describe_parts",
-    "describe_row",
-]
+__all__ = ["Pair", "Report", "Versions", "case_report", "sizes"]
 
 Versions = dict[str, dict[str, str]]
 
@@ -40,22 +31,19 @@ class Pair:
         """Comparisons of one array."""
         return [comparison for found in self.ranks.values() for comparison in found if comparison.what == what]
 
+    def result(self, rank: int | None) -> str:
+        """``equal``, or the number of differing rows of each array of a rank."""
+        different = [f"{part.what} {part.differing}" for part in self.ranks[rank] if part.differing]
+        return f"differ: {', '.join(different)}" if different else "equal"
+
 
 @dataclass(frozen=True)
 class Report:
     """Result of a comparison, and what was compared.
 
-    Attributes:
-        title: sizes, in one line.
-        notes: further facts about the input.
-        sides: facts of each side, by its name.
-        partition: ownership of the rows.
-        arrays: for each array compared, the heading for its number of nonzero rows; empty to leave this number out.
-        comparisons: of each array, rank and pair of sides.
-        facts: further fields of the JSON form.
-        missing: backends that are not installed.
-        kinds: kinds of difference and their meaning.
-        seconds: time taken.
+    ``title`` holds the sizes, ``notes`` are further facts about the input, ``sides`` facts of each side by its name, and
+    ``facts`` further fields of the JSON form. ``arrays`` has for each array compared the heading for its number of nonzero
+    rows, empty to leave this number out. ``missing`` are backends that are not installed.
     """
 
     title: str
@@ -70,16 +58,21 @@ class Report:
     seconds: float | None = field(default=None, compare=False)
 
     @property
-    def different(self) -> int:
-        """Number of comparisons that found a difference."""
-        return sum(comparison.differing > 0 for comparison in self.comparisons)
+    def different(self) -> list[Comparison]:
+        """Comparisons that found a difference."""
+        return [comparison for comparison in self.comparisons if comparison.differing]
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Kinds of difference that were found, and their meaning."""
+        return {kind: self.kinds[kind] for comparison in self.different for kind in comparison.kinds}
 
     @property
     def verdict(self) -> str:
         """EQUAL or DIFFERENT, with totals, in one line."""
         time = "" if self.seconds is None else f" ({self.seconds:.1f} s)"
         if self.different:
-            return f"DIFFERENT: {self.different} of {len(self.comparisons)} comparisons{time}"
+            return f"DIFFERENT: {len(self.different)} of {len(self.comparisons)} comparisons{time}"
         rows = sum(comparison.rows for comparison in self.comparisons)
         equal = f"EQUAL: {len(self.comparisons)} comparisons of {rows} rows in all"
         if any(comparison.bound for comparison in self.comparisons):
@@ -118,6 +111,21 @@ class Report:
         start, stop = (0, self.partition.vocab_size) if rank is None else self.partition.owned_range(rank)
         return label if rank is None else str(rank), f"{start} - {stop - 1}" if start < stop else "none"
 
+    def heading(self, part: Comparison) -> str:
+        """Sides, array and rank of a comparison, in words."""
+        rank = self.rank_cells(part.rank)[0]
+        return f"{part.left} against {part.right}, {part.what}, {rank if part.rank is None else f'rank {rank}'}"
+
+    def overview(self, counts: bool) -> list[list[str]]:
+        """Table of a header and a row per rank: owned ids, nonzero rows if ``counts``, result of each pair of sides."""
+        pairs = self.pairs()
+        counted = {what: heading for what, heading in self.arrays.items() if heading and counts}
+        table = [["rank", "owns ids", *counted.values(), *(f"{pair.left} = {pair.right}" for pair in pairs)]]
+        for rank, parts in pairs[0].ranks.items():
+            nonzero = [f"{part.nonzero} of {part.rows}" for part in parts if part.what in counted]
+            table.append([*self.rank_cells(rank), *nonzero, *(pair.result(rank) for pair in pairs)])
+        return table
+
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values; infinite distances become strings."""
 
@@ -144,10 +152,8 @@ def case_report(
     outside = int((~case.partition.is_valid(ids)).sum())
     shape = "x".join(map(str, case.ids_shape)) or "one"
     how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"
-    padded = f" (padded to {case.padded_vocab_size})" if case.partition.padding_rows else ""
-    sizes = f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks{padded}"
     return Report(
-        title=f"{sizes}, ids {shape}{how}",
+        title=f"{sizes(case)}, ids {shape}{how}",
         notes=(case.source, f"{outside} of {ids.size} ids are outside the vocabulary [0, {case.vocab_size})"),
         sides=versions,
         partition=case.partition,
@@ -159,33 +165,7 @@ def case_report(
     )
 
 
-def describe_parts(comparisons: Sequence[Comparison]) -> str:
-    """``equal``, or the number of differing rows of each array."""
-    different = [f"{part.what} {part.differing}" for part in comparisons if part.differing]
-    return f"differ: {', '.join(different)}" if different else "equal"
-
-
-def describe_kinds(comparison: Comparison) -> str:
-    """Number of differing rows of each kind."""
-    return ", ".join(f"{count} {kind}" for kind, count in comparison.kinds.items())
-
-
-def describe_number(value: float) -> str:
-    """Format a distance."""
-    return f"{value:.0f}" if abs(value) < 1e6 and value == round(value) else f"{value:.3g}"
-
-
-def describe_row(what: str, row: DifferingRow) -> tuple[str, str, str, str, str, str]:
-    """Describe a differing row: position, id, owner, kind, distance, note."""
-    ulp = "NaN" if row.max_ulp is None else f"{describe_number(row.max_ulp)} ULP"
-    owner = "no rank's" if row.owner < 0 else f"rank {row.owner}'s"
-    numbers = ", ".join(map(str, row.index))
-    if row.kind == "ranks disagree":
-        return f"rank {numbers}", "", "", row.kind, "", row.note
-    if what == "loss":
-        return "the loss", "", "", row.kind, ulp, row.note
-    if what in ("logprobs", "hidden gradient", "argmax"):
-        target = ("no target", "") if row.id < 0 else (f"target {row.id}", owner)
-        return f"position {numbers}", *target, row.kind, "" if what == "argmax" else ulp, row.note
-    place = "position" if what == "forward" else "row"
-    return f"{place} {numbers}", f"id {row.id}", owner, row.kind, ulp, row.note
+def sizes(case: CaseFacts) -> str:
+    """Sizes of a case's table and its ranks, in words."""
+    padded = f" (padded to {case.padded_vocab_size})" if case.partition.padding_rows else ""
+    return f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks{padded}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from shared.proof.case import Case
+from shared.proof.case import Case, Progress
 from shared.proof.harness import serve
 from shared.proof.oracle import partial_lookup, sum_partials, weight_grad
 from shared.proof.record import RecordWriter
@@ -14,7 +12,7 @@ from shared.proof.record import RecordWriter
 __all__ = ["run"]
 
 
-def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], None]) -> None:
+def run(case: Case, record: RecordWriter, progress: Progress) -> None:
     """Record every rank's result and gradient, and the whole embedding."""
     ids, grad_output = case.batch_array("ids"), case.batch_array("grad_output")
     total = np.zeros_like(grad_output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
 from shared.checks import check_size
 from shared.partition import VocabPartition
+from shared.proof.case import Progress
 from shared.proof.classify import Side, classify
 from shared.proof.comparison import Comparison, Differences
 from shared.proof.report import Report
@@ -26,7 +27,7 @@ def compare_tables(
     right: TableFile,
     vocab_size: int | None = None,
     world_size: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Report:
     """Compare the rows of two tables bit by bit.
 
@@ -40,21 +41,7 @@ def compare_tables(
         progress: called with the step, the rows done and the rows in all.
 
     Raises:
-        ValueError: the tables have different numbers of columns, one has fewer than ``vocab_size`` rows, or a file is
-            damaged.
-
-    Example:
-        >>> import tempfile, numpy as np
-        >>> from safetensors.numpy import save_file
-        >>> from shared.proof.table_diff import compare_tables
-        >>> from shared.tables.find_table import open_table
-        >>> folder = tempfile.mkdtemp()
-        >>> table = np.arange(8, dtype=np.float32).reshape(4, 2) + 1
-        >>> save_file({"emb": table}, f"{folder}/a.safetensors")
-        >>> save_file({"emb": np.roll(table, 1, axis=0)}, f"{folder}/b.safetensors")
-        >>> tables = [open_table(f"{folder}/{name}.safetensors") for name in "ab"]
-        >>> compare_tables(*tables, world_size=2).comparisons[-1].kinds
-        {'off by one row': 4}
+        ValueError: the columns differ in number, a table has fewer rows than ``vocab_size``, or a file is damaged.
     """
     pair = _Pair(left, right, vocab_size, world_size)
     found = pair.differences(pair.fingerprint(progress), progress)
@@ -102,7 +89,7 @@ class _Pair:
             table.read_rows(start, rows[: table.vocab_size - start])
         return rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows)
 
-    def fingerprint(self, progress: Callable[[str, int, int], None]) -> np.ndarray:
+    def fingerprint(self, progress: Progress) -> np.ndarray:
         """Hash rows of both tables; mark differing rows and nonzero left ones."""
         facts = np.zeros(self.vocab_size, [("hash", np.uint64, 2), ("differs", bool), ("nonzero", bool)])
         for start in range(0, self.vocab_size, self.step):
@@ -116,7 +103,7 @@ class _Pair:
         facts["differs"][self.shorter :] = True
         return facts
 
-    def differences(self, facts: np.ndarray, progress: Callable[[str, int, int], None]) -> list[Comparison]:
+    def differences(self, facts: np.ndarray, progress: Progress) -> list[Comparison]:
         """Compare the rows of each rank, then all rows."""
         ranks = range(self.partition.world_size)
         references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
@@ -141,25 +128,18 @@ class _Pair:
         return [*results, whole] if len(ranks) > 1 else [whole]
 
     def report(self, comparisons: list[Comparison]) -> Report:
-        facts = [
-            {
-                "path": str(table.path),
-                "tensor": table.tensor,
-                "dtype": table.dtype,
-                "rows": table.vocab_size,
-                "padding_rows": max(0, table.vocab_size - self.vocab_size),
-                "padding": padding,
-            }
-            for table, padding in zip(self.tables, self.padding, strict=True)
-        ]
+        tables: list[dict[str, Any]] = []
         notes = []
-        for name, table, each in zip(self.names, self.tables, facts, strict=True):
+        for name, table, padding in zip(self.names, self.tables, self.padding, strict=True):
+            rows, of_padding = table.vocab_size, max(0, table.vocab_size - self.vocab_size)
+            tables.append({"name": name, "path": str(table.path), "tensor": table.tensor, "dtype": table.dtype})
+            tables[-1] |= {"rows": rows, "padding_rows": of_padding, "padding": padding}
             if table.dtype != self.dtype.name:
                 notes.append(f"{name}: {table.dtype} rounded to {self.dtype.name} to be compared")
-            if each["padding_rows"]:
-                notes.append(f"{name}: {each['padding_rows']} rows of padding ({each['padding']}), not compared")
-            if table.vocab_size < self.vocab_size:
-                missing = self.vocab_size - table.vocab_size
+            if of_padding:
+                notes.append(f"{name}: {of_padding} rows of padding ({padding}), not compared")
+            if rows < self.vocab_size:
+                missing = self.vocab_size - rows
                 notes.append(f"{name}: lacks the last {missing} rows, which are not padding in the other table")
         ranks = f" over {self.partition.world_size} ranks" if self.partition.world_size > 1 else ""
         emb_size = self.tables[0].emb_size
@@ -167,14 +147,14 @@ class _Pair:
             title=f"{self.vocab_size} x {emb_size} {self.dtype.name}{ranks}",
             notes=tuple(notes),
             sides={
-                name: {fact: str(value) for fact, value in each.items() if fact not in ("padding_rows", "padding")}
-                for name, each in zip(self.names, facts, strict=True)
+                facts["name"]: {fact: str(facts[fact]) for fact in ("path", "tensor", "dtype", "rows")}
+                for facts in tables
             },
             partition=self.partition,
             arrays={"table": "not zero"},
             comparisons=comparisons,
             facts={
-                "tables": [{"name": name, **each} for name, each in zip(self.names, facts, strict=True)],
+                "tables": tables,
                 "vocab_size": self.vocab_size,
                 "emb_size": emb_size,
                 "world_size": self.partition.world_size,
