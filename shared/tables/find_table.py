@@ -9,9 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from shared.checks import check_size, printable
 from shared.partition import VocabPartition
-from shared.tables.strict_json import load_object
 from shared.tables.table_file import Segment, TableFile
-from shared.tables.tensor_file import STORAGE_CODES, TensorPlace, read_header
+from shared.tables.tensor_file import STORAGE_CODES, TensorPlace, check_file, parse_object, read_header
 
 __all__ = ["PICKLE_SUFFIXES", "Paths", "open_table"]
 
@@ -21,6 +20,7 @@ _INPUT_EMBEDDING = re.compile(
 )
 _ANOTHER_TABLE = re.compile(r"position|wpe|token_type|segment|lm_head|output|classifier|norm|bias", re.IGNORECASE)
 _PART = re.compile(r"mp_rank_(\d+)")
+_LARGEST_INDEX = 100 << 20
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of pickle files, which are never loaded."""
@@ -36,8 +36,7 @@ def open_table(
 
     Args:
         path: a safetensors file; a Hugging Face ``*.index.json``; a folder that holds one of these; a folder of
-            Megatron-style parts (``mp_rank_00`` and so on, each with one safetensors file); or a list of the parts' files in
-            rank order.
+            Megatron-style parts (``mp_rank_00`` and so on); or a list of the parts' files in rank order.
         tensor_name: name of the tensor. None: the tensor named like an input embedding (``embed_tokens.weight``,
             ``wte.weight``, ``word_embeddings.weight`` and so on), or the only table.
         vocab_size: rows, padding excluded. Megatron-style parts need it; otherwise it must match the table.
@@ -46,8 +45,6 @@ def open_table(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: there is no such file or tensor, the choice is ambiguous, or a file is damaged or a pickle.
-
-    Source: the safetensors format and the index of Hugging Face checkpoints.
 
     Example:
         >>> import tempfile, numpy as np
@@ -74,18 +71,19 @@ def open_table(
 
 
 def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_padding: bool) -> TableFile:
-    if isinstance(path, (list, tuple)):
-        parts = [Path(part) for part in path]
-        return _megatron_parts(parts, parts[0] if parts else Path(), tensor_name, vocab_size, with_padding)
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, Path, list, tuple)):
         raise TypeError(f"path must be a path or a list of paths, got {type(path).__name__}")
-    found = _what_is_at(Path(path))
+    found = _what_is_at(Path(path)) if isinstance(path, (str, Path)) else [Path(part) for part in path]
     if isinstance(found, list):
-        return _megatron_parts(found, Path(path), tensor_name, vocab_size, with_padding)
-    table = _one_file(*_in_index(found, tensor_name)) if found.name.endswith(".json") else _one_file(found, tensor_name)
-    if vocab_size not in (None, table.vocab_size):
-        raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {table.vocab_size}")
-    return table
+        source = Path(path) if isinstance(path, (str, Path)) else Path(*found[:1])
+        return _megatron_parts(found, source, tensor_name, vocab_size, with_padding)
+    if found.name.endswith(".json"):
+        found, tensor_name = _in_index(found, tensor_name)
+    tensor, place = _choose(found, tensor_name)
+    rows, columns = place.shape
+    if vocab_size not in (None, rows):
+        raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {rows}")
+    return TableFile(found, tensor, str(place.dtype), columns, [Segment(found, place.offset, 0, rows)])
 
 
 def _what_is_at(path: Path) -> Path | list[Path]:
@@ -132,7 +130,10 @@ def _only_file(folder: Path) -> Path:
 
 def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
     """Look up the tensor in an index; return its file and name."""
-    names = load_object(path).get("weight_map")
+    check_file(path)
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for an index")
+    names = parse_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: not an index of a checkpoint, it has no weight_map of file names")
     if tensor_name is None:
@@ -145,12 +146,6 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
     if not file or ".." in parts or PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor or "\\" in file:
         raise ValueError(f"{path}: the file of {tensor_name!r} must lie in the index's folder, got {file!r}")
     return _no_pickle(path.parent / file), tensor_name
-
-
-def _one_file(path: Path, tensor_name: str | None) -> TableFile:
-    tensor, place = _choose(path, tensor_name)
-    segment = Segment(path, place.offset, 0, place.shape[0])
-    return TableFile(path, tensor, str(place.dtype), place.shape[1], [segment])
 
 
 def _choose(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:

@@ -83,9 +83,6 @@ def write_table(
         exchange: gathers a value from all processes; the default serves a single one.
         progress: called after each piece.
 
-    Returns:
-        ``path``.
-
     Raises:
         ValueError: in every process, if one of them failed, they disagree about the table, a row is written by none or by
             two of them, or the file exists and ``force`` is False.
@@ -99,18 +96,14 @@ def write_table(
     _check_cover([tuple(each) for mine in everyones for each in mine["ranges"]], spec.vocab_size)
     target = path.resolve() if path.is_symlink() else path  # a link stays a link
     temporary = target.with_name(f".{target.name}.{everyones[0]['token']}.tmp")
-    header = spec.header(spec.vocab_size)
 
     def create() -> None:
         if process == 0:
             _check_target(path, target, force)
-            _create(temporary, header, spec.vocab_size * spec.row_bytes)
+            _create(temporary, spec, spec.vocab_size)
 
     def write() -> None:
-        with open(temporary, "rb+", buffering=0) as file:
-            for start, stop in ranges:
-                _write_rows(file.fileno(), temporary, spec, len(header), start, stop, rows, progress)
-            os.fsync(file.fileno())
+        _fill(temporary, spec, range(spec.vocab_size), ranges, rows, progress)
 
     def rename() -> None:
         if process == 0:
@@ -144,19 +137,14 @@ def write_parts(
     _check_parent(folder)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     names = [f"mp_rank_{rank:02d}" for rank in range(partition.world_size)]
-    header = spec.header(partition.rows_per_rank)
     try:
         _refuse_full(folder)
         temporary.mkdir()
         for rank, name in enumerate(names):
-            start, stop = partition.owned_range(rank)
-            path = temporary / name / _PART
+            path, held = temporary / name / _PART, range(partition.start(rank), partition.stop(rank))
             path.parent.mkdir()
-            _create(path, header, partition.rows_per_rank * spec.row_bytes)
-            with open(path, "rb+", buffering=0) as file:
-                offset = len(header) - partition.start(rank) * spec.row_bytes
-                _write_rows(file.fileno(), path, spec, offset, start, stop, rows, progress)
-                os.fsync(file.fileno())
+            _create(path, spec, len(held))
+            _fill(path, spec, held, [partition.owned_range(rank)], rows, progress)
             _sync_folder(path.parent)
         open_table([temporary / name / _PART for name in names], spec.tensor, spec.vocab_size)
         _refuse_full(folder)  # later than this, rename() itself refuses a folder that is not empty
@@ -180,14 +168,8 @@ def convert_table(
 ) -> list[Path]:
     """Copy a table to one file or Megatron-style parts, in bounded memory.
 
-    Args:
-        table: the source.
-        target: file to write; with ``partition``, folder to create.
-        partition: write one part per rank; None: one file.
-        tensor: new name of the tensor; None keeps it.
-        dtype: dtype to cast to, rounding once; None keeps it.
-        force: replace an existing file.
-        progress: called after each piece.
+    With ``partition``, ``target`` is a folder to create, with one part per rank; otherwise it is a file. ``tensor`` renames
+    the tensor, ``dtype`` casts it, rounding once. ``force`` replaces an existing file.
 
     Returns:
         The files written.
@@ -195,20 +177,6 @@ def convert_table(
     Raises:
         ValueError: the target exists or cannot be written, the partition has another ``vocab_size``, or the source is
             damaged.
-
-    Example:
-        >>> import tempfile, numpy as np
-        >>> from pathlib import Path
-        >>> from safetensors.numpy import save_file
-        >>> from shared import VocabPartition
-        >>> from shared.tables.find_table import open_table
-        >>> from shared.tables.table_writer import convert_table
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> save_file({"wte.weight": np.arange(10.0).reshape(5, 2)}, folder / "model.safetensors")
-        >>> files = convert_table(open_table(folder), folder / "parts", VocabPartition(5, 3, "even"))
-        >>> open_table(files, vocab_size=5).rows(1, 3)
-        array([[2., 3.],
-               [4., 5.]])
     """
     spec = TableSpec(tensor or table.tensor, dtype or table.dtype, table.vocab_size, table.emb_size)
 
@@ -224,26 +192,29 @@ def convert_table(
     return write_parts(target, spec, partition, rows, progress)
 
 
-def _write_rows(
-    descriptor: int, path: Path, spec: TableSpec, offset: int, start: int, stop: int, rows: Rows, progress: Progress
-) -> None:
-    """Write rows and read them back; row 0 is at byte ``offset``."""
-    step = max(1, _PIECE_BYTES // spec.row_bytes)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        data = np.ascontiguousarray(rows(first, last)).view(np.uint8).reshape(-1)
-        again, at = np.empty_like(data), offset + first * spec.row_bytes
-        write_exactly(descriptor, data.data, at)
-        read_exactly(descriptor, again.data, at, path)
-        if not np.array_equal(data, again):
-            raise ValueError(f"{path}: rows {first} to {last - 1} of the table are not there as written")
-        progress(last - first)
-
-
-def _create(path: Path, header: bytes, size: int) -> None:
+def _create(path: Path, spec: TableSpec, count: int) -> None:
+    header = spec.header(count)
     with open(path, "xb", buffering=0) as file:
-        os.truncate(file.fileno(), len(header) + size)
+        os.truncate(file.fileno(), len(header) + count * spec.row_bytes)
         write_exactly(file.fileno(), header, 0)
+
+
+def _fill(
+    path: Path, spec: TableSpec, held: range, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
+) -> None:
+    """Write ranges of the rows that a file holds, read them back, and sync them to the disk."""
+    step, offset = max(1, _PIECE_BYTES // spec.row_bytes), len(spec.header(len(held)))
+    pieces = ((first, min(first + step, stop)) for start, stop in ranges for first in range(start, stop, step))
+    with open(path, "rb+", buffering=0) as file:
+        for first, last in pieces:
+            data = np.ascontiguousarray(rows(first, last)).view(np.uint8).reshape(-1)
+            again, at = np.empty_like(data), offset + (first - held.start) * spec.row_bytes
+            write_exactly(file.fileno(), data.data, at)
+            read_exactly(file.fileno(), again.data, at, path)
+            if not np.array_equal(data, again):
+                raise ValueError(f"{path}: rows {first} to {last - 1} of the table are not there as written")
+            progress(last - first)
+        os.fsync(file.fileno())
 
 
 def _check_parent(path: Path) -> None:

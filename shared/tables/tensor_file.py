@@ -14,13 +14,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shared.bits import STORED_DTYPES
-from shared.tables.strict_json import parse_object
 
 __all__ = [
     "STORAGE_CODES",
     "TensorPlace",
+    "check_file",
     "header_bytes",
     "open_safetensors",
+    "parse_object",
     "read_exactly",
     "read_header",
     "write_exactly",
@@ -41,11 +42,41 @@ _ALIGNMENT = 64
 _PIECE = 1 << 30  # a system call moves at most 2 GiB
 
 
+def check_file(path: Path) -> None:
+    """Raise ValueError unless there is a regular file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+
+
+def parse_object(text: bytes, source: str) -> dict[str, Any]:
+    """Parse a JSON object of a file that may be damaged or hostile; ``source`` names it in errors.
+
+    Raises:
+        ValueError: it is not a JSON object, repeats a key, or holds NaN or an infinity.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a repeated key")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not well-formed JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file; ValueError if missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_file(path)
     try:
         with safe_open(path, framework="np") as file:
             yield file
