@@ -30,14 +30,7 @@ def checks_wanted(check: bool) -> bool:
 
 
 def describe_ids(ids: np.ndarray) -> dict[str, str]:
-    """Shape, dtype and SHA-256 of the ids, to compare across ranks.
-
-    Example:
-        >>> import numpy as np
-        >>> from shared.agreement import describe_ids
-        >>> describe_ids(np.array([[1, 2]], np.int32))["shape of the ids"]
-        '(1, 2)'
-    """
+    """Shape, dtype and SHA-256 of the ids, to compare across ranks."""
     digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()[:16]
     return {"shape of the ids": str(ids.shape), "dtype of the ids": str(ids.dtype), "ids": f"SHA-256 {digest}..."}
 

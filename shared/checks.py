@@ -17,6 +17,7 @@ __all__ = [
     "REDUCTIONS",
     "SEED_LIMIT",
     "as_int",
+    "as_number",
     "check_choice",
     "check_flag",
     "check_init",
@@ -69,6 +70,18 @@ def as_int(name: str, value: object) -> int:
     raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
 
 
+def as_number(name: str, value: object) -> float:
+    """Convert a number of any type to float; refuse bools and text."""
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        pass
+    except OverflowError:
+        raise ValueError(f"{name} must fit a 64-bit float") from None
+    raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
 def check_size(name: str, value: object) -> int:
     """Validate a count: an integer of at least 1."""
     size = as_int(name, value)
@@ -100,26 +113,19 @@ def check_seed(init_base_seed: object, world_size: int) -> int:
 
 def check_normal(init_mean: object, init_std: object) -> tuple[float, float]:
     """Validate mean and standard deviation: finite numbers, the latter not negative."""
-    values = []
-    for name, value in (("init_mean", init_mean), ("init_std", init_std)):
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
-        except OverflowError:
-            raise ValueError(f"{name} must fit a 64-bit float") from None
+    mean, std = as_number("init_mean", init_mean), as_number("init_std", init_std)
+    for name, number in (("init_mean", mean), ("init_std", std)):
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}")
-        values.append(number)
-    if values[1] < 0:
-        raise ValueError(f"init_std must not be negative, got {values[1]}")
-    return values[0], values[1]
+    if std < 0:
+        raise ValueError(f"init_std must not be negative, got {std}")
+    return mean, std
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """Validate a word out of ``choices``."""
+def check_choice(name: str, value: object, choices: Sequence[str], others: str = "") -> str:
+    """Validate a word out of ``choices``; an error names ``others`` too."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}{others}, got {value!r}")
     return choices[choices.index(value)]  # a plain str, also for a subclass of str
 
 
@@ -127,9 +133,7 @@ def check_init(value: object) -> Any:
     """Validate an initialisation: one of ``INITS``, a callable, or None."""
     if value is None or callable(value):
         return value
-    if not isinstance(value, str) or value not in INITS:
-        raise ValueError(f"init must be {' or '.join(map(repr, INITS))}, a callable or None, got {value!r}")
-    return INITS[INITS.index(value)]
+    return check_choice("init", value, INITS, ", a callable or None")
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -51,15 +51,7 @@ def address(array: Any) -> int | None:
 
 
 def exportable(array: Any) -> Any:
-    """View ml_dtypes arrays as unsigned integers, which NumPy can export.
-
-    Example:
-        >>> import ml_dtypes
-        >>> import numpy as np
-        >>> from shared.dlpack import exportable
-        >>> exportable(np.ones(2, ml_dtypes.bfloat16))
-        array([16256, 16256], dtype=uint16)
-    """
+    """View ml_dtypes arrays as unsigned integers, which NumPy can export."""
     if isinstance(array, np.ndarray) and array.dtype.type.__module__ == "ml_dtypes":
         return array.view(f"u{array.dtype.itemsize}")
     return array

@@ -45,18 +45,11 @@ def normal_rows(
     """Normally distributed rows ``[start, stop)``; row i depends on ``(seed, i)`` only.
 
     Each row has its own Philox counter. Box-Muller in float64 turns two words into two numbers. ``mean + std * number`` is
-    rounded once, to ``dtype``. Work is spread over the available CPUs, in blocks of bounded memory.
-
-    Args:
-        start, stop: half-open range of rows.
-        emb_size: columns; a row's numbers depend on it.
-        dtype: float16, bfloat16, float32 or float64.
-        seed: in ``[-2**63, 2**63)``.
-        mean, std: of the distribution.
-        out: C-contiguous array ``[stop - start, emb_size]`` to write to; None: a new one.
+    rounded once, to ``dtype``: float16, bfloat16, float32 or float64. Work is spread over the available CPUs, in blocks of
+    bounded memory. A row's numbers depend on ``emb_size`` too. ``seed`` lies in ``[-2**63, 2**63)``.
 
     Returns:
-        ``[stop - start, emb_size]`` in ``dtype``.
+        ``[stop - start, emb_size]`` in ``dtype``: ``out``, if given, which must be C-contiguous.
 
     Raises:
         TypeError: a size, row number or seed is not an integer.
@@ -97,9 +90,7 @@ def normal_rows(
 
     def fill(block: tuple[int, int, int, int]) -> None:
         first, last, left, right = block
-        numbers = _standard_normal(_words(first, last - first, words, left, right, seed))
-        numbers *= std
-        numbers += mean
+        numbers = _standard_normal(_words(first, last - first, words, left, right, seed)) * std + mean
         right = min(right, emb_size)
         out[first - start : last - start, left:right] = cast(numbers[:, : right - left], dtype)
 
@@ -122,9 +113,7 @@ def _words(row: int, count: int, words: int, left: int, right: int, seed: int) -
 def _standard_normal(words: np.ndarray) -> np.ndarray:
     """Box-Muller: two words to two float64 numbers."""
     first, second = np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
-    radius = _log((first >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-53)  # log of (0, 1]
-    radius *= -2.0
-    np.sqrt(radius, out=radius)
+    radius = np.sqrt(_log((first >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-53) * -2.0)  # log of (0, 1]
     cosine, sine = _cos_sin(second)
     numbers = np.empty(words.shape)
     np.multiply(radius, cosine, out=numbers[:, 0::2])
@@ -138,19 +127,10 @@ def _log(x: np.ndarray) -> np.ndarray:
     exponent = (bits - _SQRT_HALF_BITS) >> 52
     bits -= exponent << 52  # x is now in [sqrt(1/2), sqrt(2))
     scale = exponent.astype(np.float64)
-    s = x - 1.0
-    x += 1.0
-    s /= x
+    s = (x - 1.0) / (x + 1.0)
     square = s * s
-    series = _polynomial(_LOG[1:], square)
-    series *= square
-    series *= s
-    series += scale * _LN2_LOW
-    s *= _LOG[0]
-    series += s
-    scale *= _LN2_HIGH
-    series += scale
-    return series
+    series = _polynomial(_LOG[1:], square) * square * s
+    return series + scale * _LN2_LOW + s * _LOG[0] + scale * _LN2_HIGH
 
 
 def _cos_sin(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,20 +138,10 @@ def _cos_sin(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Nearest quarter turn, and the rest in [-1/8, 1/8) of a turn.
     quarter = ((words >> np.uint64(61)) + np.uint64(1)) >> np.uint64(1)
     rest = (words - (quarter << np.uint64(62))).view(np.int64) >> 9
-    angle = rest.astype(np.float64)
-    angle *= 2.0**-53 * _HALF_PI
+    angle = rest.astype(np.float64) * (2.0**-53 * _HALF_PI)
     square = angle * angle
-    sine = _polynomial(_SIN[1:], square)
-    sine *= square
-    sine *= angle
-    sine += angle
-    cosine = _polynomial(_COS[2:], square)
-    cosine *= square
-    cosine *= square
-    half = square
-    half *= -0.5
-    cosine += half
-    cosine += 1.0
+    sine = _polynomial(_SIN[1:], square) * square * angle + angle
+    cosine = _polynomial(_COS[2:], square) * square * square + square * -0.5 + 1.0
     swapped = (quarter & np.uint64(1)).astype(bool)
     turned = np.where(swapped, sine, cosine), np.where(swapped, cosine, sine)
     for values, half_turns in zip(turned, (quarter + np.uint64(1), quarter), strict=True):

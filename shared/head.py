@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.checks import as_int, check_choice
+from shared.checks import as_int, as_number, check_choice
 from shared.ids import first_invalid
 from shared.partition import VocabPartition
 
@@ -108,26 +108,15 @@ class ColumnBlocks:
 
 
 def tree_size(count: int) -> int:
-    """Least power of two >= ``count``: leaves of the tree.
-
-    Example:
-        >>> from shared.head import tree_size
-        >>> [tree_size(count) for count in (1, 2, 3, 8, 9)]
-        [1, 2, 4, 8, 16]
-    """
+    """Least power of two >= ``count``: leaves of the tree."""
     return 1 << (count - 1).bit_length()
 
 
 def merge_adjacent(parts: Sequence[Any], merge: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]) -> list[Any]:
     """Merge adjacent entries of the first axis pairwise, until one is left.
 
-    Args:
-        parts: arrays whose first axis has a power-of-two length (``tree_size``); unused entries hold the identity of
-            ``merge``.
-        merge: combines the even entries of all arrays with the odd ones.
-
-    Returns:
-        The arrays without their first axis.
+    The first axis of all arrays has a power-of-two length (``tree_size``); unused entries hold the identity of ``merge``,
+    which combines the even entries of all arrays with the odd ones. The results lack this axis.
 
     Example:
         >>> import numpy as np
@@ -175,10 +164,10 @@ class LossOptions:
     returns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        smoothing = _number("label_smoothing", self.label_smoothing)
+        smoothing = as_number("label_smoothing", self.label_smoothing)
         if not 0 <= smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}")
-        z_loss = _number("z_loss", self.z_loss)
+        z_loss = as_number("z_loss", self.z_loss)
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
         if isinstance(self.returns, str):
@@ -201,7 +190,7 @@ def check_softcap(softcap: object) -> float | None:
     """Validate ``softcap``: a finite number above 0, or None."""
     if softcap is None:
         return None
-    number = _number("softcap", softcap)
+    number = as_number("softcap", softcap)
     if not 0 < number < math.inf:
         raise ValueError(f"softcap must be finite and above 0, or None for no bound, got {number}")
     return number
@@ -268,9 +257,3 @@ def targets_type_error(given: object, expected: str) -> TypeError:
 def logits_dtype_error(name: str, dtype: object, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
     """TypeError for an unsupported dtype of logits, hidden states or tables."""
     return TypeError(f"{name} must be {legal}, got {dtype}")
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    return float(value)

@@ -20,14 +20,6 @@ A vocabulary-parallel embedding, in PyTorch and in JAX, proven equal bit for bit
 Rank r of w keeps rows [r*n, (r+1)*n) of the vocabulary table, n = v / w, looks up the ids it owns and returns zero rows
 for the others; the ranks' results sum to the embedding.
 
-  pve compare     run both backends on one table and prove them equal (start here)
-  pve plan        which rank owns which rows, and the memory each rank needs
-  pve record      run one backend and keep its results in a file
-  pve diff        compare two records, or two tables in files
-  pve convert     copy a table to one file or to Megatron-style parts
-  pve env         versions, platform, and the devices that each backend sees
-  pve completion  a script by which a shell completes pve
-
 `pve COMMAND --help` describes a command."""
 
 

@@ -57,7 +57,8 @@ exit status: 0 equal, 1 different, 2 bad input"""
 
 def add_parser(commands: Commands) -> None:
     """Add ``pve compare`` to the commands."""
-    parser = add_command(commands, "compare", "run both backends on one table and prove them equal", _DESCRIPTION, _run)
+    summary = "run both backends on one table and prove them equal (start here)"
+    parser = add_command(commands, "compare", summary, _DESCRIPTION, _run)
     add_case_arguments(parser)
     other = parser.add_argument_group("comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
@@ -119,12 +120,9 @@ def _compare_heads(
     started = time.perf_counter()
     case = build_head_case(case_options(options), options.tied, folder, begin("case"))
     records = {name: record_head(name, folder, folder / f"{name}.record", begin(name)) for name in backends}
-    expected = Expected(case, begin("oracle"))
-    diff = HeadDiff(expected, records)
+    diff = HeadDiff(Expected(case, begin("oracle")), records)
     comparisons = diff.compare(begin("compare"))
-    versions = {name: record.versions for name, record in records.items()}
-    seconds = time.perf_counter() - started
-    return head_report(expected, versions, comparisons, len(diff.near_ties), missing, seconds)
+    return head_report(diff, comparisons, missing, time.perf_counter() - started)
 
 
 def _named(text: str) -> list[str]:

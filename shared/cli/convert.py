@@ -73,8 +73,8 @@ def _run(options: argparse.Namespace) -> int:
             done += rows
             step(f"{done} of {table.vocab_size} rows", done, table.vocab_size)
 
-        convert = {"dtype": options.dtype, "force": options.force, "progress": progress}
-        files = convert_table(table, options.output, partition, **convert)
+        force, dtype = options.force, options.dtype
+        files = convert_table(table, options.output, partition, dtype=dtype, force=force, progress=progress)
     size = sum(file.stat().st_size for file in files)
     facts = {
         "output": str(options.output),

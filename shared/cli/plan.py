@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.filesize import decimal
@@ -34,13 +35,8 @@ exit status: 0 done, 2 a size is out of range"""
 
 def add_parser(commands: Commands) -> None:
     """Add ``pve plan`` to the commands."""
-    parser = add_command(
-        commands,
-        "plan",
-        "which rank owns which rows, memory per rank, and rules of padding",
-        _DESCRIPTION,
-        _run,
-    )
+    summary = "which rank owns which rows, memory per rank, and rules of padding"
+    parser = add_command(commands, "plan", summary, _DESCRIPTION, _run)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="rows of the whole table")
     parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks; must divide V after padding")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
@@ -72,35 +68,32 @@ def _run(options: argparse.Namespace) -> int:
     if row_bytes:
         whole = decimal(vocab_size * row_bytes)
         console.print(f"{options.emb_size} columns of {options.dtype}: the whole table is {whole}.", markup=False)
-    console.print(_rules(vocab_size, world_size, rules, row_bytes))
+    padding = {rule: size - vocab_size for rule, size in rules.items()}
+    rows = [
+        [rule, size, size // world_size, padding[rule], *([decimal(padding[rule] * row_bytes)] if row_bytes else [])]
+        for rule, size in rules.items()
+    ]
+    header = ["--padded-vocab-size", "rows in all", "each rank", "padding", *(["padding is"] if row_bytes else [])]
+    console.print(_table("padded by the rules in use", header, rows))
     return 0
 
 
 def _as_dict(
     options: argparse.Namespace, partition: VocabPartition | None, rules: dict[str, int], row_bytes: int | None
 ) -> dict[str, Any]:
-    plan: dict[str, Any] = {
+    n = None if partition is None else partition.rows_per_rank
+    ranks = [] if partition is None else [partition.owned_range(rank) for rank in range(partition.world_size)]
+    plan = {
         "vocab_size": options.vocab_size,
         "world_size": options.world_size,
-        "padded_vocab_size": None,
-        "rows_per_rank": None,
-        "ranks": [],
+        "padded_vocab_size": None if partition is None else partition.padded_vocab_size,
+        "rows_per_rank": n,
+        "ranks": [{"rank": rank, "start": start, "stop": stop} for rank, (start, stop) in enumerate(ranks)],
         "padding_rules": rules,
     }
-    if partition is not None:
-        ranks = [(rank, partition.owned_range(rank)) for rank in range(partition.world_size)]
-        plan |= {
-            "padded_vocab_size": partition.padded_vocab_size,
-            "rows_per_rank": partition.rows_per_rank,
-            "ranks": [{"rank": rank, "start": start, "stop": stop} for rank, (start, stop) in ranks],
-        }
     if row_bytes is not None:
-        plan |= {
-            "emb_size": options.emb_size,
-            "dtype": options.dtype,
-            "table_bytes": options.vocab_size * row_bytes,
-            "bytes_per_rank": None if partition is None else partition.rows_per_rank * row_bytes,
-        }
+        plan |= {"emb_size": options.emb_size, "dtype": options.dtype, "table_bytes": options.vocab_size * row_bytes}
+        plan["bytes_per_rank"] = None if n is None else n * row_bytes
     return plan
 
 
@@ -108,27 +101,20 @@ def _ranks(partition: VocabPartition, row_bytes: int | None) -> Table:
     n = partition.rows_per_rank
     padded = f", padded to {partition.padded_vocab_size}," if partition.padding_rows else ""
     title = f"{partition.vocab_size} rows{padded} over {partition.world_size} ranks, {n} each"
-    table = Table(title=title, title_justify="left")
-    padding = ["padding"] if partition.padding_rows else []
-    memory = ["table", "dense gradient"] if row_bytes else []
-    for column in ("rank", "first id", "last id", "rows", *padding, *memory):
-        table.add_column(column, justify="right")
+    header = ["rank", "first id", "last id", "rows", *(["padding"] if partition.padding_rows else [])]
+    rows = []
     for rank in range(partition.world_size):
         start, stop = partition.owned_range(rank)
-        first, last = (str(start), str(stop - 1)) if start < stop else ("none", "none")
-        cells = [str(n - stop + start)] if partition.padding_rows else []
-        cells += [decimal(n * row_bytes)] * 2 if row_bytes else []
-        table.add_row(str(rank), first, last, str(stop - start), *cells)
-    return table
+        edges = [start, stop - 1] if start < stop else ["none", "none"]
+        padding = [n - stop + start] if partition.padding_rows else []
+        rows.append([rank, *edges, stop - start, *padding, *([decimal(n * row_bytes)] * 2 if row_bytes else [])])
+    return _table(title, [*header, *(["table", "dense gradient"] if row_bytes else [])], rows)
 
 
-def _rules(vocab_size: int, world_size: int, rules: dict[str, int], row_bytes: int | None) -> Table:
-    table = Table(title="padded by the rules in use", title_justify="left")
-    table.add_column("--padded-vocab-size")
-    for column in ("rows in all", "each rank", "padding", *(["padding is"] if row_bytes else [])):
-        table.add_column(column, justify="right")
-    for rule, size in rules.items():
-        rows = size - vocab_size
-        memory = [decimal(rows * row_bytes)] if row_bytes else []
-        table.add_row(rule, str(size), str(size // world_size), str(rows), *memory)
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column.startswith("--") else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
     return table
