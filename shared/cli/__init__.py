@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -43,16 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=f"pve {_version()}")
+    version = env.version("parallel-vocab-embedding") or "of a source folder, not installed"
+    parser.add_argument("--version", action="version", version=f"pve {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (compare, plan, record, diff, convert, env):
         module.add_parser(commands)
     completion.add_parser(commands, parser)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("parallel-vocab-embedding")
-    except importlib.metadata.PackageNotFoundError:  # run from a source folder
-        return "of a source folder, not installed"

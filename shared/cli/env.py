@@ -19,7 +19,7 @@ from shared.cli.case_arguments import Commands, add_command
 from shared.cli.console import output, print_json
 from shared.proof.launch import FRAMEWORKS, is_installed
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "version"]
 
 _PACKAGES = (
     "parallel-vocab-embedding",
@@ -68,14 +68,14 @@ def _run(options: argparse.Namespace) -> int:
         "machine": platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "package_folder": str(Path(shared.__file__).parents[1]),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "backends": {name: _backend(name) for name in FRAMEWORKS},
     }
     if options.json:
         print_json(options.command, found)
         return 0
     lines = {name.replace("_", " "): str(value) for name, value in found.items() if not isinstance(value, dict)}
-    lines |= {name: version or "not installed" for name, version in found["packages"].items()}
+    lines |= {name: installed or "not installed" for name, installed in found["packages"].items()}
     for name, backend in found["backends"].items():
         lines[f"{name} sees"] = "; ".join(backend["devices"]) or str(backend["error"])
     width = max(map(len, lines))
@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Version of an installed package; None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -141,7 +141,7 @@ class Case(CaseFacts):
 
     @classmethod
     def write(cls, folder: Path, inputs: Inputs, batch: dict[str, np.ndarray], **more: Any) -> Self:
-        """Write a case of a batch to its folder; ``more`` are further fields."""
+        """Write a case to its folder; ``more`` are further fields."""
         weights_sum, row_hashes = inputs.table.fingerprint()
         path = folder / "batch.safetensors"
         save_file({**batch, "row_hashes": row_hashes}, path)
@@ -205,7 +205,7 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
 
 
 class MadeUp(NamedTuple):
-    """Sizes and chunks of the table, and shape of the ids, where none are given."""
+    """Sizes and rows of a generated table, and shape of generated ids."""
 
     sizes: tuple[int, int]
     chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
@@ -213,7 +213,7 @@ class MadeUp(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Table and ids of a case, the layer's options, their origin in words, and the seed."""
+    """Table, ids and options of a case, and their origin."""
 
     table: TableFile
     ids: np.ndarray

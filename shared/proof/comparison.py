@@ -19,10 +19,11 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class DifferingRow:
-    """One row that differs; ``schema.json`` of the command describes its fields.
+    """One row that differs.
 
-    ``kind`` is one of ``shared.proof.classify.KINDS`` or ``shared.proof.head_diff.HEAD_KINDS``. ``note`` names the other row
-    that a side holds, if any; of a head, the rank or target that is wrong.
+    ``schema.json`` of the command describes the fields. ``kind`` is one of ``shared.proof.classify.KINDS`` or
+    ``shared.proof.head_diff.HEAD_KINDS``. ``note`` names the other row that a side holds, if any; of a head, the rank or
+    target that is wrong.
     """
 
     index: tuple[int, ...]
@@ -33,7 +34,7 @@ class DifferingRow:
     note: str
 
     def cells(self, what: str) -> tuple[str, str, str, str, str, str]:
-        """Position, id, owner, kind, distance and note of a row of the array ``what``, in words."""
+        """Position, id, owner, kind, distance and note, in words."""
         ulp = "NaN" if self.max_ulp is None else f"{number(self.max_ulp)} ULP"
         owner = "no rank's" if self.owner < 0 else f"rank {self.owner}'s"
         numbers = ", ".join(map(str, self.index))
@@ -50,10 +51,11 @@ class DifferingRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of comparing one array of two sides; ``schema.json`` of the command describes its fields.
+    """Result of comparing one array of two sides.
 
-    ``nonzero`` counts rows of the left side with any nonzero bit. ``max_ulp`` and ``max_abs`` leave out elements that are
-    NaN on a side. ``kinds`` has the most frequent kind first, ``examples`` the first differing rows of each.
+    ``schema.json`` of the command describes the fields. ``nonzero`` counts rows of the left side with any nonzero bit.
+    ``max_ulp`` and ``max_abs`` leave out elements that are NaN on a side. ``kinds`` has the most frequent kind first,
+    ``examples`` the first differing rows of each.
     """
 
     left: str
@@ -93,7 +95,7 @@ class Differences:
         self._examples: list[DifferingRow] = []
 
     def add(self, ids: np.ndarray, index: np.ndarray, sides: tuple[Side, Side], kinds: np.ndarray) -> None:
-        """Add differing rows, given their ids ``[k]``, positions ``[k, d]``, values and kinds ``[k]``."""
+        """Add rows: ids ``[k]``, positions ``[k, d]``, values, kinds ``[k]``."""
         ulp, absolute, ulps = distances(sides[0].values, sides[1].values)
         self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
         self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))

@@ -43,7 +43,7 @@ _ELEMENTS = 1 << 24  # of the logits at once: 128 MiB
 
 
 class Fault(NamedTuple):
-    """A kind of ``shared.proof.head_diff.HEAD_KINDS``, which rank or target it is, and the wrong rows it gives."""
+    """Fault: its kind, a note, and the rows it gives."""
 
     kind: str
     note: str
@@ -173,7 +173,7 @@ class Expected:
             ranges = [self.partition.owned_range(r) for r in range(w)]
             parts = [partial(self._hidden_gradient, self.lse_T, self.targets_T, columns) for columns in ranges]
             for r, part in enumerate(parts):
-                yield Fault("rank missing", f"without rank {r}", lambda rows, part=part: values[rows] - part(rows))
+                yield Fault("rank missing", f"without rank {r}", partial(_rest, values, part))
             for r, part in enumerate(parts):
                 yield Fault("one rank only", f"rank {r}'s part", part)
         if what == "table gradient" and self.case.tied:
@@ -258,6 +258,10 @@ class Expected:
         yield Fault("local id", "row of its rank, not of the table", (ids - starts).__getitem__)
         for step in (1, -1):
             yield Fault("id off by one", f"{step:+d}", (ids + step).__getitem__)
+
+
+def _rest(values: np.ndarray, part: Callable[[np.ndarray], np.ndarray], rows_K: np.ndarray) -> np.ndarray:
+    return values[rows_K] - part(rows_K)  # type: ignore[no-any-return]
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

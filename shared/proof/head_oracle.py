@@ -36,9 +36,10 @@ class HeadLoss:
 
 
 def logits(hidden: np.ndarray, weight: np.ndarray, vocab_size: int, softcap: float | None = None) -> np.ndarray:
-    """Logits ``[*, V]`` of ``[*, E]`` and the whole table ``[V, E]``; -inf for padding rows.
+    """Logits of every column, ``[*, V]``; -inf in padding columns.
 
-    ``softcap`` bounds them to ``softcap * tanh(logits / softcap)``.
+    ``hidden`` is ``[*, E]``, ``weight`` the whole table ``[V, E]``. ``softcap`` bounds logits to
+    ``softcap * tanh(logits / softcap)``.
 
     Example:
         >>> import numpy as np

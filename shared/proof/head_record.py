@@ -15,12 +15,12 @@ ARRAYS = ("loss", "logprobs", "hidden gradient", "table gradient", "argmax")
 
 
 class HeadWriter(RecordWriter):
-    """Collects the ranks' arrays, ``WHAT.R`` for one of ``ARRAYS`` and a rank, and writes them to a file."""
+    """Collects the ranks' arrays and writes them to a safetensors file."""
 
     inputs = ()
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Keep an array, zero rows included."""
+        """Keep an array: ``WHAT.R``, for one of ``ARRAYS`` and a rank."""
         self._tensors[name] = np.array(array, order="C")
 
     @staticmethod

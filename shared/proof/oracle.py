@@ -20,7 +20,9 @@ def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
 
 
 def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartition, rank: int) -> np.ndarray:
-    """Look up the ids that ``rank`` owns in its rows ``[n, e]``; others get +0.0.
+    """Look up the ids that ``rank`` owns; others get +0.0.
+
+    ``weight`` holds the rows of ``rank``, ``[n, e]``.
 
     Returns:
         The incomplete embedding ``Er``, ``[*ids.shape, e]``, in the dtype of ``weight``.

@@ -38,7 +38,7 @@ def writable_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file to write, which replaces ``path`` if nothing fails; links are followed."""
+    """Yield a temporary path that replaces ``path``; links are followed."""
     target = writable_file(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -32,7 +32,7 @@ class Pair:
         return [comparison for found in self.ranks.values() for comparison in found if comparison.what == what]
 
     def result(self, rank: int | None) -> str:
-        """``equal``, or the number of differing rows of each array of a rank."""
+        """``equal``, or how many rows of each array differ."""
         different = [f"{part.what} {part.differing}" for part in self.ranks[rank] if part.differing]
         return f"differ: {', '.join(different)}" if different else "equal"
 
@@ -117,7 +117,7 @@ class Report:
         return f"{part.left} against {part.right}, {part.what}, {rank if part.rank is None else f'rank {rank}'}"
 
     def overview(self, counts: bool) -> list[list[str]]:
-        """Table of a header and a row per rank: owned ids, nonzero rows if ``counts``, result of each pair of sides."""
+        """Table of results: a header, then one row per rank."""
         pairs = self.pairs()
         counted = {what: heading for what, heading in self.arrays.items() if heading and counts}
         table = [["rank", "owns ids", *counted.values(), *(f"{pair.left} = {pair.right}" for pair in pairs)]]

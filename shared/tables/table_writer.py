@@ -202,7 +202,7 @@ def _create(path: Path, spec: TableSpec, count: int) -> None:
 def _fill(
     path: Path, spec: TableSpec, held: range, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
 ) -> None:
-    """Write ranges of the rows that a file holds, read them back, and sync them to the disk."""
+    """Write ranges of a file's rows, read them back, and sync them."""
     step, offset = max(1, _PIECE_BYTES // spec.row_bytes), len(spec.header(len(held)))
     pieces = ((first, min(first + step, stop)) for start, stop in ranges for first in range(start, stop, step))
     with open(path, "rb+", buffering=0) as file:

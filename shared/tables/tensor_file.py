@@ -49,7 +49,9 @@ def check_file(path: Path) -> None:
 
 
 def parse_object(text: bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON object of a file that may be damaged or hostile; ``source`` names it in errors.
+    """Parse a JSON object; ``source`` names it in errors.
+
+    The text may be damaged or hostile.
 
     Raises:
         ValueError: it is not a JSON object, repeats a key, or holds NaN or an infinity.
