@@ -1,7 +1,5 @@
 """Checks that all ranks use the same configuration and ids."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Dtypes of tables, and floating-point arrays as bits."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 

@@ -3,8 +3,6 @@
 A message names the argument, the rule, the value given and the remedy.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence

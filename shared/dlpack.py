@@ -1,7 +1,5 @@
 """Checks of arrays that come from another library through DLPack."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ NumPy's log, sin and cos differ in the last bit between processors. They are pol
 IEEE 754 defines exactly: ``+ - * /`` and the square root, never fused.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor

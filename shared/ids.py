@@ -1,7 +1,5 @@
 """Ids of any integer dtype, widened and range-checked."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol, TypeVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Rules of padding a vocabulary, as the command line writes them."""
 
-from __future__ import annotations
-
 import re
 
 from shared.partition import pad_vocab_size

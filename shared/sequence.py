@@ -1,7 +1,5 @@
 """Chunks of the sequence dimension, one per rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

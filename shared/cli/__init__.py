@@ -1,7 +1,5 @@
 """The command ``pve``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Subcommands, and the options that several of them share."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``pve compare``."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import tempfile

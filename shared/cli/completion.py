@@ -1,7 +1,5 @@
 """``pve completion``."""
 
-from __future__ import annotations
-
 import argparse
 
 from shared.cli.case_arguments import Commands, add_command

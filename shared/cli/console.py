@@ -1,7 +1,5 @@
 """Terminal output: results on standard output, progress and errors on standard error."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

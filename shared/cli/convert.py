@@ -1,7 +1,5 @@
 """``pve convert``: copy a table to one file or to Megatron-style parts."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

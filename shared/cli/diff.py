@@ -1,7 +1,5 @@
 """``pve diff``."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

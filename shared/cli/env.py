@@ -1,7 +1,5 @@
 """``pve env``."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

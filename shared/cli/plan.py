@@ -1,7 +1,5 @@
 """``pve plan``."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any

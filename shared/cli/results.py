@@ -1,7 +1,5 @@
 """Output of ``pve compare`` and ``pve diff``."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

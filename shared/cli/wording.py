@@ -1,7 +1,5 @@
 """Translation of Python arguments in error messages to command-line options."""
 
-from __future__ import annotations
-
 import argparse
 import re
 

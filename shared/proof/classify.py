@@ -1,7 +1,5 @@
 """Kinds of difference of a row, in an embedding's terms."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import ml_dtypes

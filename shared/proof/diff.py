@@ -1,7 +1,5 @@
 """Comparison of two records, bit by bit."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

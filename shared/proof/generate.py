@@ -3,8 +3,6 @@
 They come from raw Philox bits: streams of a library's distributions may change between versions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

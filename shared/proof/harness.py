@@ -1,7 +1,5 @@
 """Process of a backend: reads a case, reports progress, writes a record."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Inputs of a comparison of heads, in files."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Comparison of heads, and kinds of difference."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

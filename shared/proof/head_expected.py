@@ -4,8 +4,6 @@ All of it is float64 NumPy. Shape suffixes: T tokens, V columns of the logits or
 tokens or rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial

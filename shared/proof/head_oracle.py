@@ -3,8 +3,6 @@
 It holds ``[tokens, vocab]`` in memory. Shape suffixes: T tokens, V padded columns, E hidden columns.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

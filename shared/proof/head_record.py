@@ -1,7 +1,5 @@
 """Results of a backend's head for one case, in one file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Report on heads that computed one case."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Comparisons as self-contained HTML pages."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Backends, each run in its own process."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

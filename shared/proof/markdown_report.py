@@ -1,7 +1,5 @@
 """Comparisons as Markdown, for the summary of a CI run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

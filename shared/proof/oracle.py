@@ -1,7 +1,5 @@
 """Oracle of the layer: lookup, sum and gradient in plain NumPy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

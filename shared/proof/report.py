@@ -1,7 +1,5 @@
 """Results of a comparison, for terminal, JSON, Markdown and HTML."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The oracle as a backend: a case in NumPy, rank by rank."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from shared.proof.case import Case, Progress

@@ -1,7 +1,5 @@
 """Comparison of two tables in files, in bounded memory per row."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """Search for a vocabulary table in safetensors files, checkpoints and Megatron-style parts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Vocabulary tables in files, read by ranges of rows."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

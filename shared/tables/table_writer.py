@@ -1,7 +1,5 @@
 """Atomic writes of a table, by one or many processes."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

@@ -1,7 +1,5 @@
 """The safetensors format: places of tensors, exact reads and writes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
