@@ -41,10 +41,8 @@ class HeadCase(Case):
         if not self.tied:
             return self.batch_array("hidden")
         ids = self.batch_array("ids")
-        hidden = np.zeros((*ids.shape, self.emb_size), DTYPES[self.dtype])
-        for rank in range(self.world_size):
-            rows, owned = self.partition.locate(ids, rank)
-            hidden[owned] = self.rank_rows(rank)[rows[owned]]
+        hidden, valid = np.zeros((*ids.shape, self.emb_size), DTYPES[self.dtype]), self.partition.is_valid(ids)
+        hidden[valid] = self.table.rows(0, self.vocab_size)[ids[valid]]
         return hidden
 
 

@@ -30,31 +30,29 @@ class Segment:
     stop: int
 
 
+@dataclass(frozen=True)
 class TableFile:
     """A table in files, read on demand; made by ``open_table``.
 
-    Attributes:
-        path: the path that was opened.
-        tensor: name of the tensor.
-        dtype: name of the stored dtype.
-        vocab_size, emb_size: shape, padding excluded.
-        partition: split into Megatron-style parts; None for one file.
-        files: all files, also parts that hold padding only.
+    ``segments`` are its rows in order, ``partition`` the split into Megatron-style parts; None for one file.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensor: str,
-        dtype: str,
-        emb_size: int,
-        segments: Sequence[Segment],
-        partition: VocabPartition | None = None,
-    ) -> None:
-        self.path, self.tensor, self.dtype, self.emb_size, self.partition = path, tensor, dtype, emb_size, partition
-        self.files = [segment.path for segment in segments]
-        self._segments = [segment for segment in segments if segment.start < segment.stop]
-        self.vocab_size = self._segments[-1].stop
+    path: Path
+    tensor: str
+    dtype: str
+    emb_size: int
+    segments: Sequence[Segment]
+    partition: VocabPartition | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that hold rows other than padding."""
+        return [segment.path for segment in self.segments]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows, padding excluded."""
+        return self.segments[-1].stop
 
     @property
     def row_bytes(self) -> int:
@@ -92,7 +90,7 @@ class TableFile:
 
     def _read_into(self, start: int, out: np.ndarray) -> None:
         buffer, width, stop = out.reshape(-1).view(np.uint8).data, self.row_bytes, start + len(out)
-        for segment in self._segments:
+        for segment in self.segments:
             first, last = max(start, segment.start), min(stop, segment.stop)
             if first >= last:
                 continue
