@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from shared.checks import check_size, printable
@@ -185,26 +184,27 @@ def _megatron_parts(
     """Open equal parts in rank order; the last rows are padding."""
     if not paths:
         raise ValueError("path must name at least one file, got an empty list")
-    tensor, first = _choose(_no_pickle(paths[0]), tensor_name)
-    segments, start = [], 0
-    for path in paths:
-        name, place = _choose(_no_pickle(path), tensor_name)
+    found = [_choose(_no_pickle(path), tensor_name) for path in paths]
+    tensor, first = found[0]
+    for path, (name, place) in zip(paths, found, strict=True):
         if (name, place.code, place.shape) != (tensor, first.code, first.shape):
             raise ValueError(
                 f"{path}: the parts must be equal, but this one has {name} {place.code} {list(place.shape)}, the first "
                 f"{tensor} {first.code} {list(first.shape)}"
             )
-        segments.append(Segment(path, place.offset, start, start + place.shape[0]))
-        start += place.shape[0]
-    if vocab_size is None and with_padding:
-        vocab_size = start
-    if vocab_size is None:
+    total = first.shape[0] * len(paths)
+    if vocab_size is None and not with_padding:
         raise ValueError(
-            f"vocab_size must be given for parts that may be padded: these {len(paths)} have {start} rows in all and do "
-            f"not say where the vocabulary ends"
+            f"vocab_size must be given for parts that may be padded: these {len(paths)} have {total} rows in all "
+            f"and do not say where the vocabulary ends"
         )
-    if not 1 <= vocab_size <= start:
-        raise ValueError(f"vocab_size must be at most the {start} rows that the parts have, got {vocab_size}")
-    segments = [replace(s, stop=min(s.stop, vocab_size)) for s in segments if s.start < vocab_size]
-    partition = VocabPartition(vocab_size, len(paths), start)
+    vocab_size = total if vocab_size is None else vocab_size
+    if vocab_size > total:
+        raise ValueError(f"vocab_size must be at most the {total} rows that the parts have, got {vocab_size}")
+    partition = VocabPartition(vocab_size, len(paths), total)
+    segments = []
+    for rank, (path, (_, place)) in enumerate(zip(paths, found, strict=True)):
+        start, stop = partition.owned_range(rank)
+        if start < stop:
+            segments.append(Segment(path, place.offset, start, stop))
     return TableFile(source, tensor, str(first.dtype), first.shape[1], segments, partition)
