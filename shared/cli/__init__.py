@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from shared.cli import compare, completion, convert, diff, env, plan, record
-from shared.cli.console import fail
-from shared.cli.wording import in_words_of
+from shared.cli.console import fail, in_words_of
 from shared.proof.launch import BackendError
 
 __all__ = ["main"]

@@ -14,7 +14,6 @@ from shared.proof.diff import compare_records
 from shared.proof.head_case import build_head_case
 from shared.proof.head_diff import HeadDiff
 from shared.proof.head_expected import Expected
-from shared.proof.head_report import head_report
 from shared.proof.launch import FRAMEWORKS, is_installed, record_backend, record_head
 from shared.proof.report import Report, case_report
 
@@ -120,7 +119,7 @@ def _compare_heads(
     records = {name: record_head(name, folder, folder / f"{name}.record", begin(name)) for name in backends}
     diff = HeadDiff(Expected(case, begin("oracle")), records)
     comparisons = diff.compare(begin("compare"))
-    return head_report(diff, comparisons, missing, time.perf_counter() - started)
+    return diff.report(comparisons, missing, time.perf_counter() - started)
 
 
 def _named(text: str) -> list[str]:

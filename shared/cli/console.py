@@ -1,7 +1,9 @@
 """Terminal output: results on standard output, progress and errors on standard error."""
 
+import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -10,13 +12,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shared.checks import printable
 
-__all__ = ["SCHEMA_VERSION", "Steps", "fail", "output", "print_json", "progress_steps"]
+__all__ = ["SCHEMA_VERSION", "Steps", "fail", "in_words_of", "output", "print_json", "progress_steps"]
 
 SCHEMA_VERSION = 1
 """Version of the output of ``--json``; a removed or redefined field raises it, an added field does not."""
 
 Steps = Callable[[str], Callable[[str, int, int], None]]
 """Begins a named step and returns the callback for its progress."""
+
+_ALIASES = {"tensor_name": "tensor"}
+"""Options whose name differs from that of the argument."""
 
 
 def output() -> Console:
@@ -34,6 +39,29 @@ def fail(message: str) -> int:
     """Print an error in one line and return exit status 2."""
     print(f"pve: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def in_words_of(options: argparse.Namespace, message: str) -> str:
+    """Replace arguments in a message by the options of the command.
+
+    A name without an underscore may be a plain word, so it is replaced in ``name=value`` only.
+
+    Example:
+        >>> from argparse import Namespace
+        >>> from shared.cli.console import in_words_of
+        >>> options = Namespace(padded_vocab_size=None, world_size=3, force=False)
+        >>> in_words_of(options, 'vocab_size=7: pass padded_vocab_size="even", another world_size, or force=True')
+        'vocab_size=7: pass --padded-vocab-size even, another --world-size, or --force'
+    """
+    names = {name: name for name in vars(options)}
+    names |= {name: option for name, option in _ALIASES.items() if option in vars(options)}
+    for name, option in names.items():
+        flag, start = f"--{option.replace('_', '-')}", r"(?<![\w./\\'\"-])"
+        message = re.sub(rf"({flag} \()?{start}{name}=True\b(?(1)\))", flag, message)  # or both: --force (force=True)
+        message = re.sub(rf"{start}{name}=(\"?)([\w.]+)\1", rf"{flag} \2", message)
+        if "_" in name:
+            message = re.sub(rf"{start}{name}(?![\w/\\'\"=-]|\.\w)", flag, message)
+    return message
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""Comparison of heads, and kinds of difference."""
+"""Comparison of heads, kinds of difference, and the report."""
 
 import itertools
 import math
+import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from shared.bits import DTYPES, cast
 from shared.proof.case import Progress
 from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow, distances, first_of_each_kind
-from shared.proof.head_expected import Expected
+from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
 from shared.proof.head_record import ARRAYS, HeadRecord
+from shared.proof.report import Report, sizes
 
 __all__ = ["HEAD_KINDS", "HeadDiff"]
 
@@ -71,6 +73,43 @@ class HeadDiff:
                 whole = what == "table gradient"
                 results.append(self._compare(pair, what, None) if whole else self._ranks_agree(pair, what))
         return results
+
+    def report(self, comparisons: Sequence[Comparison], missing: Sequence[str], seconds: float) -> Report:
+        """Report on the backends, given the result of ``compare``."""
+        case, counted = self.case, self.expected.counted_T
+        shape = "x".join(map(str, case.ids_shape)) or "one"
+        notes = [
+            f"{case.source}; {'hidden states looked up in the table' if case.tied else 'normal hidden states'}",
+            f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})",
+            f"bounds: sums in float32 (u = 2**-24), gradients rounded to {case.dtype}; the bits of all ranks are the same",
+        ]
+        near_ties = len(self.near_ties)
+        if near_ties:
+            notes.append(
+                f"argmax of {near_ties} tokens: two logits are within rounding of each other, and either id is right"
+            )
+        versions = {name: record.versions for name, record in self.records.items()}
+        versions["oracle"] = {"python": platform.python_version(), "numpy": np.__version__}
+        return Report(
+            title=f"{'tied head' if case.tied else 'head'} of {sizes(case)}, tokens {shape}",
+            notes=tuple(notes),
+            sides=versions,
+            partition=case.partition,
+            arrays=dict.fromkeys(ARRAYS, ""),
+            comparisons=comparisons,
+            facts={
+                "case": case.facts,
+                "ids_outside": int((~counted).sum()),
+                "backends": versions,
+                "missing": list(missing),
+                "unit_roundoff": UNIT_ROUNDOFF,
+                "bounds": BOUNDS,
+                "near_ties": near_ties,
+            },
+            missing=missing,
+            kinds=HEAD_KINDS,
+            seconds=seconds,
+        )
 
     def _array(self, name: str, what: str, rank: int | None) -> np.ndarray:
         """Rows of one side, float64."""
