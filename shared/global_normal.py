@@ -88,7 +88,9 @@ def normal_rows(
 
     def fill(block: tuple[int, int, int, int]) -> None:
         first, last, left, right = block
-        numbers = _standard_normal(_words(first, last - first, words, left, right, seed)) * std + mean
+        bits = np.random.Philox(key=(_TAG << 64) + seed % 2**64, counter=(first * words + left) // 4)  # four words each
+        raw = bits.random_raw((last - first) * (right - left)).reshape(last - first, right - left)
+        numbers = _standard_normal(raw) * std + mean
         right = min(right, emb_size)
         out[first - start : last - start, left:right] = cast(numbers[:, : right - left], dtype)
 
@@ -100,12 +102,6 @@ def normal_rows(
         for block in blocks:
             fill(block)
     return out
-
-
-def _words(row: int, count: int, words: int, left: int, right: int, seed: int) -> np.ndarray:
-    """64-bit words ``[left, right)`` of ``count`` rows; one Philox counter yields four."""
-    bits = np.random.Philox(key=(_TAG << 64) + seed % 2**64, counter=(row * words + left) // 4)
-    return bits.random_raw(count * (right - left)).reshape(count, right - left)
 
 
 def _standard_normal(words: np.ndarray) -> np.ndarray:

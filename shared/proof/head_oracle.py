@@ -46,7 +46,7 @@ def logits(hidden: np.ndarray, weight: np.ndarray, vocab_size: int, softcap: flo
         array([  2.,   6., -inf])
     """
     output = np.full((*hidden.shape[:-1], len(weight)), -np.inf)
-    output[..., :vocab_size] = _linear(hidden, weight, vocab_size)
+    output[..., :vocab_size] = hidden.astype(np.float64) @ weight[:vocab_size].astype(np.float64).T
     if softcap is not None:
         output[..., :vocab_size] = softcap * np.tanh(output[..., :vocab_size] / softcap)
     return output
@@ -174,10 +174,6 @@ def sample(logits: np.ndarray, uniform: np.ndarray, vocab_size: int) -> np.ndarr
         cumulative = np.cumsum(np.exp(x - x.max(axis=-1, keepdims=True)), axis=-1)
         above = cumulative > np.asarray(uniform)[..., None] * cumulative[..., -1:]
     return np.where(above.any(axis=-1), above.argmax(axis=-1), -1)
-
-
-def _linear(hidden: np.ndarray, weight: np.ndarray, vocab_size: int) -> np.ndarray:
-    return hidden.astype(np.float64) @ weight[:vocab_size].astype(np.float64).T
 
 
 def logsumexp(x: np.ndarray) -> np.ndarray:

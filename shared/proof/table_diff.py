@@ -69,7 +69,7 @@ class _Pair:
         if irregular:
             self.padding = ["none", "none"]
         self.dtypes = [STORED_DTYPES[table.dtype] for table in self.tables]
-        self.dtype = min(self.dtypes, key=_precision)
+        self.dtype = min(self.dtypes, key=lambda dtype: (dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)))
         self.partition = self._partition(world_size)
         self.step = max(1, _BATCH // left.emb_size)
 
@@ -159,10 +159,6 @@ class _Pair:
                 "compared_as": self.dtype.name,
             },
         )
-
-
-def _precision(dtype: np.dtype) -> tuple[int, int]:
-    return dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)
 
 
 def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
