@@ -1,7 +1,5 @@
 """Options of the layers, declared and validated once."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -131,7 +129,7 @@ class EmbeddingConfig:
 
     @staticmethod
     @lru_cache
-    def from_text(text: str) -> EmbeddingConfig:
+    def from_text(text: str) -> "EmbeddingConfig":
         """Parse ``text`` back to a configuration."""
         return EmbeddingConfig(**ast.literal_eval(text))
 

@@ -4,12 +4,10 @@ A *column* of the logits is a row of the table. Logits are computed block by blo
 token, which are merged in the order of a fixed tree.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -83,7 +81,7 @@ class ColumnBlocks:
     columns: int
 
     @classmethod
-    def of(cls, partition: VocabPartition) -> ColumnBlocks:
+    def of(cls, partition: VocabPartition) -> Self:
         """Blocks of every rank of the partition."""
         limit = max(1, min(BLOCK_COLUMNS, partition.padded_vocab_size // _ALIKE_WORLDS))
         group = partition.rows_per_rank

@@ -1,7 +1,5 @@
 """Ownership and padding of the rows of a vocabulary table."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """Inputs of a comparison: table, ids and gradient, in files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,7 +138,7 @@ class Case(CaseFacts):
     batch: str
 
     @classmethod
-    def write(cls, folder: Path, inputs: Inputs, batch: dict[str, np.ndarray], **more: Any) -> Self:
+    def write(cls, folder: Path, inputs: "Inputs", batch: dict[str, np.ndarray], **more: Any) -> Self:
         """Write a case to its folder; ``more`` are further fields."""
         weights_sum, row_hashes = inputs.table.fingerprint()
         path = folder / "batch.safetensors"
@@ -222,7 +220,7 @@ class Inputs(NamedTuple):
     seed: int
 
     @classmethod
-    def find(cls, options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Inputs:
+    def find(cls, options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Self:
         """Read the given table and ids; make up what is not given.
 
         Raises:

@@ -1,9 +1,8 @@
 """Differing rows of two arrays, gathered batch by batch."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -121,7 +120,7 @@ class Differences:
         if sum(kept.kind == example.kind for kept in self._examples) < EXAMPLES:
             self._examples.append(example)
 
-    def merge(self, other: Differences) -> None:
+    def merge(self, other: Self) -> None:
         """Add the differences of another part of the array."""
         self._max_ulp = max(self._max_ulp, other._max_ulp)
         self._max_abs = max(self._max_abs, other._max_abs)

@@ -259,7 +259,7 @@ class Expected:
 
 
 def _rest(values: np.ndarray, part: Callable[[np.ndarray], np.ndarray], rows_K: np.ndarray) -> np.ndarray:
-    return values[rows_K] - part(rows_K)  # type: ignore[no-any-return]
+    return values[rows_K] - part(rows_K)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

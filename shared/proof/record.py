@@ -1,7 +1,5 @@
 """Records: a backend's results for one case, in one file."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -166,7 +164,7 @@ class Record(CaseFacts):
             raise ValueError(f"{self.path}: a damaged record, {name} does not fit its sizes")
         return Rows(index, values, total)
 
-    def same_case(self, other: Record) -> None:
+    def same_case(self, other: Self) -> None:
         """Raise ValueError, naming what differs, unless both records are of one case.
 
         Exchange and source may differ: results do not depend on them.

@@ -1,8 +1,7 @@
 """Tall arrays of mostly zero rows, stored as their nonzero rows."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -26,7 +25,7 @@ class Rows:
     total: int
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Rows:
+    def of(cls, array: np.ndarray) -> Self:
         """Nonzero rows of an array ``[..., e]``, its leading dimensions flattened.
 
         Example:
