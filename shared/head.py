@@ -7,6 +7,7 @@ token, which are merged in the order of a fixed tree.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -92,15 +93,9 @@ class ColumnBlocks:
 
     def ranges(self, columns: int) -> list[list[tuple[int, int]]]:
         """Half-open column ranges, group by group; empty from ``columns`` on."""
-
-        def cut(start: int, stop: int) -> tuple[int, int]:
-            return min(start, columns), min(stop, columns)
-
+        edges = [min(piece * self.columns, self.group_columns) for piece in range(self.pieces + 1)]
         return [
-            [
-                cut(first + piece * self.columns, first + min((piece + 1) * self.columns, self.group_columns))
-                for piece in range(self.pieces)
-            ]
+            [(min(first + start, columns), min(first + stop, columns)) for start, stop in pairwise(edges)]
             for first in range(0, self.groups * self.group_columns, self.group_columns)
         ]
 

@@ -117,8 +117,10 @@ class VocabPartition:
         number: Any = rank
         if isinstance(number, np.generic) or not hasattr(number, "dtype"):
             number = check_rank(number, self.world_size)
-        elif not (dtype := _dtype_name(number)).startswith(("int", "uint")):
-            raise TypeError(f"rank must be an integer, got one of dtype {dtype}")
+        else:
+            dtype = str(getattr(number.dtype, "name", number.dtype)).removeprefix("torch.")
+            if not dtype.startswith(("int", "uint")):
+                raise TypeError(f"rank must be an integer, got one of dtype {dtype}")
         return number * self.rows_per_rank
 
     def stop(self, rank: IdsT) -> IdsT:
@@ -196,10 +198,6 @@ class VocabPartition:
         """Whether each id lies in ``[0, vocab_size)``."""
         ids = widen(ids)
         return (ids >= 0) & (ids < self.vocab_size)
-
-
-def _dtype_name(array: Any) -> str:
-    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
 
 
 def _padded_size(vocab_size: int, world_size: int, padded_vocab_size: int | str | None) -> int:
