@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import types
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 import numpy as np
@@ -82,54 +83,69 @@ def check_documentation():
 class World:
     """Torch processes in one gloo group, which run functions of test modules: ``world(function, *arguments)``."""
 
-    def __init__(self, world_size: int, folder: Path) -> None:
+    def __init__(self, server: Connection, world_size: int, folder: Path) -> None:
         with Listener(str(folder / "socket"), "AF_UNIX") as listener:
-            script = str(Path(__file__).with_name("rank.py"))
-            ends = [str(folder / "socket"), str(folder / "rendezvous")]
-            command = [sys.executable, "-P", script, *ends, str(world_size)]
-            self.process = subprocess.Popen(command, start_new_session=True)
+            server.send((world_size, str(folder / "socket"), str(folder / "rendezvous")))
             pipes = [listener.accept() for _ in range(world_size)]
-        self.pipes = [pipe for _rank, pipe in sorted((pipe.recv(), pipe) for pipe in pipes)]
+        ranks = sorted((*pipe.recv(), pipe) for pipe in pipes)
+        self.process_ids = [process_id for _rank, process_id, _pipe in ranks]
+        self.pipes = [pipe for *_, pipe in ranks]
         self.broken = False
 
     def __call__(self, function, *arguments):
         """What each rank's call returned; an AssertionError with their tracebacks if any failed."""
+        results = self._run(function, *arguments)
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+    def errors(self, function, *arguments):
+        """The traceback of each rank's call, or None."""
+        return [error for error, _ in self._run(function, *arguments)]
+
+    def _run(self, function, *arguments):
         self.broken = True  # until all have answered
         task = pickle.dumps((inspect.getfile(function), function.__name__, arguments))
         for pipe in self.pipes:
             pipe.send_bytes(task)
-        results = [self._result(rank, pipe) for rank, pipe in enumerate(self.pipes)]
-        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(results) if error]
-        self.broken = bool(failures)
-        assert not failures, "\n".join(failures)
-        return [value for _, value in results]
+        results = [self._result(pipe) for pipe in self.pipes]
+        self.broken = any(error for error, _ in results)
+        return results
 
     @staticmethod
-    def _result(rank, pipe):
-        return pickle.loads(pipe.recv_bytes()) if pipe.poll(180) else ("no answer within three minutes", None)
+    def _result(pipe):
+        try:
+            return pickle.loads(pipe.recv_bytes()) if pipe.poll(180) else ("no answer within three minutes", None)
+        except (EOFError, ConnectionResetError):
+            return "the process has ended", None
 
     def end(self):
-        if self.broken:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for pipe in self.pipes:
-            if not self.broken:
-                pipe.send_bytes(pickle.dumps(None))
+        """Kill the ranks: to end their groups takes seconds."""
+        for pipe, process_id in zip(self.pipes, self.process_ids, strict=True):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
             pipe.close()
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """``world(w)``: a ``World`` of w ranks, kept for the next test that asks for one."""
     worlds: dict[int, World] = {}
+    socket = str(tmp_path_factory.mktemp("worlds") / "socket")
+    with Listener(socket, "AF_UNIX") as listener:
+        command = [sys.executable, "-P", str(Path(__file__).with_name("rank.py")), socket]
+        process = subprocess.Popen(command, start_new_session=True)
+        server = listener.accept()
 
     def of_size(world_size):
         if world_size not in worlds or worlds[world_size].broken:
             if world_size in worlds:
                 worlds.pop(world_size).end()
-            worlds[world_size] = World(world_size, tmp_path_factory.mktemp("world"))
+            worlds[world_size] = World(server, world_size, tmp_path_factory.mktemp("world"))
         return worlds[world_size]
 
     yield of_size
+    process.kill()
+    process.wait()
     for each in worlds.values():
         each.end()

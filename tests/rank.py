@@ -1,11 +1,12 @@
-"""The ranks of a test's world of torch processes: each runs the functions that it is sent, until there are no more.
+"""The ranks of the tests' worlds of torch processes: each runs the functions that it is sent, until it is killed.
 
-They are forked from one process, because importing torch takes seconds.
+All are forked from one process, because importing torch takes seconds.
 """
 
 import importlib.util
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
@@ -13,9 +14,14 @@ from datetime import timedelta
 from multiprocessing.connection import Client
 from pathlib import Path
 
+import pytest  # noqa: F401
 import torch
 import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
 
 import torch_impl  # noqa: F401
 
@@ -29,20 +35,21 @@ def load(path, loaded={}):  # noqa: B006
 
 
 # What test modules import of this folder. The folder itself, on the path, would hide the packages of the same names.
-sys.modules["marks"] = load(str(Path(__file__).with_name("marks.py")))
+for name in ("marks", "torch_layers"):
+    sys.modules[name] = load(str(Path(__file__).with_name(f"{name}.py")))
 
 
 def main():
-    world_size = int(sys.argv[3])
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if not child:
-            run_rank(*sys.argv[1:3], rank, world_size)
-            return
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    """Fork the ranks of each world that is asked for, until this process is killed."""
+    torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(2))  # imports what ranks would import
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ranks that end leave nothing behind
+    with Client(sys.argv[1], "AF_UNIX") as pipe:
+        while True:
+            world_size, *ends = pipe.recv()
+            for rank in range(world_size):
+                if not os.fork():
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    run_rank(*ends, rank, world_size)
 
 
 def run_rank(address, rendezvous, rank, world_size):
@@ -53,18 +60,17 @@ def run_rank(address, rendezvous, rank, world_size):
     warnings.filterwarnings("ignore", ".*(torch.jit|should not be instantiated)", DeprecationWarning)
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.6
     with Client(address, "AF_UNIX") as pipe:
-        pipe.send(rank)
+        pipe.send((rank, os.getpid()))
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
-        while (task := pickle.loads(pipe.recv_bytes())) is not None:
-            path, name, arguments = task
+        while True:
+            path, name, arguments = pickle.loads(pipe.recv_bytes())
             try:
                 result = None, getattr(load(path), name)(*arguments)
             except BaseException:
                 result = traceback.format_exc(), None
             pipe.send_bytes(pickle.dumps(result))
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

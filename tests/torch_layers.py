@@ -1,0 +1,99 @@
+"""What tests of the PyTorch layers share, in pytest's process and on the ranks of a world."""
+
+import functools
+import re
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torch_impl import ParallelVocabEmbedding
+
+DTYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: ml_dtypes.bfloat16,
+}
+MODES = [("all_reduce", "dense"), ("all_reduce", "routed"), ("reduce_scatter", "dense"), ("reduce_scatter", "routed")]
+
+
+def tensor_of(array):
+    """A tensor of an array's bits, in memory of its own."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def array_of(tensor):
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def equal_bits(a, b):
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and array_of(a).tobytes() == array_of(b).tobytes()
+
+
+def ranks_of(vocab_size, emb_size, world_size, **options):
+    """The layers of all ranks."""
+    return [ParallelVocabEmbedding(vocab_size, emb_size, r, world_size, **options) for r in range(world_size)]
+
+
+def set_rows(emb, table):
+    """Copy the rank's rows of a whole table, an array."""
+    start, stop = emb.partition.owned_range(emb.rank)
+    with torch.no_grad():
+        emb.weight[: stop - start] = tensor_of(table[start:stop])
+    return emb
+
+
+def whole_table(layers):
+    """The table whose parts these layers hold, without padding."""
+    rows = [layer.partition.owned_range(layer.rank) for layer in layers]
+    return torch.cat([layer.weight.detach()[: stop - start] for layer, (start, stop) in zip(layers, rows, strict=True)])
+
+
+@functools.cache  # making groups takes longer than most tests
+def mesh_of(*sizes):
+    """A mesh of the world's ranks, whose last dimension is called tp."""
+    return dist.init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
+
+
+def whole(tensor):
+    """The tensor, or all of a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Model(nn.Module):
+    """A lookup and a layer: the least that has parameters on both sides of a wrapper."""
+
+    def __init__(self, emb):
+        super().__init__()
+        self.emb = emb
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.out = nn.Linear(emb.embedding_dim, 3, dtype=emb.weight.dtype)
+
+    def forward(self, ids):
+        return self.out(self.emb(ids)).square()
+
+
+def whole_model(table):
+    """The model with an unsharded embedding."""
+    return Model(nn.Embedding.from_pretrained(table, freeze=False))
+
+
+def assert_refused(*cases):
+    """Each case is an error's class, a part of its message, and a call that raises it."""
+    for kind, message, call in cases:
+        found = "nothing was raised"
+        try:
+            call()
+        except kind as error:
+            found = str(error)
+        assert re.search(message, found), f"{message!r} is not in: {found}"
