@@ -36,10 +36,10 @@ SINCE = [
         (2, 13),
         "fully_shard does not run on CPUs: their streams record no events",
         [
-            "torch_impl/test_accumulation.py::test_under_data_parallel_wrappers",
+            "torch_impl/test_accumulation.py::test_with_reductions_and_data_parallel_wrappers[check_data_parallel]",
             "torch_impl/test_clipping.py::test_fully_shard_on_the_other_dimension",
-            "torch_impl/test_composition.py::test_fsdp2",
-            "torch_impl/test_further_split.py::test_a_file_takes_what_is_not_split",
+            "torch_impl/test_composition.py::test_data_parallelism_over_the_other_dimension[fsdp]",
+            "torch_impl/test_further_split.py::test_checkpoints_and_files_hold_the_right_rows",
             "torch_impl/test_zero_row.py::test_fully_shard_leaves_no_memory_behind",
         ],
     ),
@@ -48,11 +48,8 @@ SINCE = [
         (2, 13),
         "inductor writes C++ that does not compile for a view of bfloat16 as integers",
         [
-            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[0-None-dtype1]",
-            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[1-None-dtype1]",
-            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[1-5-dtype1]",
-            "torch_impl/test_transforms.py::test_compiled_gradients_of_16_bit_tables_do_not_saturate",
-            "torch_impl/test_transforms.py::test_compiled_rows_are_bits",
+            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[dtype1]",
+            "torch_impl/test_transforms.py::test_compiled_rows_are_bits_and_16_bit_gradients_do_not_saturate",
         ],
     ),
     (
@@ -66,7 +63,7 @@ SINCE = [
         (2, 13),
         "torch.compile does not hand on the message of an error",
         [
-            "torch_impl/test_accumulation.py::test_what_is_not_eager_is_refused",
+            "torch_impl/test_accumulation.py::test_hooks_and_what_is_not_eager_are_refused",
             "torch_impl/test_transforms.py::test_compiled_sparse_gradients_are_refused",
         ],
     ),

@@ -11,7 +11,8 @@ import torch
 from torch_impl.kernels import cpu, gpu
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+H100 = ("cuda", 90, 32)
+TARGETS = [("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 
 
 def keys_of(tokens, equal=0.0, num_rows=8):
@@ -21,7 +22,7 @@ def keys_of(tokens, equal=0.0, num_rows=8):
 
 @pytest.mark.parametrize(
     ("dtype", "tokens"),
-    [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, tokens) for tokens in (1, 15, 16, 255, 256, 1100))],
+    [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, tokens) for tokens in (1, 16, 256, 600))],
 )
 def test_interpreted_sums_are_the_cpus(dtype, tokens):
     torch.manual_seed(tokens)
@@ -32,9 +33,9 @@ def test_interpreted_sums_are_the_cpus(dtype, tokens):
         assert torch.equal(gpu.scatter_add(upstream, keys, 8), cpu.scatter_add(upstream, keys, 8))
 
 
-def test_interpreted_1600_equal_ids_do_not_saturate():
-    sums = gpu.scatter_add(torch.ones(1600, 4, dtype=torch.bfloat16), torch.full((1600,), 2), 4)
-    assert torch.equal(sums[2], torch.full((4,), 1600.0).bfloat16())
+def test_interpreted_600_equal_ids_do_not_saturate():
+    sums = gpu.scatter_add(torch.ones(600, 4, dtype=torch.bfloat16), torch.full((600,), 2), 4)
+    assert torch.equal(sums[2], torch.full((4,), 600.0).bfloat16())
     assert not sums[[0, 1, 3]].any()
 
 
@@ -61,12 +62,12 @@ def test_interpreted_columns_that_are_far_apart():
 
 def test_interpreted_sums_are_the_same_every_time():
     # The interpreter cuts to bfloat16 where a GPU rounds (test_compiled_for_gpus): float16 it rounds.
-    keys, upstream = torch.randint(0, 8, (700,)), torch.randn(700, 5).half()
+    keys, upstream = torch.randint(0, 8, (400,)), torch.randn(400, 5).half()
     first, second = gpu.scatter_add(upstream, keys, 8), gpu.scatter_add(upstream, keys, 8)
     assert torch.equal(first.view(torch.int16), second.view(torch.int16))
     exact = torch.zeros(8, 5, dtype=torch.float64).index_add_(0, keys, upstream.double())
     # In float32, and rounded once: half of float16's last place, and a little for the float32 sums.
-    torch.testing.assert_close(first.double(), exact, rtol=2**-11 * 1.01, atol=700 * 4 * 2**-24)
+    torch.testing.assert_close(first.double(), exact, rtol=2**-11 * 1.01, atol=400 * 4 * 2**-24)
 
 
 def binary(kernel, target, types_, constants):
@@ -83,8 +84,9 @@ def binary(kernel, target, types_, constants):
     return triton.compile(source, target=GPUTarget(*target)).asm
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [*((H100, dtype) for dtype in DTYPES), *((target, torch.bfloat16) for target in TARGETS)]
+)
 def test_compiled_for_gpus(target, dtype):
     number = {2: "*fp16" if dtype == torch.float16 else "*bf16", 4: "*fp32", 8: "*fp64"}[dtype.itemsize]
     wide = "*fp64" if dtype == torch.float64 else "*fp32"
@@ -98,9 +100,8 @@ def test_compiled_for_gpus(target, dtype):
         narrow = {torch.bfloat16: "cvt.rn.bf16", torch.float16: "cvt.rn.f16"}  # to the nearest, ties to even
         assert narrow.get(dtype, "") in sums["ptx"]
         assert narrow.get(dtype, "") in join["ptx"]
-        assert re.search(
-            r"ld\.global(\.\w+)*\.v[24]\.b(16|32|64)|ld\.global\.b64", sums["ptx"]
-        )  # several numbers at once
+        several_numbers_at_once = r"ld\.global(\.\w+)*\.v[24]\.b(16|32|64)|ld\.global\.b64"
+        assert re.search(several_numbers_at_once, sums["ptx"])
         assert "atom" not in sums["ptx"] + join["ptx"]  # sums in a fixed order
     else:
         assert all("hsaco" in each for each in (sums, join))

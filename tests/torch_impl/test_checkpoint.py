@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint: what some ranks saved, others load, however they pad."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,61 +11,39 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch_layers import assert_refused, mesh_of, ranks_of, whole
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
 from torch_impl.table_rows import TableRows
 
 
-def table(dtype=torch.bfloat16):
-    return ParallelVocabEmbedding(10, 3, dtype=dtype, init="global").weight.detach()
+def table():
+    return ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16, init="global").weight.detach()
 
 
 def save(folder, padded):
-    layer = ParallelVocabEmbedding(
-        10, 3, process_group=dist.group.WORLD, dtype=torch.bfloat16, init="global", padded_vocab_size=padded
-    )
+    options = {"process_group": dist.group.WORLD, "padded_vocab_size": padded}
+    layer = ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16, init="global", **options)
     dcp.save({"model": layer.sharded_state_dict("emb."), "step": 7}, checkpoint_id=folder)
 
 
-def load(folder, world_size, padded):
-    """On the first ranks of the world."""
-    group = dist.new_group(list(range(world_size)))
-    if dist.get_rank() >= world_size:
-        return True
-    layer = ParallelVocabEmbedding(10, 3, process_group=group, dtype=torch.bfloat16, padded_vocab_size=padded)
-    start, stop = layer.partition.owned_range(layer.rank)
-    expected = table()
-    assert not torch.equal(layer.weight[: stop - start], expected[start:stop]) or start == stop
-    state = {"model": layer.sharded_state_dict("emb."), "step": 0}
-    dcp.load(state, checkpoint_id=folder, process_group=group)
-    assert state["step"] == 7
-    assert torch.equal(layer.weight[: stop - start], expected[start:stop])
-    assert not layer.weight[stop - start :].any()
-    return layer.weight.requires_grad
-
-
-@pytest.mark.parametrize("saved", ["even", 24])  # 24 over 4 ranks: two of them have padding only
-def test_saved_by_four_loaded_by_three_and_by_one(world, tmp_path, saved):
-    world(4)(save, str(tmp_path), saved)
-    for world_size, padded in ((3, "even"), (3, 30), (4, 16), (1, None)):
-        assert world(4)(load, str(tmp_path), world_size, padded) == [True] * 4
-    layer = ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16)  # and in one process without any group
-    dcp.load({"model": layer.sharded_state_dict("emb.")}, checkpoint_id=tmp_path)
-    assert torch.equal(layer.weight, table())
-
-
-def test_a_plain_tensor_saved_by_someone_else_loads(tmp_path):
-    dcp.save({"emb.weight": table(torch.float32)}, checkpoint_id=tmp_path)
-    for rank in range(4):
-        layer = ParallelVocabEmbedding(10, 3, rank, 4, padded_vocab_size="even")
-        dcp.load(layer.sharded_state_dict("emb."), checkpoint_id=tmp_path)
-        start, stop = layer.partition.owned_range(rank)
-        assert torch.equal(layer.weight[: stop - start], table(torch.float32)[start:stop])
-
-
-def test_megatrons_call_is_told_where_to_go():
-    with pytest.raises(TypeError, match=r"torch_impl\.adapters\.megatron\.VocabParallelEmbedding writes and reads"):
-        ParallelVocabEmbedding(10, 3).sharded_state_dict(prefix="", sharded_offsets=(), metadata={})
+def test_saved_by_four_loaded_by_three_and_by_one(world, tmp_path):
+    world(4)(save, str(tmp_path / "parts"), 24)  # two of the ranks have padding only
+    dcp.save({"emb.weight": table()}, checkpoint_id=tmp_path / "plain")  # a tensor of someone else's
+    layers = [ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16)]
+    for padded in ("even", 30):
+        layers += ranks_of(10, 3, 3, dtype=torch.bfloat16, padded_vocab_size=padded)
+    for layer in layers:
+        start, stop = layer.partition.owned_range(layer.rank)
+        state = {"model": layer.sharded_state_dict("emb."), "step": 0}
+        dcp.load(state, checkpoint_id=tmp_path / "parts")
+        assert state["step"] == 7
+        assert torch.equal(layer.weight[: stop - start], table()[start:stop])
+        assert not layer.weight[stop - start :].any()
+        assert layer.weight.requires_grad
+        torch.nn.init.zeros_(layer.weight)
+        dcp.load(layer.sharded_state_dict("emb."), checkpoint_id=tmp_path / "plain")
+        assert torch.equal(layer.weight[: stop - start], table()[start:stop])
 
 
 def test_another_vocabulary_is_refused(tmp_path):
@@ -80,10 +59,13 @@ def test_what_stands_for_the_rows_is_for_checkpoints_alone():
     rows = ParallelVocabEmbedding(10, 3, 1, 4, padded_vocab_size="even").sharded_state_dict()["weight"]
     assert (rows.shape, rows.dtype) == ((10, 3), torch.float32)
     assert repr(rows) == "TableRows([3:6] of (10, 3), torch.float32, cpu)"
-    with pytest.raises(TypeError, match="save and load alone"):
-        torch.add(rows, 1)
-    with pytest.raises(ValueError, match="call to_empty"):
-        ParallelVocabEmbedding(10, 3, device="meta").sharded_state_dict()
+    on_meta, layer = ParallelVocabEmbedding(10, 3, device="meta"), ParallelVocabEmbedding(10, 3)
+    as_megatron_calls = partial(layer.sharded_state_dict, prefix="", sharded_offsets=(), metadata={})
+    assert_refused(
+        (TypeError, "save and load alone", lambda: torch.add(rows, 1)),
+        (ValueError, "call to_empty", on_meta.sharded_state_dict),
+        (TypeError, "torch_impl.adapters.megatron.VocabParallelEmbedding writes and reads", as_megatron_calls),
+    )
 
 
 class Tied(nn.Module):
@@ -101,19 +83,20 @@ class Tied(nn.Module):
 
 
 class Training:
-    """What PyTorch's own guide calls an application's state, with ``sharded_state_dict`` and ``local_state_dict`` added."""
+    """What PyTorch's own guide calls an application's state; for plain tables with the two conversions added."""
 
-    def __init__(self, model, optimizer=torch.optim.Adam):
-        self.model, self.optimizer = model, optimizer(model.parameters(), lr=0.1)
+    def __init__(self, model, optimizer=torch.optim.Adam, converts=True):
+        self.model, self.optimizer, self.converts = model, optimizer(model.parameters(), lr=0.1), converts
 
     def state_dict(self):
+        states = get_state_dict(self.model, self.optimizer)
         return {
-            name: sharded_state_dict(self.model, state)
-            for name, state in zip("mo", get_state_dict(self.model, self.optimizer), strict=True)
+            name: sharded_state_dict(self.model, state) if self.converts else state
+            for name, state in zip("mo", states, strict=True)
         }
 
     def load_state_dict(self, state):
-        state = local_state_dict(state)
+        state = local_state_dict(state) if self.converts else state
         set_state_dict(self.model, self.optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
 
     def step(self, times=1):
@@ -121,53 +104,73 @@ class Training:
             self.optimizer.zero_grad()
             self.model(torch.arange(12)).pow(3).sum().backward()
             self.optimizer.step()
+        return self
 
-    def rows(self):
-        """The weight and its moments, this rank's rows without padding; and the number of steps."""
-        emb = self.model.emb
-        state = self.optimizer.state[emb.weight]
-        start, stop = emb.partition.owned_range(emb.rank)
-        held = [emb.weight.detach(), state["exp_avg"], state["exp_avg_sq"]]
-        return [each[: stop - start] for each in held], (start, stop), int(state["step"])
+    def assert_follows(self, expected, steps):
+        """The weight and its moments are the rank's rows of the expected ones."""
+        emb, reference = self.model.emb, expected.model.emb
+        found, wanted = self.optimizer.state[emb.weight], expected.optimizer.state[reference.weight]
+        assert int(found["step"]) == steps
+        start, stop = (0, emb.vocab_size) if emb.device_mesh else emb.partition.owned_range(emb.rank)
+        pairs = [(found[name], wanted[name]) for name in ("exp_avg", "exp_avg_sq")]
+        for mine, of_all in [(emb.weight.detach(), reference.weight.detach()), *pairs]:
+            torch.testing.assert_close(whole(mine)[: stop - start], of_all[start:stop])
 
 
-def save_training(folder, how):
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    group = dist.group.WORLD if how == "async_save" else mesh.get_group("tp")
-    model = Tied(process_group=group, padded_vocab_size="even", init="global", reduction="all_reduce")
-    if how == "ddp":
+HOWS = {  # how four ranks save: the mesh's shape, what the layer gets of it, the wrapper
+    "ddp": ((2, 2), "process_group", "ddp"),
+    "async_save": ((4,), "process_group", None),
+    "fully_shard": ((2, 2), "process_group", "fully_shard"),
+    "device_mesh": ((4,), "device_mesh", None),
+    "device_mesh, fully_shard": ((2, 2), "device_mesh", "fully_shard"),
+}
+
+
+def training_of(sizes, place, wrapper, **options):
+    mesh = mesh_of(*sizes)
+    tp = mesh["tp"] if len(sizes) > 1 else mesh
+    by_mesh = place == "device_mesh"
+    options |= {"device_mesh": tp} if by_mesh else {"process_group": tp.get_group(), "padded_vocab_size": "even"}
+    model = Tied(reduction="all_reduce", **options)
+    if wrapper == "ddp":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the reducer's own making
             model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         assert isinstance(sharded_state_dict(model, model.state_dict())["module.emb.weight"], TableRows)
-    training = Training(fully_shard(model, mesh=mesh["dp"]) if how == "fully_shard" else model)
-    training.step(2)
-    if how != "ddp":
-        dcp.async_save({"app": training}, checkpoint_id=folder).result()
+    elif wrapper == "fully_shard":
+        model = fully_shard(model, mesh=mesh["dp"])
+    return Training(model, converts=not by_mesh)
+
+
+def save_training(folder, how):
+    state = {"app": training_of(*HOWS[how], init="global").step(2)}
+    if how in ("async_save", "device_mesh, fully_shard"):
+        dcp.async_save(state, checkpoint_id=folder).result()
     else:
-        dcp.save({"app": training}, checkpoint_id=folder)
+        dcp.save(state, checkpoint_id=folder)
 
 
-@pytest.mark.parametrize("how", ["ddp", "async_save", "fully_shard"])
+def load_training(folder, *how):
+    training = training_of(*how, init_base_seed=0)
+    dcp.load({"app": training}, checkpoint_id=folder)
+    expected = Training(Tied(init="global")).step(2)
+    training.assert_follows(expected, 2)
+    training.step().assert_follows(expected.step(), 3)  # goes on as if it had never stopped
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
-    """Saved and loaded as a ``Stateful``; training goes on from there. (``fully_shard`` is saved in the background too.)"""
     world(4)(save_training, str(tmp_path), how)
-    whole = Training(Tied(init="global"))
-    whole.step(2)
-    loaded = []
-    for rank, size in [(0, 1), (0, 3), (1, 3), (2, 3)]:
-        loaded.append(Training(Tied(rank=rank, world_size=size, padded_vocab_size="even", init_base_seed=0)))
-        dcp.load({"app": loaded[-1]}, checkpoint_id=tmp_path, no_dist=True)
-    for steps in (2, 3):
-        for training in loaded:
-            rows, (start, stop), found = training.rows()
-            assert found == steps
-            for mine, expected in zip(rows, whole.rows()[0], strict=True):
-                torch.testing.assert_close(mine, expected[start:stop])
-        if steps == 2:
-            whole.step()
-            loaded = loaded[:1]
-            loaded[0].step()
+    for rank, size in [(0, 3), (1, 3), (2, 3), (0, 1)]:
+        loaded = Training(Tied(rank=rank, world_size=size, padded_vocab_size="even", init_base_seed=0))
+        dcp.load({"app": loaded}, checkpoint_id=tmp_path, no_dist=True)
+        expected = Training(Tied(init="global")).step(2)
+        loaded.assert_follows(expected, 2)
+    loaded.step().assert_follows(expected.step(), 3)
+    if how == "ddp":
+        world(3)(load_training, str(tmp_path), (3,), "device_mesh", None)
+    elif "device_mesh" in how:
+        world(4)(load_training, str(tmp_path), (2, 2), "device_mesh", "fully_shard")
 
 
 def test_what_wraps_a_model_changes_no_name():

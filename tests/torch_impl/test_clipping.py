@@ -7,88 +7,85 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch_layers import Model, array_of, assert_refused, mesh_of, whole, whole_model
 
 from torch_impl import ParallelVocabEmbedding, clip_grad_norm_
 
-VOCAB, EMB, STEPS = 24, 4, 30
+VOCAB, EMB = 23, 4
 
 
-class Model(nn.Module):
-    def __init__(self, emb):
-        super().__init__()
-        self.emb = emb
-        torch.manual_seed(1)
-        self.out = nn.Linear(EMB, EMB)
-
-    def forward(self, ids):
-        return self.out(self.emb(ids)).square().mean()
+def ours(model, norm_type=2.0):
+    return clip_grad_norm_(model, 0.05, norm_type)
 
 
-def unsharded(table, dtype):
-    model = Model(nn.Embedding(VOCAB, EMB)).to(dtype)
-    with torch.no_grad():
-        model.emb.weight.copy_(table)
-    return model
+def torchs_own(model, norm_type=2.0):
+    return nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type)
 
 
-def batches(dtype):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, VOCAB, (STEPS, 2, 8), generator=generator)
-
-
-def check_training(norm_type, reduction):
-    """In float64, where 30 steps differ by some roundings: what is clipped by another norm is far off."""
-    dtype, world_size = torch.float64, dist.get_world_size()
-    table = torch.cat(
-        [ParallelVocabEmbedding(VOCAB, EMB, r, world_size, dtype=dtype).weight for r in range(world_size)]
+def replicate(module, mesh):
+    """As plans of parallelize_module do: torch's own clipping wants all parameters on one mesh."""
+    distribute_module(
+        module,
+        mesh,
+        input_fn=lambda _, inputs, __: DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),
+        output_fn=lambda _, out, __: out.to_local(),
     )
-    emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=dist.group.WORLD, dtype=dtype, reduction=reduction)
-    model, whole = Model(emb).to(dtype), unsharded(table.detach(), dtype)
-    optimizers = [torch.optim.Adam(each.parameters(), lr=0.1) for each in (model, whole)]
-    for ids in batches(dtype):
-        for each, optimizer in zip((model, whole), optimizers, strict=True):
-            optimizer.zero_grad()
-            each(ids).backward()
-        norm = clip_grad_norm_(model, 0.05, norm_type)
-        expected = nn.utils.clip_grad_norm_(whole.parameters(), 0.05, norm_type)
-        torch.testing.assert_close(norm, expected, rtol=1e-9, atol=0)
-        for optimizer in optimizers:
-            optimizer.step()
-    torch.testing.assert_close(model.out.weight, whole.out.weight, rtol=1e-7, atol=1e-9)
-    rows = slice(emb.partition.start(emb.rank), emb.partition.stop(emb.rank))
-    torch.testing.assert_close(emb.weight, whole.emb.weight[rows], rtol=1e-7, atol=1e-9)
-    everyones = [torch.empty_like(model.out.weight) for _ in range(world_size)]
-    dist.all_gather(everyones, model.out.weight.detach())
-    assert all(torch.equal(each, everyones[0]) for each in everyones)
 
 
-@pytest.mark.parametrize("norm_type", [2.0, pytest.param(1.0, marks=pytest.mark.slow), math.inf])
-def test_training_follows_the_unsharded_model(world, norm_type):
-    world(4)(check_training, norm_type, "all_reduce")
+def train(model, clip, norm_type):
+    """The norms of some steps; in float64, where they differ by some roundings: another norm is far off."""
+    optimizer, norms = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-3), []
+    for ids in torch.randint(0, VOCAB, (10, 2, 8), generator=torch.Generator().manual_seed(0)):
+        optimizer.zero_grad()
+        model(ids).mean().backward()
+        norms.append(whole(clip(model, norm_type)))
+        optimizer.step()
+    return torch.stack(norms)
 
 
-def check_fully_shard():
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=mesh.get_group("tp"), reduction="all_reduce")
-    table = torch.cat([ParallelVocabEmbedding(VOCAB, EMB, r, 2).weight for r in range(2)])
-    model, whole = Model(emb), unsharded(table.detach(), torch.float32)
-    fully_shard(model, mesh=mesh["dp"])
-    ids = batches(torch.float32)[0]
-    for each in (model, whole):
-        each(ids).backward()
-    expected = nn.utils.clip_grad_norm_(whole.parameters(), 0.01)
-    # Sums of 120 squares in another order.
-    torch.testing.assert_close(clip_grad_norm_(model, 0.01), expected, rtol=1e-5, atol=0)
-    rows = slice(emb.partition.start(emb.rank), emb.partition.stop(emb.rank))
-    torch.testing.assert_close(emb.weight.grad.full_tensor(), whole.emb.weight.grad[rows], rtol=1e-5, atol=1e-8)
+def check_training(clip, place, norm_type=2.0):
+    options = {"reduction": "all_reduce", "init": "global", "dtype": torch.float64}
+    reference = whole_model(ParallelVocabEmbedding(VOCAB, EMB, **options).weight.detach())
+    expected = train(reference, torchs_own, norm_type)
+    for split in (False, True):  # over two ranks, and by fully_shard over two more
+        mesh = mesh_of(2, 2) if split else mesh_of(4)
+        tp = mesh["tp"] if split else mesh
+        of_place = {"device_mesh": tp, "process_group": tp.get_group()}[place]
+        padded = None if place == "device_mesh" else "even"
+        model = Model(ParallelVocabEmbedding(VOCAB, EMB, padded_vocab_size=padded, **{place: of_place}, **options))
+        if clip == "torch's own":
+            replicate(model.out, tp)
+        if split:
+            fully_shard(model, mesh=mesh["dp"])
+        norms = train(model, torchs_own if clip == "torch's own" else ours, norm_type)
+        torch.testing.assert_close(norms, expected, rtol=1e-9, atol=0)
+        for name, parameter in reference.named_parameters():
+            found = whole(model.get_parameter(name))
+            if name == "emb.weight" and place == "process_group":
+                start, stop = model.emb.partition.owned_range(model.emb.rank)
+                found, parameter = found[: stop - start], parameter[start:stop]
+            torch.testing.assert_close(found, parameter, rtol=1e-9, atol=1e-12)
+    return array_of(whole(model.out.weight)).tobytes()
 
 
-def test_fully_shard_on_the_other_dimension(world):
-    world(4)(check_fully_shard)
+@pytest.mark.parametrize(
+    ("clip", "place", "norm_type"),
+    [
+        ("torch's own", "device_mesh", 2.0),
+        ("ours", "device_mesh", 2.0),
+        ("ours", "process_group", 2.0),
+        ("ours", "process_group", 1.0),
+        ("ours", "process_group", math.inf),
+    ],
+)
+def test_training_follows_the_unsharded_model(world, clip, place, norm_type):
+    ranks = world(4)(check_training, clip, place, norm_type)
+    assert all(weight == ranks[0] for weight in ranks)
 
 
 def check_a_rank_without_a_gradient():
-    emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=dist.group.WORLD)
+    emb = ParallelVocabEmbedding(24, EMB, process_group=dist.group.WORLD)
     if emb.rank == 0:
         emb(torch.tensor([1])).sum().backward()
     assert clip_grad_norm_(emb, 1.0) == 2.0
@@ -98,8 +95,7 @@ def test_a_rank_without_a_gradient(world):
     world(2)(check_a_rank_without_a_gradient)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("dtype", "sparse"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_one_rank(dtype, sparse):
     emb = ParallelVocabEmbedding(VOCAB, EMB, dtype=dtype, sparse=sparse)
     emb(torch.tensor([3, 3, 5])).sum().backward()
@@ -110,18 +106,13 @@ def test_one_rank(dtype, sparse):
 
 
 def test_what_cannot_be_clipped_is_refused():
-    emb = ParallelVocabEmbedding(VOCAB, EMB, rank=1, world_size=2)
-    emb(torch.tensor([13])).sum().backward()
-    with pytest.raises(ValueError, match="process_group must be given to a layer of 2 ranks"):
-        clip_grad_norm_(emb, 1.0)
-    emb = ParallelVocabEmbedding(VOCAB, EMB)
-    with pytest.raises(ValueError, match="norm_type must be above 0, got 0"):
-        clip_grad_norm_(emb, 1.0, 0)
+    several, emb = ParallelVocabEmbedding(24, EMB, 1, 2), ParallelVocabEmbedding(VOCAB, EMB)
     emb.weight.grad = torch.full_like(emb.weight, math.nan)
-    with pytest.raises(RuntimeError, match="the norm of the gradients is nan"):
-        clip_grad_norm_(emb, 1.0, error_if_nonfinite=True)
-
-
-def test_megatron_knows_that_the_table_is_split():
-    weight = ParallelVocabEmbedding(VOCAB, EMB, rank=1, world_size=2).weight
+    assert_refused(
+        (ValueError, "process_group must be given to a layer of 2 ranks", lambda: clip_grad_norm_(several, 1.0)),
+        (ValueError, "norm_type must be above 0, got 0", lambda: clip_grad_norm_(emb, 1.0, 0)),
+        (RuntimeError, "gradients is nan", lambda: clip_grad_norm_(emb, 1.0, error_if_nonfinite=True)),
+    )
+    # So Megatron knows that the table is split.
+    weight = several.weight
     assert (weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride) == (True, 0, 1)

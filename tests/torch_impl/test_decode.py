@@ -5,35 +5,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+from torch_layers import assert_refused
 
 from shared import VocabPartition
 from shared.proof import head_oracle
 from torch_impl import parallel_argmax, parallel_sample, parallel_top_k
 
-V, PADDED = 21, 24
+V = 21  # padded to 24, of 4 ranks the last has 3 ids; padded to 28 it has none
 
 
-def logits_of(dtype=torch.float32):
+def logits_of(dtype, padded):
     """Few distinct values, so that ties are many; special ones; padding that would win if it were looked at."""
-    x = np.random.default_rng(0).integers(-3, 4, (40, PADDED)).astype(np.float64) / 2
+    x = np.random.default_rng(0).integers(-3, 4, (40, padded)).astype(np.float64) / 2
     x[0, 3], x[1], x[2, 4], x[3, 20], x[4, 6:] = np.nan, -np.inf, np.inf, np.nan, -np.inf
     x[5, :V], x[6, 2], x[7, [9, 11]] = 0.0, -np.nan, (np.inf, np.nan)
     x[5, ::2] = -0.0
-    x[:, V:] = np.array([np.inf, np.nan, 1e30])
-    return torch.from_numpy(x).to(dtype).view(4, 10, PADDED)
+    x[:, V:] = np.resize([np.inf, np.nan, 1e30], padded - V)
+    return torch.from_numpy(x).to(dtype).view(4, 10, padded)
 
 
 def own_columns(x):
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    partition = VocabPartition(V, world_size, PADDED)
-    rank = dist.get_rank() if world_size > 1 else 0
-    group = dist.group.WORLD if world_size > 1 else None
+    group = dist.group.WORLD if dist.is_initialized() else None
+    partition = VocabPartition(V, group.size() if group else 1, x.shape[-1])
+    rank = group.rank() if group else 0
     return x[..., partition.start(rank) : partition.stop(rank)], partition, group
 
 
 def check_top_k_and_argmax():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = logits_of(dtype)
+    for dtype, padded in ((torch.float32, 28), (torch.bfloat16, 24), (torch.float16, 24)):
+        x = logits_of(dtype, padded)
         own, partition, group = own_columns(x)
         untouched = own.clone()
         for k in (1, 4, 13, V):
@@ -49,8 +49,8 @@ def check_top_k_and_argmax():
 
 def check_sampling():
     rng = np.random.default_rng(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = logits_of(dtype)
+    for dtype, padded in ((torch.float32, 24), (torch.bfloat16, 24), (torch.float64, 28)):
+        x = logits_of(dtype, padded)
         own, partition, group = own_columns(x)
         for uniform in (rng.random((4, 10)), np.zeros((4, 10)), np.full((4, 10), 1 - 2.0**-53)):
             drawn = parallel_sample(own, partition, group, uniform=torch.from_numpy(uniform))
@@ -58,14 +58,9 @@ def check_sampling():
 
 
 @pytest.mark.parametrize("check", [check_top_k_and_argmax, check_sampling])
-def test_one_rank_is_the_oracle(check):
+def test_every_rank_has_the_oracles_ids(world, check):
     check()
-
-
-@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("check", [check_top_k_and_argmax, check_sampling])
-def test_ranks_are_the_oracle(world, check, world_size):
-    world(world_size)(check)
+    world(4)(check)
 
 
 def test_samples_have_the_probabilities_of_the_logits():
@@ -101,7 +96,7 @@ def test_what_is_sent(world):
 
 def test_what_is_refused():
     x, whole, halves = torch.zeros(2, 12), VocabPartition(12, 1), VocabPartition(12, 2)
-    for error, message, call in (
+    assert_refused(
         (ValueError, "own 6 columns, got 12", lambda: parallel_argmax(x, halves, None)),
         (ValueError, "process_group must be given", lambda: parallel_argmax(x[:, :6], halves, None)),
         (ValueError, r"k must be in \[1, vocab_size\] = \[1, 12\], got 13", lambda: parallel_top_k(x, 13, whole, None)),
@@ -110,11 +105,5 @@ def test_what_is_refused():
         (TypeError, "logits must be", lambda: parallel_sample(x.int(), whole, None, uniform=torch.zeros(2))),
         (TypeError, "uniform must be", lambda: parallel_sample(x, whole, None, uniform=0.5)),
         (ValueError, "uniform must be one a token", lambda: parallel_sample(x, whole, None, uniform=torch.zeros(3))),
-        (
-            ValueError,
-            r"uniform must hold numbers in \[0, 1\)",
-            lambda: parallel_sample(x, whole, None, uniform=torch.ones(2)),
-        ),
-    ):
-        with pytest.raises(error, match=message):
-            call()
+        (ValueError, r"uniform .* in \[0, 1\)", lambda: parallel_sample(x, whole, None, uniform=torch.ones(2))),
+    )

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch_layers import assert_refused, mesh_of
 
 from torch_impl import ParallelLMHead, ParallelVocabEmbedding, parallel_cross_entropy
 
@@ -85,10 +86,6 @@ def check_ranks():
     torch.testing.assert_close(model.middle.weight.grad, reference(True)[3])
 
 
-def test_ranks(world):
-    world(4)(check_ranks)
-
-
 @pytest.mark.parametrize(
     "move",
     [
@@ -124,7 +121,7 @@ def check_fsdp():
     """Lookup and head in one group, over the other dimension of a mesh; two data ranks with batches of their own."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of(2, 2)
     batches = IDS.chunk(2)
     expected = [reference(True, ids, ids) for ids in batches]
     model = Model(mesh.get_group("tp"))
@@ -139,30 +136,20 @@ def check_fsdp():
     torch.testing.assert_close(model.embedding.weight.grad.full_tensor()[: stop - start], mean[start:stop])
 
 
-def test_fsdp_in_one_group(world):
-    world(4)(check_fsdp)
+@pytest.mark.parametrize("check", [check_ranks, check_fsdp])
+def test_four_ranks(world, check):
+    world(4)(check)
 
 
 def test_what_is_refused():
-    embedding = ParallelVocabEmbedding(VOCAB, EMB)
-    several = ParallelVocabEmbedding(24, EMB, rank=1, world_size=2)
+    embedding, several = ParallelVocabEmbedding(VOCAB, EMB), ParallelVocabEmbedding(24, EMB, rank=1, world_size=2)
     head = ParallelLMHead(embedding, tied=True, softcap=30.0)
     fused = ParallelVocabEmbedding(VOCAB, EMB, gradient_accumulation_fusion=True)
-    for error, message, call in (
-        (
-            TypeError,
-            "embedding must be a ParallelVocabEmbedding, got Linear",
-            lambda: ParallelLMHead(nn.Linear(3, 4), tied=True),
-        ),
+    assert_refused(
+        (TypeError, "embedding must be .*, got Linear", lambda: ParallelLMHead(nn.Linear(3, 4), tied=True)),
         (TypeError, "tied must be True or False", lambda: ParallelLMHead(embedding, tied=1)),
         (ValueError, "must have a process_group", lambda: ParallelLMHead(several, tied=True)),
         (ValueError, "gradient_accumulation_fusion must be False", lambda: ParallelLMHead(fused, tied=True)),
-        (
-            ValueError,
-            "returns must be empty without targets",
-            lambda: ParallelLMHead(embedding, tied=True)(torch.zeros(1, EMB), returns=("lse",)),
-        ),
-    ):
-        with pytest.raises(error, match=message):
-            call()
+        (ValueError, "returns must be empty", lambda: head(torch.zeros(1, EMB), returns=("lse",))),
+    )
     assert repr(head) == "ParallelLMHead(tied=True, softcap=30.0)"

@@ -3,50 +3,35 @@
 import numpy as np
 import pytest
 import torch
+from torch_layers import ranks_of
 
 from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding, partial_lookup, reduced_lookup
 
 
-def ranks(vocab_size, emb_size, world_size, **options):
-    return [ParallelVocabEmbedding(vocab_size, emb_size, r, world_size, **options) for r in range(world_size)]
-
-
-def test_ids_of_any_memory_layout():
+def test_ids_of_any_memory_layout_give_contiguous_rows():
     ids = torch.randint(0, 24, (6, 8))
-    for emb in ranks(24, 5, 3):
-        for view in (ids.t(), ids[::2, 1::3], ids[0].expand(4, 8)):
-            assert torch.equal(emb(view), emb(view.contiguous()))
+    many = torch.arange(24).repeat(1000).reshape(2, -1).T
+    for emb in ranks_of(24, 5, 3):
+        for view in (ids.t(), ids[::2, 1::3], ids[0].expand(4, 8), many):
+            for grad_mode in (True, False):
+                with torch.set_grad_enabled(grad_mode):
+                    assert torch.equal(emb(view), emb(view.contiguous()))
+                    assert emb(view).is_contiguous()
 
 
-def test_autocast_changes_nothing():
-    emb = ParallelVocabEmbedding(24, 5, 1, 3)
-    ids = torch.arange(24)
+def test_autocast_inference_mode_and_frozen_tables():
+    emb, ids = ParallelVocabEmbedding(24, 5, 1, 3), torch.arange(24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = emb(ids)
     assert out.dtype == torch.float32
     assert torch.equal(out, emb(ids))
     out.sum().backward()
     assert emb.weight.grad.dtype == torch.float32
-
-
-def test_inference_mode_and_frozen_tables():
-    emb = ParallelVocabEmbedding(24, 5, 1, 3)
-    ids = torch.arange(24)
     with torch.inference_mode():
         assert torch.equal(emb(ids)[8:16], emb.weight)
     emb.weight.requires_grad_(False)
     assert not emb(ids).requires_grad
-
-
-@pytest.mark.parametrize("repeats", [1, 1000])
-def test_rows_are_contiguous_however_the_ids_lie(repeats):
-    emb = ParallelVocabEmbedding(24, 5, 1, 3)
-    ids = torch.arange(24).repeat(repeats).reshape(2, -1).T
-    with torch.no_grad():
-        assert emb(ids).is_contiguous()
-    assert emb(ids).is_contiguous()
-    assert torch.equal(emb(ids), emb(ids.contiguous()))
 
 
 @pytest.mark.parametrize("ids", [[1, 2], 3, np.array([1])])
@@ -58,11 +43,8 @@ def test_ids_that_are_no_tensor_are_refused(ids):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        (
-            {"weight": torch.ones(24, 5)},
-            ValueError,
-            r"weight must hold the rank's own rows, \[8, 5\], got \[24, 5\]",
-        ),
+        ({"weight": torch.ones(24, 5)}, ValueError, r"must hold the rank's own rows, \[8, 5\], got \[24, 5\]"),
+        ({"weight": torch.ones(8)}, ValueError, "weight must have two dimensions"),
         ({"weight": torch.ones(8, 5, dtype=torch.int64)}, TypeError, "weight must be of a floating dtype"),
         ({"invalid_ids": "wrap"}, ValueError, "invalid_ids must be"),
         ({"padding_idx": 24}, ValueError, "padding_idx must be"),
@@ -80,25 +62,24 @@ def test_the_pure_function_refuses_what_is_out_of_range(options, error, match):
         partial_lookup(**{**arguments, **options})
 
 
-def test_the_pure_function_takes_tables_that_no_layer_holds():
-    table = torch.arange(8.0).reshape(4, 2)
-    halves = VocabPartition(4, 2)
-    found = partial_lookup(table[2:].to(torch.float8_e4m3fn), torch.tensor([0, 3]), halves, 1)
-    assert found.float().tolist() == [[0, 0], [6, 7]]
-    assert partial_lookup(table[:, ::2][2:], torch.tensor([0, 3]), halves, 1).tolist() == [[0], [6]]
-    assert reduced_lookup(table, torch.tensor([3]), VocabPartition(4, 1), None, reduction="all_reduce").tolist() == [
-        [6, 7]
-    ]
+def test_the_pure_functions_take_tables_that_no_layer_holds():
+    table, ids, halves = torch.arange(8.0).reshape(4, 2), torch.tensor([0, 3]), VocabPartition(4, 2)
+    assert partial_lookup(table[2:].to(torch.float8_e4m3fn), ids, halves, 1).float().tolist() == [[0, 0], [6, 7]]
+    assert partial_lookup(table[:, ::2][2:], ids, halves, 1).tolist() == [[0], [6]]
+    alone = reduced_lookup(table, ids, VocabPartition(4, 1), None, reduction="all_reduce")
+    assert alone.tolist() == [[0, 1], [6, 7]]
+    with pytest.raises(TypeError, match="dtype must be float16"):
+        reduced_lookup(table.to(torch.float8_e4m3fn), ids, VocabPartition(4, 1), None, reduction="all_reduce")
 
 
 def test_a_large_batch_is_the_same():
     """From 32 MiB on the output lies in other memory."""
-    emb = ParallelVocabEmbedding(48, 1024, 1, 3, padding_idx=17)
     ids = (torch.arange(9000) * 7 % 50).view(9, -1)
-    moved = ParallelVocabEmbedding(48, 1024, 1, 3, padding_idx=17)
-    moved.weight.data = moved.weight.data.clone()
-    expected = torch.where(((ids >= 16) & (ids < 32)).unsqueeze(-1), emb.weight.detach()[(ids - 16).clamp(0, 15)], 0)
-    for layer in (emb, moved):
+    for moved in (False, True):
+        layer = ParallelVocabEmbedding(48, 1024, 1, 3, padding_idx=17)
+        layer.weight.data = layer.weight.data.clone() if moved else layer.weight.data
+        table = layer.weight.detach()
+        expected = torch.where(((ids >= 16) & (ids < 32)).unsqueeze(-1), table[(ids - 16).clamp(0, 15)], 0)
         with torch.no_grad():
             assert torch.equal(layer(ids), expected)
         output = layer(ids)

@@ -1,4 +1,4 @@
-"""Rank and world size from real process groups: four gloo processes, their sub-groups, and a device mesh."""
+"""Rank and world size with and without process groups; DTensors where plain tensors are meant."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch_layers import mesh_of
 
 from torch_impl import ParallelVocabEmbedding, partial_lookup, reduced_lookup
 from torch_impl.process_group import resolve_rank
@@ -18,38 +19,8 @@ def test_without_a_group():
         resolve_rank(None, 3, None)
 
 
-def check_groups():
-    rank, world = dist.get_rank(), dist.group.WORLD
-    table = torch.cat([ParallelVocabEmbedding(24, 4, r, 4).weight.detach() for r in range(4)])
-    emb = ParallelVocabEmbedding(24, 4, process_group=world)
-    assert (emb.rank, emb.world_size) == (rank, 4)
-    ids = torch.tensor([[0, 23, 5], [6, -1, 24]])
-    total = emb(ids).detach()
-    dist.all_reduce(total)
-    assert torch.equal(total, table[ids.clamp(0, 23)] * ((ids >= 0) & (ids < 24)).unsqueeze(-1))
-
-    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    emb = ParallelVocabEmbedding(24, 4, process_group=pairs[rank % 2])
-    assert (emb.rank, emb.world_size, emb.weight.shape) == (rank // 2, 2, (12, 4))
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    emb = ParallelVocabEmbedding(24, 4, process_group=mesh.get_group("tp"))
-    assert (emb.rank, emb.world_size) == (rank % 2, 2)
-    assert ParallelVocabEmbedding(24, 4, rank, 4, world).rank == rank
-    for error, match, arguments in (
-        (TypeError, "member of", {"process_group": pairs[1 - rank % 2]}),
-        (ValueError, "rank must agree with process_group", {"rank": (rank + 1) % 4, "process_group": world}),
-        (ValueError, "got world_size=2, the group says 4", {"world_size": 2, "process_group": world}),
-    ):
-        with pytest.raises(error, match=match):
-            ParallelVocabEmbedding(24, 4, **arguments)
-
-
-def test_rank_and_world_size_come_from_groups(world):
-    world(4)(check_groups)
-
-
 def check_dtensors():
-    mesh = dist.init_device_mesh("cpu", (2,))
+    mesh = mesh_of(2)
     checked, emb = (ParallelVocabEmbedding(24, 4, process_group=dist.group.WORLD, check=c) for c in (True, False))
     ids = distribute_tensor(torch.arange(8), mesh, [Shard(0)])
     weight = DTensor.from_local(emb.weight.detach(), mesh, [Shard(0)])

@@ -8,71 +8,41 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch_layers import DTYPES, assert_refused, ranks_of, whole_table
 
 from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
 
 def test_the_signature_is_the_promised_one():
-    parameters = inspect.signature(ParallelVocabEmbedding).parameters
-    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert " ".join(positional) == (
-        "vocab_size emb_size rank world_size process_group init_mean init_std init_base_seed dtype device"
+    signature = inspect.signature(ParallelVocabEmbedding)
+    assert " ".join(str(each.replace(annotation=each.empty)) for each in signature.parameters.values()) == (
+        "vocab_size emb_size rank=None world_size=None process_group=None init_mean=0.0 init_std=1.0 init_base_seed=42 "
+        "dtype=None device=None device_mesh=None reduction='none' exchange='auto' seq_dim=-1 invalid_ids='zero' "
+        "padding_idx=None padded_vocab_size=None sparse=False init='per_rank' check=False "
+        "gradient_accumulation_fusion=False"
     )
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    assert defaults == {
-        "rank": None,
-        "world_size": None,
-        "process_group": None,
-        "init_mean": 0.0,
-        "init_std": 1.0,
-        "init_base_seed": 42,
-        "dtype": None,
-        "device": None,
-        "device_mesh": None,
-        "reduction": "none",
-        "exchange": "auto",
-        "invalid_ids": "zero",
-        "padding_idx": None,
-        "padded_vocab_size": None,
-        "sparse": False,
-        "gradient_accumulation_fusion": False,
-        "init": "per_rank",
-        "seq_dim": -1,
-        "check": False,
-    }
+    keywords = [name for name, each in signature.parameters.items() if each.kind is each.KEYWORD_ONLY]
+    assert (keywords[0], len(keywords)) == ("device_mesh", 11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_each_rank_draws_from_its_own_seed(dtype, rank):
-    torch.manual_seed(1234)
-    before = torch.get_rng_state()
-    emb = ParallelVocabEmbedding(24, 5, rank, 3, None, 0.5, 0.02, 7, dtype)
-    emb.reset_parameters()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(7 + rank)
-    expected = nn.init.normal_(torch.empty(8, 5, dtype=dtype), 0.5, 0.02)
-    assert emb.weight.dtype == dtype
-    assert torch.equal(emb.weight, expected)
+def test_each_rank_draws_from_its_own_seed_and_leaves_the_callers_state(dtype):
+    for rank, seed in ((0, 7), (1, -(2**40)), (2, 2**63 - 9)):
+        torch.manual_seed(1234)
+        before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        emb = ParallelVocabEmbedding(24, 5, rank, 3, None, 0.5, 0.02, seed, dtype)
+        nn.init.zeros_(emb.weight)
+        emb.reset_parameters()
+        assert torch.equal(torch.get_rng_state(), before)
+        np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
+        torch.manual_seed(seed + rank)
+        expected = nn.init.normal_(torch.empty(8, 5, dtype=dtype), 0.5, 0.02)
+        assert emb.weight.dtype == dtype
+        assert torch.equal(emb.weight, expected)
 
 
-@pytest.mark.parametrize("seed", [-1, -(2**40), 2**63 - 9])
-def test_seeds_of_any_size(seed):
-    emb = ParallelVocabEmbedding(16, 2, 1, 2, init_base_seed=seed)
-    torch.manual_seed(seed + 1)
-    assert torch.equal(emb.weight, torch.empty(8, 2).normal_())
-
-
-def test_the_callers_numpy_state_is_untouched_too():
-    before = np.random.get_state()[1].copy()
-    ParallelVocabEmbedding(8, 2)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-
-
-def test_reset_parameters_is_called_once_and_repeats():
+def test_reset_parameters_is_called_once():
     class Counting(ParallelVocabEmbedding):
         calls = 0
 
@@ -80,12 +50,7 @@ def test_reset_parameters_is_called_once_and_repeats():
             self.calls += 1
             super().reset_parameters()
 
-    emb = Counting(24, 5, 1, 3)
-    assert emb.calls == 1
-    first = emb.weight.detach().clone()
-    nn.init.zeros_(emb.weight)
-    emb.reset_parameters()
-    assert torch.equal(emb.weight, first)
+    assert Counting(24, 5, 1, 3).calls == 1
 
 
 def test_what_it_holds():
@@ -98,37 +63,30 @@ def test_what_it_holds():
     assert [name for name, _ in emb.named_parameters()] == ["weight"]
     assert not list(emb.buffers())
     assert "24, 5, rank=1, world_size=3" in repr(emb)
-    assert "padding_idx=3" in repr(ParallelVocabEmbedding(24, 5, padding_idx=3))
+    emb = ParallelVocabEmbedding(24, 5, padding_idx=3)
+    assert (emb.rank, emb.world_size, emb.weight.shape) == (0, 1, (24, 5))
+    assert "padding_idx=3" in repr(emb)
 
 
-def test_without_rank_and_group_it_is_the_whole_table():
-    emb = ParallelVocabEmbedding(24, 5)
-    assert (emb.rank, emb.world_size) == (0, 1)
-    assert emb.weight.shape == (24, 5)
+def test_meta_then_to_empty_then_reset_gives_the_table_whose_padding_idx_is_zero_on_its_owner():
+    for rank in range(3):
+        expected = ParallelVocabEmbedding(24, 5, rank, 3).weight.detach()
+        if rank == 1:
+            expected[1] = 0
+        emb = ParallelVocabEmbedding(24, 5, rank, 3, padding_idx=9, device="meta")
+        assert emb.weight.is_meta
+        assert emb(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
+        emb.to_empty(device="cpu")
+        emb.reset_parameters()
+        assert torch.equal(emb.weight, expected)
+        assert torch.equal(ParallelVocabEmbedding(24, 5, rank, 3, padding_idx=9).weight, expected)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_padding_idx_row_starts_as_zero_on_its_owner(rank):
-    emb = ParallelVocabEmbedding(16, 3, rank, 2, padding_idx=9)
-    plain = ParallelVocabEmbedding(16, 3, rank, 2)
-    expected = plain.weight.detach().clone()
-    if rank == 1:
-        expected[1] = 0
-    assert torch.equal(emb.weight, expected)
-
-
-def test_meta_then_to_empty_then_reset_gives_the_table():
-    emb = ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=8, device="meta")
-    assert emb.weight.is_meta
-    assert emb(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
-    emb.to_empty(device="cpu")
-    emb.reset_parameters()
-    assert torch.equal(emb.weight, ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=8).weight)
-
-
-def test_it_survives_copy_pickle_and_state_dict(tmp_path):
-    emb = ParallelVocabEmbedding(24, 5, 2, 3, padding_idx=20, dtype=torch.bfloat16)
+def test_it_survives_copy_pickle_state_dict_and_conversion(tmp_path):
+    emb = ParallelVocabEmbedding(24, 5, 2, 3, padding_idx=20).to(torch.bfloat16)
     ids = torch.arange(24)
+    assert emb(ids).dtype == torch.bfloat16
+    assert torch.equal(emb(ids)[16:], emb.weight)
     for other in (copy.deepcopy(emb), pickle.loads(pickle.dumps(emb))):
         assert other.weight is not emb.weight
         assert torch.equal(other(ids), emb(ids))
@@ -137,13 +95,6 @@ def test_it_survives_copy_pickle_and_state_dict(tmp_path):
     other = ParallelVocabEmbedding(24, 5, 2, 3, init_base_seed=0, dtype=torch.bfloat16)
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert torch.equal(other.weight, emb.weight)
-
-
-def test_a_subclassed_conversion_keeps_it_working():
-    emb = ParallelVocabEmbedding(24, 5, 1, 3).to(torch.bfloat16)
-    out = emb(torch.arange(24))
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out[8:16], emb.weight)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +109,12 @@ def test_a_subclassed_conversion_keeps_it_working():
         ({"dtype": torch.int64}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got torch.int64"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'none' or 'all_reduce' or .* got 'sum'"),
+        ({"init": lambda rows: [0.0]}, TypeError, "init must return a tensor, got list"),
+        (
+            {"init": lambda rows: torch.ones(2)},
+            ValueError,
+            r"a row for each of the row numbers .* \[24, 4\], got \[2\]",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, match):
@@ -167,7 +124,7 @@ def test_bad_arguments_are_refused(arguments, error, match):
 
 def test_the_state_dict_of_another_rank_is_refused(tmp_path):
     """What rank 0 saved, loaded on every rank, would be the right rows for nobody else."""
-    first, second = (ParallelVocabEmbedding(12, 4, rank, 2) for rank in range(2))
+    first, second = ranks_of(12, 4, 2)
     own = second.weight.detach().clone()
     torch.save(first.state_dict(), tmp_path / "rank0.pt")
     saved = torch.load(tmp_path / "rank0.pt", weights_only=True)
@@ -176,20 +133,19 @@ def test_the_state_dict_of_another_rank_is_refused(tmp_path):
     for options in ({}, {"assign": True}, {"strict": False}):
         with pytest.raises(RuntimeError, match=refusal):
             copy.deepcopy(second).load_state_dict(saved, **options)
-    whole = torch.nn.ModuleDict({"emb": pickle.loads(pickle.dumps(second))})
+    whole = nn.ModuleDict({"emb": pickle.loads(pickle.dumps(second))})
     with pytest.raises(RuntimeError, match=rf"emb\.{refusal}"):
-        whole.load_state_dict(torch.nn.ModuleDict({"emb": first}).state_dict())
+        whole.load_state_dict(nn.ModuleDict({"emb": first}).state_dict())
     first.load_state_dict(saved)
     second.load_state_dict(dict(saved))  # without metadata, as from safetensors: nobody can know
     second.load_state_dict({"weight": own})
     assert torch.equal(second.weight, own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_a_table_in_memory(dtype):
-    whole = nn.Embedding(10, 3, padding_idx=7, dtype=dtype)
+def test_from_a_table_in_memory():
+    build, whole = ParallelVocabEmbedding.from_embedding, nn.Embedding(10, 3, padding_idx=7, dtype=torch.bfloat16)
     before = whole.weight.detach().clone()
-    ranks = [ParallelVocabEmbedding.from_embedding(whole, r, 4, padded_vocab_size="even") for r in range(4)]
+    ranks = [build(whole, r, 4, padded_vocab_size="even") for r in range(4)]
     ids = torch.arange(-1, 12).remainder(10)
     assert torch.equal(sum(emb(ids) for emb in ranks), whole(ids))
     assert [emb.padding_idx for emb in ranks] == [7] * 4
@@ -197,34 +153,23 @@ def test_from_a_table_in_memory(dtype):
     with torch.no_grad():
         ranks[0].weight.zero_()
     assert torch.equal(whole.weight, before)
-    cast = ParallelVocabEmbedding.from_embedding(whole.weight, dtype=torch.float64)
+    cast = build(whole.weight, dtype=torch.float64)
     assert torch.equal(cast.weight, before.double())
-    assert cast.padding_idx is None
-    assert cast.weight.is_leaf
-    assert cast.weight.requires_grad
-
-
-def test_a_table_in_memory_that_will_not_do_is_refused():
-    build = ParallelVocabEmbedding.from_embedding
-    with pytest.raises(TypeError, match=r"table must be an nn\.Embedding or a tensor, got list"):
-        build([[1.0]])
-    with pytest.raises(ValueError, match=r"table must be \[v, e\] and have storage, got \[4\]"):
-        build(torch.ones(4))
-    with pytest.raises(ValueError, match="have storage"):
-        build(torch.ones(4, 2, device="meta"))
-    with pytest.raises(ValueError, match="without max_norm"):
-        build(nn.Embedding(4, 2, max_norm=1.0))
-    with pytest.raises(ValueError, match="divisible"):
-        build(torch.ones(5, 2), 0, 2)
+    assert (cast.padding_idx, cast.weight.is_leaf, cast.weight.requires_grad) == (None, True, True)
+    assert_refused(
+        (TypeError, r"table must be an nn\.Embedding or a tensor, got list", lambda: build([[1.0]])),
+        (ValueError, r"table must be \[v, e\] and have storage, got \[4\]", lambda: build(torch.ones(4))),
+        (ValueError, "have storage", lambda: build(torch.ones(4, 2, device="meta"))),
+        (ValueError, "without max_norm", lambda: build(nn.Embedding(4, 2, max_norm=1.0))),
+        (ValueError, "divisible", lambda: build(torch.ones(5, 2), 0, 2)),
+    )
 
 
 def test_the_names_of_nn_embedding():
     emb = ParallelVocabEmbedding(10, 4, 0, 2)
     emb.num_embeddings = 10  # as libraries do that found nothing to resize
     assert (emb.num_embeddings, emb.embedding_dim) == (10, 4)
-    with pytest.raises(
-        ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the whole"
-    ):
+    with pytest.raises(ValueError, match=r"must stay 10, got 5 \(weight has 5 rows, those of one rank\): resize the"):
         emb.num_embeddings = 5
 
 
@@ -232,9 +177,7 @@ def row_numbers(rows):
     return torch.stack([rows, 10 * rows], 1)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "padded"), [(1, None), (4, "even"), (4, 24)]
-)  # of 24, two ranks have padding only
+@pytest.mark.parametrize(("world_size", "padded"), [(1, None), (4, 24)])  # of 24, two ranks have padding only
 def test_a_callable_is_asked_for_the_ranks_rows(world_size, padded):
     asked = []
 
@@ -242,25 +185,18 @@ def test_a_callable_is_asked_for_the_ranks_rows(world_size, padded):
         asked.extend(rows.tolist())
         return row_numbers(rows)
 
-    ranks = [
-        ParallelVocabEmbedding(10, 2, r, world_size, padded_vocab_size=padded, init=init, padding_idx=7)
-        for r in range(world_size)
-    ]
+    ranks = ranks_of(10, 2, world_size, padded_vocab_size=padded, init=init, padding_idx=7)
     assert asked == list(range(10))
-    table = torch.cat([emb.weight for emb in ranks])
-    expected = torch.zeros_like(table)
-    expected[:10] = row_numbers(torch.arange(10))
+    expected = row_numbers(torch.arange(10)).float()
     expected[7] = 0
-    assert torch.equal(table, expected)
-    with torch.no_grad():
-        ranks[0].weight.zero_()
-    ranks[0].reset_parameters()
+    assert torch.equal(whole_table(ranks), expected)
+    assert sum(emb.weight.sum() for emb in ranks) == expected.sum()  # padding is zero
     copied = copy.deepcopy(ranks[0])
+    nn.init.zeros_(copied.weight)
     copied.reset_parameters()
     assert torch.equal(copied.weight, expected[: len(copied.weight)])
-    assert torch.equal(
-        torch.compile(copied, fullgraph=True, backend="aot_eager")(torch.arange(2)), copied(torch.arange(2))
-    )
+    compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.arange(2)), copied(torch.arange(2)))
 
 
 def test_a_layer_is_pickled_with_the_name_of_its_callable():
@@ -276,15 +212,3 @@ def test_without_first_numbers_only_padding_is_written():
     nn.init.ones_(emb.weight)
     emb.reset_parameters()
     assert emb.weight.tolist() == [[1, 1], [0, 0], [0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("result", "error", "match"),
-    [
-        ([0.0], TypeError, "init must return a tensor, got list"),
-        (torch.ones(2), ValueError, r"a row for each of the row numbers that it is given, \[5, 2\], got \[2\]"),
-    ],
-)
-def test_a_callable_that_does_not_return_rows_is_refused(result, error, match):
-    with pytest.raises(error, match=match):
-        ParallelVocabEmbedding(10, 2, 1, 2, init=lambda rows: result)
