@@ -13,23 +13,6 @@ from shared.proof.oracle import partial_lookup, weight_grad
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
-def to_torch(array):
-    import torch
-
-    array = np.array(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor):
-    import torch
-
-    tensor = tensor.detach().contiguous()
-    bits = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else None
-    return tensor.numpy() if bits is None else bits.view(ml_dtypes.bfloat16)
-
-
 class Oracle:
     """The layer in plain NumPy."""
 
@@ -64,32 +47,29 @@ class Torch:
 
     def __init__(self, table, world_size, **options):
         import torch
+        import torch_layers
 
-        from torch_impl import ParallelVocabEmbedding
-
-        dtype = getattr(torch, table.dtype.name)
-        self.modules = [
-            ParallelVocabEmbedding(*table.shape, rank, world_size, dtype=dtype, **options) for rank in range(world_size)
-        ]
+        self.torch_layers = torch_layers
+        options["dtype"] = getattr(torch, table.dtype.name)
+        self.modules = torch_layers.ranks_of(*table.shape, world_size, **options)
         for module in self.modules:
-            start, stop = module.partition.owned_range(module.rank)
             if self.moved:
                 module.weight.data = module.weight.data.clone()
-            with torch.no_grad():
-                module.weight[: stop - start] = to_torch(table[start:stop])
+            torch_layers.set_rows(module, table)
 
     def lookup(self, ids):
-        given = to_torch(ids) if isinstance(ids, np.ndarray) else ids
-        outputs = [to_numpy(module(given)) for module in self.modules]
+        given = self.torch_layers.tensor_of(ids) if isinstance(ids, np.ndarray) else ids
+        outputs = [self.torch_layers.array_of(module(given)) for module in self.modules]
         if isinstance(ids, np.ndarray):
             np.testing.assert_array_equal(given.numpy(), ids)  # ids are never modified
         return outputs
 
     def gradients(self, ids, upstream):
+        ids, upstream = map(self.torch_layers.tensor_of, (ids, upstream))
         for module in self.modules:
             module.weight.grad = None
-            module(to_torch(ids)).backward(to_torch(upstream))
-        return [to_numpy(module.weight.grad) for module in self.modules]
+            module(ids).backward(upstream)
+        return [self.torch_layers.array_of(module.weight.grad) for module in self.modules]
 
 
 class TorchMoved(Torch):

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from contract.backends import DTYPES
-from marks import pairwise, slower
 
 from shared.partition import VocabPartition
 from shared.proof.oracle import accumulation_dtype, weight_grad
@@ -28,12 +27,7 @@ def assert_exact(found, ids, upstream, world_size, vocab_size=V, padding_idx=Non
 
 @pytest.mark.parametrize(
     ("dtype", "world_size", "padding_idx"),
-    pairwise(
-        [("float16", 2, 0), ("bfloat16", 8, 17), ("float32", 3, None), ("float64", 1, 17)],
-        DTYPES,
-        [1, 2, 3, 8],
-        [None, 0, 17],
-    ),
+    [("float16", 2, 0), ("bfloat16", 8, 17), ("float32", 3, None), ("float64", 1, 17)],
 )
 def test_exact_sums(backend, dtype, world_size, padding_idx, rng):
     ids = np.concatenate([np.arange(-2, 50), rng.integers(0, V, 500), np.full(300, 17)])
@@ -42,7 +36,7 @@ def test_exact_sums(backend, dtype, world_size, padding_idx, rng):
     assert_exact(found, ids, upstream, world_size, padding_idx=padding_idx)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", slower("float16"), slower("float64")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_any_sums_are_close_to_those_in_float64(backend, dtype, rng):
     ids, upstream = rng.integers(0, 12, 60), rng.standard_normal((60, E)).astype(DTYPES[dtype])
     found = np.concatenate(gradients(backend, ids, upstream, shape=(12, E)))
@@ -53,10 +47,7 @@ def test_any_sums_are_close_to_those_in_float64(backend, dtype, rng):
     np.testing.assert_allclose(found.astype(np.float64), exact, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "count"),
-    pairwise([("bfloat16", 5000), ("float16", 64)], ["float16", "bfloat16"], [1, 2, 64, 5000]),
-)
+@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 5000), ("float16", 5000), ("float16", 2)])
 def test_equal_ids_do_not_saturate(backend, dtype, count):
     upstream = np.ones((count + 2, 4), DTYPES[dtype])
     upstream[1] = 256
@@ -84,12 +75,11 @@ def test_nan_reaches_only_the_row_asked_for(backend):
     assert not grads[[i for i in range(12) if i not in (0, 4, 5)]].any()
 
 
-@pytest.mark.parametrize(("world_size", "padded"), [slower(1, 12), (4, "even"), slower(4, 24)])
-def test_padding_rows_get_none(backend, world_size, padded, rng):
+def test_padding_rows_get_none(backend, rng):
     ids = np.arange(-2, 30)
     upstream = rng.integers(-7, 8, (len(ids), 4)).astype(np.float32)
-    found = gradients(backend, ids, upstream, world_size, (10, 4), padded_vocab_size=padded)
-    assert_exact(found, ids, upstream, world_size, 10, padded=padded)
+    found = gradients(backend, ids, upstream, 4, (10, 4), padded_vocab_size=24)
+    assert_exact(found, ids, upstream, 4, 10, padded=24)
     assert sum(np.abs(grad).sum() for grad in found) > 0
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from contract.backends import DTYPES
-from marks import pairwise, slower
 
 from shared.bits import unsigned_view
 from shared.partition import VocabPartition
@@ -41,10 +40,7 @@ def assert_is_right(layer, table, ids, world_size, padded=None):
         assert_bits(partial, expected(table, ids, rank, world_size, padded))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "world_size"),
-    pairwise([("float16", 1), ("bfloat16", 8), ("float32", 3), ("float64", 2)], DTYPES, [1, 2, 3, 8]),
-)
+@pytest.mark.parametrize(("dtype", "world_size"), [("float16", 1), ("bfloat16", 8), ("float32", 3), ("float64", 2)])
 def test_own_rows_are_bits_and_all_else_is_plus_zero(backend, dtype, world_size, rng):
     table = table_of(dtype)
     ids = np.concatenate([np.arange(-2, V + 2), rng.integers(0, V, 60), [2**40, -(2**62)]]).reshape(2, -1)
@@ -56,16 +52,7 @@ def test_partials_sum_to_the_unsharded_lookup(backend, rng):
     np.testing.assert_array_equal(np.sum(backend(table, 3).lookup(ids), axis=0), table[ids])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_any_share_of_owned_ids(backend, share, rng):
-    table = table_of()
-    ids = np.where(rng.random(500) < share, rng.integers(16, 32, 500), rng.integers(32, 48, 500))
-    assert_is_right(backend(table, 3), table, ids, 3)
-
-
-@pytest.mark.parametrize(
-    ("emb_size", "dtype"), pairwise([(1, "bfloat16"), (5, "float16"), (64, "float32")], [1, 5, 64], DTYPES)
-)
+@pytest.mark.parametrize(("emb_size", "dtype"), [(1, "bfloat16"), (5, "float16"), (64, "float32")])
 def test_any_number_of_columns(backend, dtype, emb_size):
     table = table_of(dtype, (12, emb_size))
     assert_is_right(backend(table, 3), table, np.arange(-1, 13), 3)
@@ -82,10 +69,7 @@ def test_no_integer_dtype_of_ids_narrows(backend, dtype):
     assert_is_right(backend(table, 3), table, np.array(values, dtype), 3)
 
 
-@pytest.mark.parametrize(
-    ("shape", "world_size"),
-    pairwise([((), 3), ((3, 0, 2), 3), ((2, 3, 4, 5), 1)], [(), (0,), (3, 0, 2), (5,), (2, 3, 4, 5)], [1, 3]),
-)
+@pytest.mark.parametrize(("shape", "world_size"), [((), 3), ((), 1), ((3, 0, 2), 3), ((0,), 1), ((2, 3, 4, 5), 1)])
 def test_any_shape(backend, shape, world_size, rng):
     table, ids = table_of(), np.array(rng.integers(0, V, shape))
     layer = backend(table, world_size)
@@ -99,17 +83,14 @@ def test_a_rank_may_own_one_row(backend):
     assert_is_right(backend(table, 8), table, np.arange(-1, 9), 8)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "padded"),
-    [(4, 24), (8, "even"), *(slower(*each) for each in ((1, 12), (3, "even"), (4, "even")))],
-)
+@pytest.mark.parametrize(("world_size", "padded"), [(4, 24), (8, "even"), (1, 12)])
 def test_padding_belongs_to_no_id(backend, world_size, padded):
     table = table_of(shape=(10, 4))
     layer = backend(table, world_size, padded_vocab_size=padded)
     assert_is_right(layer, table, np.arange(-2, 30), world_size, padded)
 
 
-@pytest.mark.parametrize("world_size", [3, slower(1), slower(2)])
+@pytest.mark.parametrize("world_size", [3, 1])
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
