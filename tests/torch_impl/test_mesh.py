@@ -152,6 +152,7 @@ def test_copies_state_dicts_and_the_row_of_zeros(world):
 
 def check_compiled():
     for reduction in ("none", "all_reduce", "reduce_scatter"):
+        torch._dynamo.reset()
         emb = layer_of(mesh_of(2), 7, reduction=reduction)
         outputs = []
         for module in (emb, torch.compile(emb, fullgraph=True, backend="aot_eager")):
