@@ -117,20 +117,21 @@ class Training:
             torch.testing.assert_close(whole(mine)[: stop - start], of_all[start:stop])
 
 
-HOWS = {  # how four ranks save: the mesh's shape, what the layer gets of it, the wrapper
-    "ddp": ((2, 2), "process_group", "ddp"),
-    "async_save": ((4,), "process_group", None),
-    "fully_shard": ((2, 2), "process_group", "fully_shard"),
-    "device_mesh": ((4,), "device_mesh", None),
-    "device_mesh, fully_shard": ((2, 2), "device_mesh", "fully_shard"),
+HOWS = {  # how four ranks save; a DTensor without padding needs no conversion
+    "ddp": {"sizes": (2, 2), "wrapper": "ddp"},
+    "async_save": {"sizes": (4,)},
+    "fully_shard": {"sizes": (2, 2), "wrapper": "fully_shard"},
+    "device_mesh": {"sizes": (4,), "by_mesh": True, "converts": False},
+    "device_mesh, fully_shard": {"sizes": (2, 2), "by_mesh": True, "wrapper": "fully_shard", "converts": False},
+    "device_mesh, padded": {"sizes": (4,), "by_mesh": True, "padded": 16},
 }
 
 
-def training_of(sizes, place, wrapper, **options):
+def training_of(sizes, wrapper=None, by_mesh=False, padded=None, converts=True, **options):
     mesh = mesh_of(*sizes)
     tp = mesh["tp"] if len(sizes) > 1 else mesh
-    by_mesh = place == "device_mesh"
-    options |= {"device_mesh": tp} if by_mesh else {"process_group": tp.get_group(), "padded_vocab_size": "even"}
+    options |= {"device_mesh": tp} if by_mesh else {"process_group": tp.get_group()}
+    options["padded_vocab_size"] = padded if by_mesh else "even"
     model = Tied(reduction="all_reduce", **options)
     if wrapper == "ddp":
         with warnings.catch_warnings():
@@ -139,19 +140,19 @@ def training_of(sizes, place, wrapper, **options):
         assert isinstance(sharded_state_dict(model, model.state_dict())["module.emb.weight"], TableRows)
     elif wrapper == "fully_shard":
         model = fully_shard(model, mesh=mesh["dp"])
-    return Training(model, converts=not by_mesh)
+    return Training(model, converts=converts)
 
 
 def save_training(folder, how):
-    state = {"app": training_of(*HOWS[how], init="global").step(2)}
-    if how in ("async_save", "device_mesh, fully_shard"):
+    state = {"app": training_of(**HOWS[how], init="global").step(2)}
+    if how in ("async_save", "fully_shard"):
         dcp.async_save(state, checkpoint_id=folder).result()
     else:
         dcp.save(state, checkpoint_id=folder)
 
 
-def load_training(folder, *how):
-    training = training_of(*how, init_base_seed=0)
+def load_training(folder, how):
+    training = training_of(**how, init_base_seed=0)
     dcp.load({"app": training}, checkpoint_id=folder)
     expected = Training(Tied(init="global")).step(2)
     training.assert_follows(expected, 2)
@@ -168,9 +169,9 @@ def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
         loaded.assert_follows(expected, 2)
     loaded.step().assert_follows(expected.step(), 3)
     if how == "ddp":
-        world(3)(load_training, str(tmp_path), (3,), "device_mesh", None)
+        world(3)(load_training, str(tmp_path), {"sizes": (3,), "by_mesh": True})
     elif "device_mesh" in how:
-        world(4)(load_training, str(tmp_path), (2, 2), "device_mesh", "fully_shard")
+        world(4)(load_training, str(tmp_path), HOWS["device_mesh, fully_shard"])
 
 
 def test_what_wraps_a_model_changes_no_name():
