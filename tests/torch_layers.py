@@ -1,5 +1,6 @@
 """What tests of the PyTorch layers share, in pytest's process and on the ranks of a world."""
 
+import contextlib
 import functools
 import re
 
@@ -86,6 +87,16 @@ class Model(nn.Module):
 def whole_model(table):
     """The model with an unsharded embedding."""
     return Model(nn.Embedding.from_pretrained(table, freeze=False))
+
+
+@contextlib.contextmanager
+def named(*case):
+    """Say in the traceback of a failure which case it is of."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in the case {case}")
+        raise
 
 
 def assert_refused(*cases):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch_layers import MODES, Model, mesh_of, ranks_of, whole_model, whole_table
+from torch_layers import MODES, Model, mesh_of, named, ranks_of, whole_model, whole_table
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -72,14 +72,17 @@ def check_data_parallel(wrapper):
         else:
             fully_shard(emb, mesh=mesh["dp"])
             wrapped = fully_shard(model, mesh=mesh["dp"])
-        wrapped(batches[mesh.get_local_rank("dp")]).sum().backward()
-        gradient = emb.weight.grad
-        if wrapper == "fsdp":
-            assert gradient.to_local().shape == (emb.partition.rows_per_rank // 2, EMB)
-            gradient = gradient.full_tensor()
-        start = emb.partition.start(emb.rank)
-        # Sums of at most 16 products of order 1, in another order: some roundings of float32.
-        torch.testing.assert_close(gradient, whole[start : start + emb.partition.rows_per_rank], rtol=1e-5, atol=1e-5)
+        with named(*mode):
+            wrapped(batches[mesh.get_local_rank("dp")]).sum().backward()
+            gradient = emb.weight.grad
+            if wrapper == "fsdp":
+                assert gradient.to_local().shape == (emb.partition.rows_per_rank // 2, EMB)
+                gradient = gradient.full_tensor()
+            start = emb.partition.start(emb.rank)
+            # Sums of at most 16 products of order 1, in another order: some roundings of float32.
+            torch.testing.assert_close(
+                gradient, whole[start : start + emb.partition.rows_per_rank], rtol=1e-5, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch_layers import assert_refused, mesh_of
+from torch_layers import assert_refused, mesh_of, named
 
 from torch_impl import ParallelLMHead, ParallelVocabEmbedding, parallel_cross_entropy
 
@@ -77,7 +77,8 @@ def test_one_rank(tied):
 def check_ranks():
     for tied in (True, False):
         for seq_dim in (None, 1):
-            check_gradients(Model(dist.group.WORLD, tied, seq_dim), reference(tied), seq_dim)
+            with named(tied, seq_dim):
+                check_gradients(Model(dist.group.WORLD, tied, seq_dim), reference(tied), seq_dim)
     model = Model(dist.group.WORLD)
     by_logits = parallel_cross_entropy(
         model(IDS), IDS, model.head.partition, dist.group.WORLD, label_smoothing=0.1, z_loss=0.01

@@ -118,12 +118,12 @@ def check_rounding():
             emb = layer(reduction, exchange, dtype=dtype)
             emb(ids).backward(chunk_of(upstream, emb))
             gradients.append(emb.weight.grad)
-        assert equal_bits(*gradients), dtype
+        assert equal_bits(*gradients), (reduction, dtype)
         # n summands are off by at most n roundings of the accumulator, and one of the table's dtype.
         accumulator = torch.float32 if dtype.itemsize < 4 else dtype
         bound = most * torch.finfo(accumulator).eps * upstream.abs().double().sum() / 10
         bound = bound + exact.abs() * torch.finfo(dtype).eps
-        assert ((gradients[0].double() - exact).abs() <= bound).all(), dtype
+        assert ((gradients[0].double() - exact).abs() <= bound).all(), (reduction, dtype)
     ids = torch.full((2, 2500), 7)  # 5000 gradients of 1, on four chunks
     for mode, dtype in itertools.product(MODES, (torch.bfloat16, torch.float16)):
         emb = layer(*mode, dtype=dtype)

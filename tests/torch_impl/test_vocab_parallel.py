@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
-from torch_layers import assert_refused, mesh_of, whole
+from torch_layers import assert_refused, mesh_of, named, whole
 
 from torch_impl import ParallelVocabEmbedding
 from torch_impl.adapters import VocabParallel
@@ -97,8 +97,9 @@ def check_plans():
             assert output.placements == (Replicate() if kind == "replicate" else Shard(1),)
             if kind == "replicate":
                 emb.register_forward_hook(lambda _module, _inputs, output: output.to_local())
-        check_equal(model, reference)
-        assert torch.equal(whole(copy.deepcopy(emb)(IDS)), whole(emb(IDS)))
+        with named(kind, use_local_output, vocab_size):
+            check_equal(model, reference)
+            assert torch.equal(whole(copy.deepcopy(emb)(IDS)), whole(emb(IDS)))
 
 
 def check_inputs():
