@@ -42,8 +42,8 @@ def layer(mesh, table, **options):
         ((2, 2), "Auto", (4, 6), P("tp", "dp"), "routed", ml_dtypes.bfloat16),
     ],
 )
-def test_rows_and_gradients_of_the_whole_batch(mesh, kind, shape, split, exchange, dtype):
-    mesh, (table, ids) = make_mesh(mesh, ("dp", "tp")[-len(mesh) :], kind), case(shape, dtype)
+def test_rows_and_gradients_of_the_whole_batch(mesh_of, mesh, shape, split, exchange, dtype):
+    mesh, (table, ids) = mesh_of(mesh, ("dp", "tp")[-len(mesh) :]), case(shape, dtype)
     emb, ids = layer(mesh, table, exchange=exchange, padding_idx=5), on(mesh, ids, *split)
     assert_is_right(emb, ids)
     entry = assert_is_right(emb, ids, jit=False).sharding.spec[0]
