@@ -119,9 +119,16 @@ def test_decoding(world_size):
     np.testing.assert_array_equal(found[2], ids)
 
 
-def test_gathered_logits_are_refused():
+def test_logits_that_do_not_fit_are_refused():
+    partition = VocabPartition(V, 4, 24)
     with pytest.raises(ValueError, match="24"):
-        mapped(lambda logits: parallel_argmax(logits, VocabPartition(V, 4, 24), "tp"), 4, P(), P())(jnp.zeros((2, 24)))
+        mapped(lambda logits: parallel_argmax(logits, partition, "tp"), 4, P(), P())(jnp.zeros((2, 24)))
+    for function in (
+        lambda logits: parallel_argmax(logits, partition, "tp"),
+        lambda logits: parallel_cross_entropy(logits, np.zeros(2, np.int32), partition, "tp"),
+    ):
+        with pytest.raises(TypeError, match="logits must be float16, bfloat16, float32 or float64, got int32"):
+            mapped(function, 4, P(None, "tp"), P())(jnp.zeros((2, 24), int))
 
 
 @pytest.mark.parametrize("world_size", [4, slower(1), slower(8)])
