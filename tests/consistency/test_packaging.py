@@ -22,10 +22,8 @@ def run(*command, cwd):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def build_wheel(folder):
     """The wheel, built from the unpacked sdist, which is built from a copy of the sources."""
-    folder = tmp_path_factory.mktemp("distribution")
     source = folder / "source"
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -44,15 +42,12 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module(wheel):
+def test_the_wheel_holds_every_module_and_its_command_runs(tmp_path):
+    wheel = build_wheel(tmp_path)
     sources = {str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     with zipfile.ZipFile(wheel) as opened:
         held = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert held == sources | {f"{room}/py.typed" for room in ROOMS} | {"shared/cli/schema.json"}
-
-
-@pytest.mark.slow
-def test_the_command_runs_where_the_wheel_is_installed(wheel, tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")

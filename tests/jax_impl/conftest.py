@@ -26,9 +26,3 @@ def mesh_of(kind):
             return mesh
 
         yield make
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield

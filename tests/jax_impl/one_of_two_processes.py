@@ -21,60 +21,57 @@ from shared.proof.oracle import partial_lookup, weight_grad
 from shared.tables.tensor_file import header_bytes
 
 
+def assert_shards(array, whole):
+    """Each of this process's shards is its part of the whole."""
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+
+def split_ids(mesh, rng, shape):
+    """Ids in and around 12 for each rank, and the same split over data, where there is a data axis."""
+    ids = rng.integers(-3, 12 * mesh.shape["tp"] + 3, shape).astype(np.int32)
+    split = NamedSharding(mesh, P("dp") if "dp" in mesh.axis_names else P())
+    return ids, jax.make_array_from_callback(shape, split, lambda index: ids[index])
+
+
 def check(mesh, dtype, rng):
     w = mesh.shape["tp"]
     emb = ParallelVocabEmbedding(12 * w, 5, mesh, init_mean=0.25, init_std=0.5, dtype=dtype, padding_idx=3)
     keys = [jax.random.key(42 + rank) for rank in range(w)]
     table = np.concatenate([np.asarray(0.25 + 0.5 * jax.random.normal(key, (12, 5), dtype)) for key in keys])
     table[3] = 0
-    for shard in emb.weight.addressable_shards:
-        np.testing.assert_array_equal(shard.data, table[shard.index])
+    assert_shards(emb.weight, table)
     with pytest.raises(TypeError, match="a table on a mesh of this process's devices can be pickled"):
         pickle.dumps(emb)
     assert copy.deepcopy(emb).weight.sharding == emb.weight.sharding
 
-    ids = rng.integers(-3, 12 * w + 3, (4, 6))
+    ids, split = split_ids(mesh, rng, (4, 6))
     expected = np.stack([partial_lookup(table[12 * r :][:12], ids, emb.partition, r) for r in range(w)])
-    spec = P("dp") if "dp" in mesh.axis_names else P()
-    split = jax.make_array_from_callback(ids.shape, NamedSharding(mesh, spec), lambda index: ids[index])
     for given in (ids, split):
-        for shard in emb(given).addressable_shards:
-            np.testing.assert_array_equal(shard.data, expected[shard.index])
-
+        assert_shards(emb(given), expected)
     grad = jax.jit(jax.grad(lambda emb, ids: emb(ids).astype(jnp.float32).sum()))(emb, split).weight
     ones = np.ones((*ids.shape, 5), dtype)
-    whole = np.concatenate([weight_grad(ones, ids, emb.partition, r, padding_idx=3) for r in range(w)])
-    for shard in grad.addressable_shards:
-        np.testing.assert_array_equal(shard.data, whole[shard.index])
+    assert_shards(grad, weight_grad(ones, ids, VocabPartition(12 * w, 1), 0, padding_idx=3))
 
     strict = ParallelVocabEmbedding(12 * w, 5, mesh, invalid_ids="error")
     with pytest.raises(IndexError, match="is outside the vocabulary"):
         strict(split)
-    for shard in emb.with_weight(2 * table).weight.addressable_shards:
-        np.testing.assert_array_equal(shard.data, 2 * table[shard.index])
+    assert_shards(emb.with_weight(2 * table).weight, 2 * table)
 
 
 def check_reductions(mesh, dtype, rng):
     """Every reduction by every exchange: each shard is the unsharded lookup's, and the gradient the oracle's."""
-    w = mesh.shape["tp"]
-    table = rng.standard_normal((12 * w, 6)).astype(dtype)
-    ids = rng.integers(-3, 12 * w + 3, (4, 8)).astype(np.int32)
-    whole = VocabPartition(12 * w, 1)
-    expected, upstream = partial_lookup(table, ids, whole, 0), exact_gradient(ids, 6, np.dtype(dtype), 0)
-    gradient = weight_grad(upstream, ids, whole, 0, padding_idx=3)
-    spec = P("dp") if "dp" in mesh.axis_names else P()
-    split = jax.make_array_from_callback(ids.shape, NamedSharding(mesh, spec), lambda index: ids[index])
-    for reduction in ("all_reduce", "reduce_scatter"):
-        for exchange in ("dense", "routed"):
-            emb = ParallelVocabEmbedding(
-                12 * w, 6, mesh, dtype=dtype, padding_idx=3, reduction=reduction, exchange=exchange, check=True
-            ).with_weight(table)
-            output, back = jax.vjp(lambda emb: emb(split), emb)
-            for shard in output.addressable_shards:
-                np.testing.assert_array_equal(shard.data, expected[shard.index])
-            cotangent = jax.make_array_from_callback(output.shape, output.sharding, lambda index: upstream[index])
-            for shard in back(cotangent)[0].weight.addressable_shards:
-                np.testing.assert_array_equal(shard.data, gradient[shard.index])
+    whole = VocabPartition(12 * mesh.shape["tp"], 1)
+    table = rng.standard_normal((whole.vocab_size, 6)).astype(dtype)
+    ids, split = split_ids(mesh, rng, (4, 8))
+    upstream = exact_gradient(ids, 6, np.dtype(dtype), 0)
+    for reduction, exchange in (("all_reduce", "dense"), ("reduce_scatter", "dense"), ("reduce_scatter", "routed")):
+        options = {"dtype": dtype, "padding_idx": 3, "reduction": reduction, "exchange": exchange, "check": True}
+        emb = ParallelVocabEmbedding(*table.shape, mesh, **options).with_weight(table)
+        output, back = jax.vjp(lambda emb: emb(split), emb)
+        assert_shards(output, partial_lookup(table, ids, whole, 0))
+        cotangent = jax.make_array_from_callback(output.shape, output.sharding, lambda index: upstream[index])
+        assert_shards(back(cotangent)[0].weight, weight_grad(upstream, ids, whole, 0, padding_idx=3))
 
 
 def check_disagreement(mesh):
@@ -98,22 +95,14 @@ def check_disagreement(mesh):
 def check_tables(mesh, folder):
     """Written by both processes, each its own shards, and read again onto another layout, each its own rows."""
     folder = Path(folder)
-    emb = ParallelVocabEmbedding(50, 6, mesh, init="global", padded_vocab_size="even", dtype=jnp.bfloat16)
-    table = normal_rows(0, 50, 6, np.dtype(jnp.bfloat16), 42)
-
-    def compare(emb):
-        whole = np.concatenate([table, np.zeros((emb.padded_vocab_size - 50, 6), table.dtype)])
-        for shard in emb.weight.addressable_shards:
-            np.testing.assert_array_equal(shard.data, whole[shard.index])
-
-    compare(emb)
-    compare(
-        jax.jit(lambda: ParallelVocabEmbedding(50, 6, mesh, init="global", padded_vocab_size=64, dtype=jnp.bfloat16))()
-    )
-    name = "-".join(mesh.axis_names)
-    target = folder / f"{name}.safetensors"
+    options = {"init": "global", "dtype": jnp.bfloat16}
+    emb = ParallelVocabEmbedding(50, 6, mesh, padded_vocab_size="even", **options)
+    table = np.pad(normal_rows(0, 50, 6, np.dtype(jnp.bfloat16), 42), ((0, 14), (0, 0)))
+    assert_shards(emb.weight, table[: emb.padded_vocab_size])
+    assert_shards(jax.jit(lambda: ParallelVocabEmbedding(50, 6, mesh, padded_vocab_size=64, **options))().weight, table)
+    target = folder / f"{'-'.join(mesh.axis_names)}.safetensors"
     emb.save_table(target)
-    compare(ParallelVocabEmbedding.from_table(target, mesh=mesh, padded_vocab_size=64))
+    assert_shards(ParallelVocabEmbedding.from_table(target, mesh=mesh, padded_vocab_size=64).weight, table)
     with pytest.raises(ValueError, match="exists; pass --force"):
         emb.save_table(target)
     with pytest.raises(ValueError, match="disagree about path"):
@@ -150,18 +139,22 @@ def main():
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
     assert len(jax.devices()) == 4
     rng = np.random.default_rng(0)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        for shape, names in (((4,), ("tp",)), ((2, 2), ("dp", "tp")), ((2, 2), ("tp", "dp"))):
-            mesh = jax.make_mesh(shape, names, (kind,) * len(shape))
-            with jax.set_mesh(mesh):
-                for dtype in (jnp.float32, jnp.bfloat16):
-                    check(mesh, dtype, rng)
-                if kind == AxisType.Auto:
-                    check_tables(mesh, folder)
-                if kind == AxisType.Auto and names == ("tp",):
-                    check_memory(mesh, folder)
-                if kind == AxisType.Auto and names != ("tp", "dp"):
-                    check_reductions(mesh, jnp.float32 if shape == (4,) else jnp.bfloat16, rng)
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    for kind, shape, names, dtype in (
+        (auto, (4,), ("tp",), jnp.float32),
+        (auto, (2, 2), ("dp", "tp"), jnp.bfloat16),
+        (auto, (2, 2), ("tp", "dp"), jnp.float32),
+        (explicit, (2, 2), ("dp", "tp"), jnp.float32),
+    ):
+        mesh = jax.make_mesh(shape, names, (kind,) * len(shape))
+        with jax.set_mesh(mesh):
+            check(mesh, dtype, rng)
+            if kind == auto:
+                check_tables(mesh, folder)
+            if kind == auto and names != ("tp", "dp"):
+                check_reductions(mesh, dtype, rng)
+            if names == ("tp",):
+                check_memory(mesh, folder)
     check_disagreement(mesh)
     print("all equal")
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slower
+from meshes import make_mesh, on
 
 from jax_impl import ParallelLMHead, ParallelVocabEmbedding, linear_cross_entropy
 from shared.head import LossOptions
 from shared.proof import head_oracle
 
 V, E = 21, 8
-SHAPES = {(4,): ("tp",), (2, 4): ("dp", "tp")}
 
 
 def case():
@@ -36,101 +36,87 @@ def close(found, expected):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=2e-5, atol=2e-5)
 
 
-OPTIONS = [{"label_smoothing": 0.1, "softcap": 2.0}, {"reduction": "none", "z_loss": 0.1}]
-
-
 @pytest.mark.parametrize(
     ("shape", "seq_dim", "options"),
     [
-        ((2, 4), None, OPTIONS[0]),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in [((4,), None, OPTIONS[1]), ((4,), -1, OPTIONS[0]), ((2, 4), -1, OPTIONS[1])]
-        ),
+        ((2, 4), None, {"label_smoothing": 0.1, "softcap": 2.0}),
+        slower((2, 4), -1, {"reduction": "none", "z_loss": 0.1}),
+        slower((4,), -1, {}),
     ],
     ids=str,
 )
 def test_loss_and_gradients(mesh_of, shape, seq_dim, options):
     """Eagerly and under jit, whatever is known of how tokens are split over data."""
-    mesh = mesh_of(shape, SHAPES[shape])
+    mesh = mesh_of(shape, ("dp", "tp")[-len(shape) :])
     hidden, table, targets = case()
-    head = head_of(mesh, table, seq_dim=seq_dim, **options)
-    known = LossOptions(**options)
+    head, known = head_of(mesh, table, seq_dim=seq_dim, **options), LossOptions(**options)
     upstream = np.float32(0.5) if known.reduction == "mean" else np.full((4, 8), 0.5, np.float32)
     expected = head_oracle.loss(hidden, padded(table), targets, V, known, upstream)
-    spec = P("dp" if len(shape) > 1 else None, None if seq_dim is None else "tp", None)
-    given = jax.device_put(hidden, NamedSharding(mesh, spec))
+    given = on(mesh, hidden, "dp" if len(shape) > 1 else None, None if seq_dim is None else "tp")
 
     def step(head, hidden):
         (loss, count), pull_back = jax.vjp(lambda head, h: head(h, targets, returns=("count",)), head, hidden)
         return loss, count, pull_back((jnp.full_like(loss, 0.5), np.zeros((), jax.dtypes.float0)))
 
-    for run in (step, jax.jit(step)):
-        loss, count, (of_head, of_hidden) = run(head, given)
-        close(loss, expected.loss)
-        assert count == expected.count
-        close(of_hidden, expected.hidden_grad)
-        close(of_head.embedding.weight, expected.weight_grad)
-    close(head(given, targets), expected.loss)
+    loss, count, (of_head, of_hidden) = jax.jit(step)(head, given)
+    close(loss, expected.loss)
+    assert count == expected.count
+    close(of_hidden, expected.hidden_grad)
+    close(of_head.embedding.weight, expected.weight_grad)
+    loss, pull_back = jax.vjp(lambda head: head(given, targets), head)
+    close(loss, expected.loss)
+    close(pull_back(jnp.full_like(loss, 0.5))[0].embedding.weight, expected.weight_grad)
 
 
 @pytest.mark.slow
 def test_scan_and_checkpoint(mesh_of):
-    mesh = mesh_of((2, 4), ("dp", "tp"))
     hidden, table, targets = case()
-    head = head_of(mesh, table)
-    expected = head_oracle.loss(hidden, padded(table), targets, V)
+    head = head_of(mesh_of((2, 4), ("dp", "tp")), table)
 
     def in_a_scan(head, hidden):
         total, _ = jax.lax.scan(lambda total, h: (total + jax.checkpoint(head)(h, targets), None), 0.0, hidden)
         return total
 
     gradient = jax.jit(jax.grad(in_a_scan))(head, jnp.stack([hidden, hidden]))
-    close(gradient.embedding.weight, 2 * expected.weight_grad)
+    close(gradient.embedding.weight, 2 * head_oracle.loss(hidden, padded(table), targets, V).weight_grad)
 
 
-@pytest.mark.parametrize("shape", [pytest.param((4,), marks=pytest.mark.slow), (2, 4)])
-def test_logits_and_decoding(mesh_of, shape):
-    mesh = mesh_of(shape, SHAPES[shape])
-    hidden, table, _ = case()
+def test_logits_and_decoding(mesh_of):
+    mesh, (hidden, table, _) = mesh_of((2, 4), ("dp", "tp")), case()
     head = head_of(mesh, table, softcap=3.0)
     logits = head(hidden)
     assert logits.sharding.spec[-1] == "tp"
-    expected = head_oracle.logits(hidden, padded(table), V, 3.0)
-    close(logits, expected)
-    logits_there = np.asarray(logits)
-    values, ids = head_oracle.top_k(logits_there, 5, V)
+    close(logits, head_oracle.logits(hidden, padded(table), V, 3.0))
     uniform = np.random.default_rng(1).random((4, 8), np.float32)
-    for wrap in (
-        lambda function, *arguments: function(*arguments),
-        lambda function, *arguments: jax.jit(function)(*arguments),
-    ):
-        np.testing.assert_array_equal(wrap(head.argmax, logits), ids[..., 0])
-        found = wrap(lambda logits: head.top_k(logits, 5), logits)
-        np.testing.assert_array_equal(found[0], values)
-        np.testing.assert_array_equal(found[1], ids)
-        np.testing.assert_array_equal(wrap(head.sample, logits, uniform), head_oracle.sample(logits_there, uniform, V))
+
+    def decode(head, logits):
+        return head.argmax(logits), *head.top_k(logits, 5), head.sample(logits, uniform)
+
+    values, ids = head_oracle.top_k(np.asarray(logits), 5, V)
+    expected = ids[..., 0], values, ids, head_oracle.sample(np.asarray(logits), uniform, V)
+    for run in (decode, jax.jit(decode)):
+        for found, each in zip(run(head, logits), expected, strict=True):
+            np.testing.assert_array_equal(found, each)
 
 
 def test_a_tied_table_gets_both_gradients(mesh_of):
-    mesh = mesh_of((4,))
     _, table, targets = case()
-    emb = ParallelVocabEmbedding.from_embedding(table, mesh, padded_vocab_size=24, reduction="all_reduce")
+    emb = ParallelVocabEmbedding.from_embedding(table, mesh_of((4,)), padded_vocab_size=24, reduction="all_reduce")
     ids = np.abs(targets) % V
 
-    def tied(emb):
-        return ParallelLMHead(emb)(emb(ids), targets)
+    @jax.jit
+    def gradients(emb):
+        apart = jax.grad(lambda emb, head: head(emb(ids), targets), (0, 1))(emb, ParallelLMHead(emb))
+        return jax.grad(lambda emb: ParallelLMHead(emb)(emb(ids), targets))(emb), apart
 
-    apart = jax.grad(lambda emb, head: head(emb(ids), targets), (0, 1))(emb, ParallelLMHead(emb))
-    gradient = jax.jit(jax.grad(tied))(emb)
+    gradient, (of_lookup, of_head) = gradients(emb)
     assert jax.tree.structure(gradient) == jax.tree.structure(emb)
-    close(gradient.weight, np.asarray(apart[0].weight) + np.asarray(apart[1].embedding.weight))
+    close(gradient.weight, np.asarray(of_lookup.weight) + np.asarray(of_head.embedding.weight))
 
 
 def test_invalid_targets():
-    mesh = jax.make_mesh((4,), ("tp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     hidden, table, targets = case()
-    head = head_of(mesh, table, reduction="none")
+    head = head_of(make_mesh(), table, reduction="none")
     bad = targets.copy()
     bad[1, 2], bad[2, 2] = 2**32 + 5, V  # neither another id nor a row of padding
     with pytest.raises(IndexError, match=r"targets\[1, 2\] = 4294967301 is outside the vocabulary \[0, 21\)"):
@@ -147,8 +133,8 @@ def test_invalid_targets():
     np.testing.assert_array_equal(lenient(hidden, bad) == 0, (bad < 0) | (bad >= V))
 
 
-def test_refusals(mesh_of):
-    mesh = mesh_of((2, 2), ("dp", "tp"))
+def test_refusals():
+    mesh = make_mesh((2, 2), ("dp", "tp"))
     hidden, table, targets = case()
     head = head_of(mesh, table)
     assert repr(ParallelLMHead(head.embedding, softcap=2.0)).endswith(", softcap=2.0)")
