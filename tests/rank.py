@@ -29,7 +29,8 @@ def load(path, loaded={}):  # noqa: B006
 
 
 # What test modules import of this folder. The folder itself, on the path, would hide the packages of the same names.
-sys.modules["marks"] = load(str(Path(__file__).with_name("marks.py")))
+for name in ("marks", "table_files"):
+    sys.modules[name] = load(str(Path(__file__).with_name(f"{name}.py")))
 
 
 def main():
