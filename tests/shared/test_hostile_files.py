@@ -625,7 +625,7 @@ def mutable(request, tmp_path, put):
     return tmp_path, {}, [path]
 
 
-@pytest.mark.parametrize("cases", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [150, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_mutations_of_headers_and_indexes(mutable, cases):
     opened, options, files = mutable
     rng, counts, wrong = np.random.default_rng(5), Counter(), {}

@@ -1,11 +1,13 @@
 """One file or Megatron-style parts: every bit comes back, and the old file or the new one is whole at any moment."""
 
 import errno
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -278,22 +280,18 @@ def test_old_or_new_file_is_whole_at_any_stop(tmp_path, rng):
 # Several processes, one file
 
 
-class Exchange:
-    """Threads stand for processes; values travel as JSON."""
+def exchanges(processes):
+    """What each process is to exchange values by. Threads stand for processes; values travel as JSON."""
+    barrier, given = threading.Barrier(processes, timeout=10), [None] * processes
 
-    def __init__(self, processes):
-        self.barrier = threading.Barrier(processes, timeout=10)
-        self.given = [None] * processes
+    def exchange(process, mine):
+        given[process] = json.dumps(mine)
+        barrier.wait()
+        everyones = [json.loads(text) for text in given]
+        barrier.wait()
+        return everyones
 
-    def of(self, process):
-        def exchange(mine):
-            self.given[process] = json.dumps(mine)
-            self.barrier.wait()
-            everyones = [json.loads(text) for text in self.given]
-            self.barrier.wait()
-            return everyones
-
-        return exchange
+    return [functools.partial(exchange, process) for process in range(processes)]
 
 
 RANGES = [[(0, 8), (16, 24)], [(8, 16)], [], [(24, 30), (30, 30)]]
@@ -312,21 +310,14 @@ def target(tmp_path):
 
 def together(path, values, change=lambda process: {}, **options):
     """Four processes write a table; returns what each of them raised, or None."""
-    exchange, outcomes = Exchange(len(RANGES)), [None] * len(RANGES)
 
-    def run(process):
+    def run(process, exchange):
         mine = {"path": path, "spec": SPEC, "ranges": RANGES[process], "rows": lambda start, stop: values[start:stop]}
-        try:
-            write_table(**{**mine, **options, **change(process)}, process=process, exchange=exchange.of(process))
-        except Exception as error:
-            outcomes[process] = error
+        write_table(**{**mine, **options, **change(process)}, process=process, exchange=exchange)
 
-    threads = [threading.Thread(target=run, args=(process,)) for process in range(len(RANGES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    with ThreadPoolExecutor(len(RANGES)) as pool:
+        futures = [pool.submit(run, process, exchange) for process, exchange in enumerate(exchanges(len(RANGES)))]
+    return [future.exception() for future in futures]
 
 
 def assert_all_failed(outcomes, process):
