@@ -209,23 +209,21 @@ def test_several_candidates_are_listed_and_can_be_named(tmp_path, values):
     others = ["model.encoder.embed_positions.weight", "model.encoder.layers.0.fc1.weight"]
     tensors = {name: values + np.float32(number) for number, name in enumerate([*three, *others])}
     for path in saved_both_ways(tmp_path, tensors):
-        with pytest.raises(ValueError, match="pass tensor_name; several look like an input embedding: ") as caught:
+        says = f"pass tensor_name; several look like an input embedding: {', '.join(three)}$"
+        with pytest.raises(ValueError, match=says):
             open_table(path)
-        assert str(caught.value).endswith(": " + ", ".join(three))
         for name in tensors:
             assert open_table(path, name).tensor == name
             assert_same(open_table(path, name).rows(0, 24), tensors[name])
 
 
-@pytest.mark.parametrize("others", [[], ["lm_head.bias"], ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]])
-def test_without_a_candidate_the_tables_are_listed(tmp_path, values, others):
+def test_without_a_candidate_the_tables_are_listed(tmp_path, values):
     """An output head is a table of the same shape, and the wrong one."""
-    tensors = {"lm_head.weight": values, **dict.fromkeys(others, values)}
-    for path in saved_both_ways(tmp_path, tensors):
-        with pytest.raises(ValueError, match="pass tensor_name; none looks like an input embedding") as caught:
-            open_table(path)
-        assert "lm_head.weight" in str(caught.value).split("in it: ")[1]
-        assert_same(open_table(path, "lm_head.weight").rows(0, 24), values)
+    for others in ([], ["lm_head.bias"], ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]):
+        for path in saved_both_ways(tmp_path, {"lm_head.weight": values, **dict.fromkeys(others, values)}):
+            with pytest.raises(ValueError, match="pass tensor_name; none looks like .* in it: .*lm_head.weight"):
+                open_table(path)
+            assert_same(open_table(path, "lm_head.weight").rows(0, 24), values)
 
 
 def test_long_lists_of_candidates_are_cut(tmp_path):
