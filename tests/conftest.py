@@ -45,6 +45,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20260101)
 
 
+@pytest.fixture
+def pve(capsys):
+    """``pve(*arguments)``: a command of ``pve``, as its user meets it."""
+    from command import Pve
+
+    return Pve(capsys)
+
+
 def modules_of(package: str) -> list[types.ModuleType]:
     """A package and all its modules, those that run on import left out."""
     root = importlib.import_module(package)

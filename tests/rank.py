@@ -35,7 +35,7 @@ def load(path, loaded={}):  # noqa: B006
 
 
 # What test modules import of this folder. The folder itself, on the path, would hide the packages of the same names.
-for name in ("marks", "torch_layers"):
+for name in ("marks", "table_files", "torch_layers"):
     sys.modules[name] = load(str(Path(__file__).with_name(f"{name}.py")))
 
 
@@ -58,7 +58,8 @@ def run_rank(address, rendezvous, rank, world_size):
     for category in (DeprecationWarning, FutureWarning):  # torch's use of what torch deprecates
         warnings.filterwarnings("ignore", category=category, module=r"torch\b")
     warnings.filterwarnings("ignore", ".*(torch.jit|should not be instantiated)", DeprecationWarning)
-    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.6
+    for message in ("TypedStorage is deprecated", "DTensor random operators may not"):  # torch 2.6
+        warnings.filterwarnings("ignore", message, UserWarning)
     with Client(address, "AF_UNIX") as pipe:
         pipe.send((rank, os.getpid()))
         dist.init_process_group(

@@ -1,6 +1,8 @@
 """Tables in files as tests make them: by the letter of the formats, independent of the code that reads them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 
@@ -14,14 +16,29 @@ def safetensors(header, data=b"", length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
+def entry(values, first=0):
+    """What a header says about a tensor at byte ``first``."""
+    offsets = [first, first + values.nbytes]
+    return {"dtype": CODES[values.dtype.name], "shape": list(values.shape), "data_offsets": offsets}
+
+
 def save(path, tensors):
     """Write a safetensors file; return its path."""
     header, data = {}, b""
     for name, values in tensors.items():
-        offsets = [len(data), len(data) + values.nbytes]
-        header[name] = {"dtype": CODES[values.dtype.name], "shape": list(values.shape), "data_offsets": offsets}
+        header[name] = entry(values, len(data))
         data += values.tobytes()
     path.write_bytes(safetensors(header, data))
+    return path
+
+
+def save_zeros(path, rows, columns):
+    """Write a float32 table of zeros that take no room on the disk; return its path."""
+    size = rows * columns * 4
+    header = safetensors({"wte.weight": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, size]}})
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
     return path
 
 
@@ -62,3 +79,26 @@ def assert_same(found, expected):
 def contents(folder):
     """Everything below a folder, byte for byte."""
     return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+# Not ru_maxrss: a new process begins with that of the one that started it, and pytest's may be large.
+_GROWTH = """
+import sys
+
+def growth_of(work):
+    def status(name):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    before = status("VmRSS")
+    kept = work()
+    print(status("VmHWM") - before)
+
+"""
+
+
+def memory_growth(program, *arguments):
+    """By how many bytes each ``growth_of(work)`` of a program, run in a process of its own, made its memory grow."""
+    command = [sys.executable, "-c", _GROWTH + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from shared.cli import main
-
 # As bash calls it when the user presses the tabulator after the last word.
 COMPLETE = """
 source "$1"; shift
@@ -19,11 +17,10 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 @pytest.fixture
-def script(capsys, tmp_path):
+def script(pve, tmp_path):
     def write(shell):
-        assert main(["completion", shell]) == 0
         path = tmp_path / f"completion.{shell}"
-        path.write_text(capsys.readouterr().out)
+        path.write_text(pve("completion", shell))
         return path
 
     return write
@@ -34,8 +31,10 @@ def test_bash_completes(script, tmp_path):
     for name in ("left.safetensors", "right.record"):
         (tmp_path / "tables" / name).touch()
 
+    path = str(script("bash"))
+
     def completed(*words):
-        command = ["bash", "--norc", "-c", COMPLETE, "_", str(script("bash")), "pve", *words]
+        command = ["bash", "--norc", "-c", COMPLETE, "_", path, "pve", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path / "tables")
         return set(done.stdout.split())
 
@@ -58,7 +57,6 @@ def test_other_shells_read_their_script(script, shell):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_shtab_it_says_what_to_install(capsys, monkeypatch):
+def test_without_shtab_it_says_what_to_install(pve, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert main(["completion", "bash"]) == 2
-    assert "pip install 'parallel-vocab-embedding[completion]'" in capsys.readouterr().err
+    pve.refused("pip install 'parallel-vocab-embedding[completion]'", "completion", "bash")

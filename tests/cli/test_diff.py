@@ -1,33 +1,31 @@
 """`pve diff` of tables: what it takes, what it refuses, and in which words."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from table_files import save, save_index, save_parts
 
 from shared.cli import main
 
+MODEL = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, Megatron-style parts of it, two tables in one file, and a record."""
+    folder = tmp_path_factory.mktemp("diff")
+    table = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
+    save_index(folder / "model.safetensors.index.json", {MODEL: {"wte.weight": table}})
+    padded = np.concatenate([table, np.zeros((2, 4), np.float32)]).astype(np.float16)
+    save_parts(folder / "parts", np.split(padded, 2))
+    save(folder / "two.safetensors", {"a": table, "b": -table, "narrow": table[:, :2].copy()})
+    sizes = ["--vocab-size", "8", "--emb-size", "4", "--world-size", "2"]
+    assert main(["record", "--backend", "oracle", "-o", str(folder / "oracle.record"), *sizes]) == 0
+    return folder
+
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, rng):
-    """A checkpoint, Megatron-style parts of it, two tables in one file, and a record."""
-    monkeypatch.chdir(tmp_path)
-    table = rng.standard_normal((10, 4)).astype(np.float32)
-    save_file({"wte.weight": table}, "model.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"wte.weight": "model.safetensors"}})
-    )
-    padded = np.concatenate([table, np.zeros((2, 4), np.float32)]).astype(np.float16)
-    for rank, part in enumerate(np.split(padded, 2)):
-        (tmp_path / f"parts/mp_rank_{rank:02d}").mkdir(parents=True)
-        save_file({"word_embeddings.weight": part}, f"parts/mp_rank_{rank:02d}/model.safetensors")
-    save_file({"a": table, "b": -table, "narrow": table[:, :2].copy()}, "two.safetensors")
-    record = ["record", "--backend", "oracle", "-o", "oracle.record"]
-    assert main([*record, "--vocab-size", "8", "--emb-size", "4", "--world-size", "2"]) == 0
-
-
-MODEL = "model.safetensors"
+def in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +38,9 @@ MODEL = "model.safetensors"
         (["oracle.record", "oracle.record"], 0),
     ],
 )
-def test_the_exit_status_tells(arguments, status, capsys):
-    assert main(["diff", *arguments]) == status
-    assert ("EQUAL", "DIFFERENT")[status] in capsys.readouterr().out
+def test_the_exit_status_tells(pve, arguments, status):
+    assert ("EQUAL", "DIFFERENT")[status] in pve("diff", *arguments, status=status)
+    assert pve.json("diff", *arguments, status=status)["equal"] == (status == 0)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +59,5 @@ def test_the_exit_status_tells(arguments, status, capsys):
         ([MODEL, "nowhere"], "nowhere: no such file or folder"),
     ],
 )
-def test_errors_are_one_line_in_the_commands_words(arguments, match, capsys):
-    capsys.readouterr()
-    assert main(["diff", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert match in printed.err
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
+def test_errors_are_one_line_in_the_commands_words(pve, arguments, match):
+    pve.refused(match, "diff", *arguments)

@@ -9,9 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-
-from shared.cli import main
+from table_files import save
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = "emb|<img src=x onerror='hacked=1'>`*&\"\x1b[2J"
@@ -26,9 +24,9 @@ def tables(tmp_path, rng):
     right[1500] = 0
     right[2000:2010] = np.nextafter(left[2000:2010], np.float32(9))
     right[3000, 0] = np.nan
-    save_file({"wte.weight": left}, tmp_path / "left.safetensors")
-    save_file({HOSTILE: right}, tmp_path / "<b>right.safetensors")
-    paths = [str(tmp_path / name) for name in ("left.safetensors", "<b>right.safetensors")]
+    paths = [tmp_path / name for name in ("left.safetensors", "<b>right.safetensors")]
+    for path, name, table in zip(paths, ("wte.weight", HOSTILE), (left, right), strict=True):
+        save(path, {name: table})
     return ["diff", *paths, "--world-size", "4"]
 
 
@@ -84,9 +82,9 @@ addEventListener("load", () => {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_page_in_a_browser(tables, tmp_path, browser, scheme):
+def test_page_in_a_browser(pve, tables, tmp_path, browser, scheme):
     page = tmp_path / "page.html"
-    assert main([*tables, "--report", str(page), "--json"]) == 1
+    pve.json(*tables, "--report", page, status=1)
     # The page itself runs nothing; a copy without its policy is measured by a script.
     text, removed = re.subn("<meta http-equiv.*?>\n", "", page.read_text(encoding="utf-8"))
     assert removed == 1
@@ -114,18 +112,17 @@ def test_page_in_a_browser(tables, tmp_path, browser, scheme):
 
 
 @pytest.mark.slow
-def test_page_runs_no_script(tables, tmp_path, browser):
+def test_page_runs_no_script(pve, tables, tmp_path, browser):
     page = tmp_path / "page.html"
-    assert main([*tables, "--report", str(page), "--json"]) == 1
+    pve.json(*tables, "--report", page, status=1)
     text = page.read_text(encoding="utf-8")
     assert re.search(r"\b(src|href)=|@import|url\(", text.replace(html.escape("<img src=x"), "")) is None
     page.write_text(text.replace("</body>", "<script>document.title = 'run'</script></body>"), encoding="utf-8")
     assert "<title>pve: different</title>" in browser(page)
 
 
-def test_markdown_escapes_names(tables, capsys):
-    assert main([*tables, "--markdown"]) == 1
-    lines = capsys.readouterr().out.splitlines()
+def test_markdown_escapes_names(pve, tables):
+    lines = pve(*tables, "--markdown", status=1).splitlines()
     assert lines[0] == "**DIFFERENT: 5 of 5 comparisons**"
     for table in ("rank", "sides"):
         start = next(i for i, line in enumerate(lines) if line.startswith(f"| {table} |"))
@@ -136,19 +133,6 @@ def test_markdown_escapes_names(tables, capsys):
     assert "\x1b" not in "\n".join(lines)
 
 
-def test_compare_writes_markdown_and_a_page(capsys, tmp_path):
-    command = ["compare", "--vocab-size", "96", "--emb-size", "16", "--world-size", "3", "--backends", "jax"]
-    assert main([*command, "--markdown", "--report", str(tmp_path / "page.html")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("**EQUAL: 8 comparisons")
-    assert "| sum | 0 - 95 | equal |" in printed
-    assert r"- 8 of 8192 ids are outside the vocabulary \[0, 96)" in printed
-    page = (tmp_path / "page.html").read_text()
-    assert '<h1 class="equal">EQUAL: 8 comparisons' in page
-    assert "Rows that differ" not in page
-
-
-def test_bad_page_is_refused_before_any_work(tables, capsys, tmp_path):
+def test_bad_page_is_refused_before_any_work(pve, tables, tmp_path):
     for path, match in (("page.txt", "--report must name a file that ends in .html"), ("no/page.html", "folder")):
-        assert main([*tables, "--report", str(tmp_path / path)]) == 2
-        assert match in capsys.readouterr().err
+        pve.refused(match, *tables, "--report", tmp_path / path)

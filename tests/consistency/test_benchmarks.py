@@ -16,35 +16,40 @@ from benchmarks.head import _jax_case, _torch_case
 from benchmarks.local import HEADER, Result, local_cases, reasons, rows_of, targets
 from benchmarks.plots import draw_exchange, draw_local
 
+SMALL = {"vocab_size": 64, "emb_size": 16}
+FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "jax"])
+
+
+@pytest.fixture
+def progress():
+    with Progress(disable=True) as disabled:
+        yield disabled
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_every_candidate_is_measured(framework):
-    case = Case("reduce_scatter", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
+@FRAMEWORKS
+def test_every_candidate_is_measured(framework, progress):
+    case = Case("reduce_scatter", 2, "zipf", 2, 8, **SMALL)
     peers = ["DTensor"] if framework == "torch" else ["psum", "GSPMD"]
     if framework == "torch" and importlib.util.find_spec("megatron") is not None:
         peers.append("Megatron-core")
     candidates = ["ours, auto", "ours, routed", "ours, dense", *peers]
-    with Progress(disable=True) as progress:
-        if framework == "torch":
-            (found,) = _run_torch([case], candidates, 2, 1, progress)
-        else:
-            (found,) = _run_jax([case], candidates, 2, progress)
-    assert list(found) == candidates
-    assert all(times["forward"] > 0 and times["forward_backward"] > 0 for times in found.values())
-    assert [row[1] for row in exchange_rows(case, found)] == candidates
     if framework == "torch":
+        (found,) = _run_torch([case], candidates, 2, 1, progress)
         assert all(times["sent_bytes"] > 0 for times in found.values())
+    else:
+        (found,) = _run_jax([case], candidates, 2, progress)
+    assert [row[1] for row in exchange_rows(case, found)] == list(found) == candidates
+    assert all(times["forward"] > 0 and times["forward_backward"] > 0 for times in found.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_every_candidate_with_own_ids_is_measured(framework, monkeypatch):
+@FRAMEWORKS
+def test_every_candidate_with_own_ids_is_measured(framework, progress, monkeypatch):
     """The processes compare rows and gradients with what they must be, and fail otherwise."""
-    case = Case("all_to_all", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
+    case = Case("all_to_all", 2, "zipf", 2, 8, **SMALL)
     monkeypatch.setattr("benchmarks.__main__.own_ids_cases", lambda: {framework: [case]})
-    with Progress(disable=True) as progress:
-        ((_, _, found),) = _run_own_ids(framework, 2, 1, progress)
+    ((_, _, found),) = _run_own_ids(framework, 2, 1, progress)
     assert {"torch": "FSDP2", "jax": "GSPMD"}[framework] in found
     rows = exchange_rows(case, found)
     assert [row[1] for row in rows] == list(found)
@@ -54,13 +59,9 @@ def test_every_candidate_with_own_ids_is_measured(framework, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_every_local_candidate_is_checked_and_measured(framework):
-    case = Case("none", 2, "zipf", 2, 8, vocab_size=64, emb_size=16)
-    with Progress(disable=True) as progress:
-        (result,) = _run_local(framework, [case], 2, progress)
-    if framework == "torch":
-        assert all(times["backward"] <= times["forward_backward"] for times in result.found.values())
+@FRAMEWORKS
+def test_every_local_candidate_is_checked_and_measured(framework, progress):
+    (result,) = _run_local(framework, [Case("none", 2, "zipf", 2, 8, **SMALL)], 2, progress)
     names = {
         "torch": {"ours", "floor", "Megatron's form", "vLLM's form", "TGI's null row", "nn.Embedding, local ids"},
         "jax": {"ours", "floor", "ours, all_reduce", "jnp.take, GSPMD", "Explicit .at[].get", "one-hot matmul"},
@@ -69,16 +70,24 @@ def test_every_local_candidate_is_checked_and_measured(framework):
     for times in result.found.values():
         assert times["forward"] > 0
         assert times["forward_backward"] > 0
+        assert framework == "jax" or times["backward"] <= times["forward_backward"]
         assert times["peak_extra_bytes"] >= 0 or np.isnan(times["peak_extra_bytes"])
 
 
 @pytest.mark.slow
-def test_accumulation_is_measured():
-    case = Case("accumulate", 1, "zipf", 1, 8, vocab_size=64, emb_size=16)
-    with Progress(disable=True) as progress:
-        (result,) = _run_local("torch", [case], 2, progress)
+def test_accumulation_scaling_and_heads_are_measured(progress):
+    (result,) = _run_local("torch", [Case("accumulate", 1, "zipf", 1, 8, **SMALL)], 2, progress)
     assert {"ours", "ours, plain", "Megatron's form", "floor"} <= set(result.found)
     assert [row[1] for row in targets([result])] == ["a micro-batch / the plain way"]
+    found = _run_scaling(1, progress)
+    assert [list(each) for each in found] == [["ours, routed", "ours, dense"]] * len(SCALING)
+    assert [case.world_size for case in SCALING] == [8, 64, 512]
+    spec = {"tokens": 32, "vocab_size": 64, "emb_size": 8, "rounds": 1, "world_size": 4, "dtype": "float32"}
+    for found in (_torch_case(spec, 1), _jax_case(spec)):
+        losses = [run["loss"] for run in found.values()]
+        np.testing.assert_allclose(losses, losses[0], rtol=1e-5, err_msg="all candidates compute one loss")
+        assert len(losses) >= 2
+        assert all(run["forward_backward"] > 0 for run in found.values())
 
 
 def result_of(case, ours, floor, megatron):
@@ -125,25 +134,6 @@ def test_an_exchange_is_so_many_times_as_fast_as_its_peers():
     found = {name: {"forward": t, "forward_backward": t} for name, t in (("ours, auto", 1.0), ("FSDP2", 2.9))}
     rows = exchange_targets([("torch", case, found) for case in own_ids])
     assert [row[1:] for row in rows] == [["forward + backward: times as fast as FSDP2", "2.90", "3.00", "missed"]] * 2
-
-
-@pytest.mark.slow
-def test_one_ranks_cost_is_measured_at_each_number_of_ranks():
-    with Progress(disable=True) as progress:
-        found = _run_scaling(1, progress)
-    assert [list(each) for each in found] == [["ours, routed", "ours, dense"]] * len(SCALING)
-    assert [case.world_size for case in SCALING] == [8, 64, 512]
-
-
-@pytest.mark.slow
-def test_every_head_candidate_is_measured():
-    """All candidates of a framework compute one loss."""
-    spec = {"tokens": 32, "vocab_size": 64, "emb_size": 8, "rounds": 1, "world_size": 4, "dtype": "float32"}
-    for found in (_torch_case(spec, 1), _jax_case(spec)):
-        losses = [run["loss"] for run in found.values()]
-        np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
-        assert len(losses) >= 2
-        assert all(run["forward_backward"] > 0 for run in found.values())
 
 
 def test_every_axis_is_measured():

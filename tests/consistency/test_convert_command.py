@@ -1,5 +1,6 @@
 """`pve convert`, as its user meets it."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -8,14 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-from cli.schema import SCHEMA, faults
-from safetensors.numpy import load_file, save_file
-from table_files import contents
+from safetensors.numpy import load_file
+from table_files import contents, save, save_zeros
 
 from shared.bits import cast
-from shared.cli import main
 from shared.tables.find_table import open_table
-from shared.tables.tensor_file import header_bytes
 
 
 @pytest.fixture
@@ -24,52 +22,31 @@ def values(rng):
 
 
 @pytest.fixture
-def place(tmp_path, values, monkeypatch, capsys):
+def place(tmp_path, values, monkeypatch, pve):
     """The working folder: a checkpoint, and Megatron-style parts of the same table."""
     monkeypatch.chdir(tmp_path)
-    save_file({"wte.weight": values, "wpe.weight": np.ones((8, 6), np.float32)}, "model.safetensors")
-    assert main(["convert", "model.safetensors", "parts", "--world-size", "4", "--padded-vocab-size", "8*w"]) == 0
-    capsys.readouterr()
+    save(tmp_path / "model.safetensors", {"wte.weight": values, "wpe.weight": np.ones((8, 6), np.float32)})
+    pve("convert", "model.safetensors", "parts", "--world-size", "4", "--padded-vocab-size", "8*w")
     return tmp_path
 
 
-def printed(capsys, *arguments):
-    assert main(["convert", *arguments]) == 0
-    output = capsys.readouterr()
-    assert output.err == ""
-    return output.out
-
-
-def refused(capsys, match, *arguments):
-    """Exit status 2, and one line of standard error (after argparse's usage, where it is argparse's)."""
-    try:
-        status = main(["convert", *arguments])
-    except SystemExit as exit:
-        status = exit.code
-    output = capsys.readouterr()
-    assert (status, output.out) == (2, "")
-    assert match in output.err
-    assert len([line for line in output.err.splitlines() if "error:" in line]) == 1
-    assert "usage:" in output.err or output.err.startswith("pve: error: ")
-
-
-def test_there_and_back(capsys, place, values):
+def test_there_and_back(pve, place, values):
     assert [len(load_file(path)["wte.weight"]) for path in sorted((place / "parts").glob("*/*"))] == [8] * 4
-    again = printed(capsys, "parts", "more", "--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even")
+    options = ["--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even"]
+    again = pve("convert", "parts", "more", *options)
     assert again.startswith("more: wte.weight, 30 x 6 float32, padded to 35 in 7 parts, ")
-    merged = printed(capsys, "more", "merged.safetensors", "--vocab-size", "30")
+    merged = pve("convert", "more", "merged.safetensors", "--vocab-size", "30")
     assert merged.startswith("merged.safetensors: wte.weight, 30 x 6 float32, ")
     assert load_file("merged.safetensors")["wte.weight"].tobytes() == values.tobytes()
     # Parts do not know their vocabulary, so the size given is believed.
-    printed(capsys, "parts", "merged.safetensors", "--vocab-size", "25", "--force")
+    pve("convert", "parts", "merged.safetensors", "--vocab-size", "25", "--force")
     np.testing.assert_array_equal(load_file("merged.safetensors")["wte.weight"], values[:25])
 
 
-def test_json(capsys, place, values):
-    options = ["--world-size", "4", "--padded-vocab-size", "multiple-of:64", "--dtype", "float16", "--json"]
-    found = json.loads(printed(capsys, "model.safetensors", "new", *options))
+def test_json(pve, place, values):
+    options = ["--world-size", "4", "--padded-vocab-size", "multiple-of:64", "--dtype", "float16"]
+    found = pve.json("convert", "model.safetensors", "new", *options)
     files = [f"new/mp_rank_{rank:02d}/model.safetensors" for rank in range(4)]
-    assert faults(found, SCHEMA) == []
     assert found == {
         "schema_version": 1,
         "command": "convert",
@@ -85,64 +62,48 @@ def test_json(capsys, place, values):
     }
     rows = open_table("new", vocab_size=30).rows(0, 30)
     np.testing.assert_array_equal(rows, cast(values, np.dtype(np.float16)))
-    one = json.loads(printed(capsys, "new", "one.safetensors", "--vocab-size", "30", "--dtype", "float64", "--json"))
-    assert faults(one, SCHEMA) == []
+    one = pve.json("convert", "new", "one.safetensors", "--vocab-size", "30", "--dtype", "float64")
     assert (one["files"], one["world_size"], one["dtype"]) == (["one.safetensors"], None, "float64")
 
 
-def test_tensor_can_be_named(capsys, place):
-    assert "8 x 6 float32" in printed(capsys, "model.safetensors", "new.safetensors", "--tensor", "wpe.weight")
-    np.testing.assert_array_equal(load_file("new.safetensors")["wpe.weight"], np.ones((8, 6), np.float32))
-
-
-def test_names_are_printed_as_they_are(capsys, place):
+def test_tensor_can_be_named_and_names_are_printed_as_they_are(pve, place):
     name = "[bold]" + "a long name " * 15 + ":smile:.safetensors"
-    output = printed(capsys, "model.safetensors", name)
-    assert output.startswith(f"{name}: wte.weight")
+    output = pve("convert", "model.safetensors", name, "--tensor", "wpe.weight")
+    assert output.startswith(f"{name}: wpe.weight, 8 x 6 float32")
     assert len(output.splitlines()) == 1
+    np.testing.assert_array_equal(load_file(name)["wpe.weight"], np.ones((8, 6), np.float32))
 
 
-def test_examples_of_the_help_work(capsys, monkeypatch, tmp_path, rng):
+def test_examples_of_the_help_work(pve, monkeypatch, tmp_path, rng):
     """In order, in a folder that has what they name; GPT-2's table is the one that needs padding."""
     monkeypatch.chdir(tmp_path)
     table = rng.standard_normal((50257, 2)).astype(np.float16)
+    (tmp_path / "checkpoint-folder").mkdir()
     for name, rows in (("model", 50256), ("checkpoint-folder/model", 50256), ("gpt2", 50257)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        save_file({"wte.weight": table[:rows]}, f"{name}.safetensors")
-    with pytest.raises(SystemExit) as exit:
-        main(["convert", "--help"])
-    assert exit.value.code == 0
-    text = capsys.readouterr().out
+        save(tmp_path / f"{name}.safetensors", {"wte.weight": table[:rows]})
+    text = pve("convert", "--help")
     lines = [line.strip() for line in text.split("examples:")[1].splitlines() if line.startswith("  pve ")]
     assert len(lines) >= 4
     assert "exit status:" in text
     for line in lines:
         arguments = shlex.split(line.split("    (")[0])[1:]  # the rest is said about it
-        if (tmp_path / arguments[2]).is_file():
-            arguments.append("--force")
-        assert main(arguments) == 0, line
-        assert capsys.readouterr().err == "", line
-
-
-PROGRESS = [sys.executable, "-m", "shared.cli", "convert", "model.safetensors", "new.safetensors", "--json"]
+        pve(*arguments, *["--force"] * (tmp_path / arguments[2]).is_file())
 
 
 def test_progress_goes_to_the_terminal_and_not_into_the_output(place):
+    """Without a terminal it goes nowhere, as the other tests show."""
     reader, terminal = os.openpty()
+    command = [sys.executable, "-m", "shared.cli", "convert", "model.safetensors", "new.safetensors", "--json"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    done = subprocess.run(PROGRESS, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True)
     os.close(terminal)
     shown = b""
-    while True:
-        try:
+    with contextlib.suppress(OSError):  # the end, as Linux tells it of a terminal
+        while True:
             shown += os.read(reader, 1 << 16)
-        except OSError:  # the end, as Linux tells it of a terminal
-            break
     os.close(reader)
     assert json.loads(done.stdout)["files"] == ["new.safetensors"]
     assert b"30 of 30 rows" in shown
-    silent = subprocess.run([*PROGRESS, "--force"], capture_output=True, check=True)
-    assert silent.stderr == b""
 
 
 WORLD = ["--world-size", "3"]
@@ -157,6 +118,7 @@ WORLD = ["--world-size", "3"]
         ("model.safetensors: exists; parts are", ["model.safetensors", "model.safetensors", *WORLD]),
         ("parts: a table is written to one safetensors file", ["model.safetensors", "parts", "--force"]),
         ("no/where.safetensors: its folder does not exist", ["model.safetensors", "no/where.safetensors"]),
+        ("a name of its own", ["model.safetensors", ".", *WORLD]),
         ("the next size that divides is 32", ["model.safetensors", "new", "--world-size", "4"]),
         ("the least such size is 32", ["model.safetensors", "new", "--world-size", "4", "--padded-vocab-size", "30"]),
         ("--world-size must be at least 1, got 0", ["model.safetensors", "new", "--world-size", "0"]),
@@ -170,9 +132,9 @@ WORLD = ["--world-size", "3"]
         ("the following arguments are required: OUTPUT", ["model.safetensors"]),
     ],
 )
-def test_bad_input_is_one_clear_line_and_nothing_is_written(capsys, place, match, arguments):
+def test_bad_input_is_one_clear_line_and_nothing_is_written(pve, place, match, arguments):
     before = contents(place)
-    refused(capsys, match, *arguments)
+    pve.refused(match, "convert", *arguments)
     assert contents(place) == before
 
 
@@ -218,19 +180,18 @@ def test_refusal_by_the_operating_system_changes_nothing(place, writing):
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("writing", ["over a file", pytest.param("parts", marks=pytest.mark.slow)])
-def test_ctrl_c_during_a_long_conversion_leaves_nothing_behind(place, writing):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["large.safetensors", "model.safetensors", "--force"],
+        pytest.param(["large.safetensors", "new", "--world-size", "8"], marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_during_a_long_conversion_leaves_nothing_behind(place, arguments):
     """Half a gigabyte, interrupted soon after there is a temporary file."""
-    rows = 2**16
-    with open("large.safetensors", "wb") as file:
-        header = header_bytes("wte.weight", "float32", (rows, 2048), {})
-        file.write(header)
-        file.truncate(len(header) + rows * 8192)
+    save_zeros(place / "large.safetensors", 2**16, 2048)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    source = {"parts": "model.safetensors", "over a file": "parts"}[writing]
-    arguments = ["large.safetensors" if each == source else each for each in WRITING[writing]]
-    arguments = [each for each in arguments if each not in ("--vocab-size", "30")]
-    arguments = ["8" if each == "5" else each for each in arguments]
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", INTERRUPTED, "convert", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "pve: error: interrupted\n")
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before

@@ -1,16 +1,13 @@
 """`pve compare --head` and `--tied`: real layers are equal, and faults are named in the head's terms."""
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.schema import SCHEMA, faults
 from marks import slower
-from safetensors.numpy import save_file
+from table_files import save
 
-from shared.cli import main
 from shared.proof.case import CaseOptions
 from shared.proof.head_case import build_head_case
 from shared.proof.head_diff import HEAD_KINDS
@@ -32,11 +29,9 @@ SMALL = ["--vocab-size", "94", "--emb-size", "16", "--world-size", "4", "--padde
         slower("torch,jax", ["--tied", "--world-size", "1", "--padded-vocab-size", "94"]),
     ],
 )
-def test_real_heads_are_equal(capsys, backends, options):
+def test_real_heads_are_equal(pve, backends, options):
     """Padding, a rank of nothing else, one rank alone, and ids outside the vocabulary."""
-    assert main(["compare", *SMALL, "--backends", backends, *options, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert faults(result, SCHEMA) == []
+    result = pve.json("compare", *SMALL, "--backends", backends, *options)
     assert (result["equal"], result["case"]["tied"], set(result["bounds"])) == (True, "--tied" in options, set(ARRAYS))
     assert 0 < result["ids_outside"] < 20
     ranks = [*range(result["case"]["world_size"]), None]
@@ -79,11 +74,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "option", "kinds", "note"), FAULTS)
-def test_faults_are_named(capsys, wrong, fault, option, kinds, note):
+def test_faults_are_named(pve, wrong, fault, option, kinds, note):
     wrong(fault)
-    assert main(["compare", *SMALL, option, "--dtype", "float32", "--backends", "torch", "--json"]) == 1
-    result = json.loads(capsys.readouterr().out)
-    assert faults(result, SCHEMA) == []
+    result = pve.json("compare", *SMALL, option, "--dtype", "float32", "--backends", "torch", status=1)
     # Of a rank's own part in place of the sum, the ranks' copies disagree too: what each rank shows comes last.
     different = sorted((c for c in result["comparisons"] if c["differing"]), key=lambda c: c["rank"] is not None)
     assert {c["what"]: next(iter(c["kinds"])) for c in different} == kinds
@@ -93,20 +86,19 @@ def test_faults_are_named(capsys, wrong, fault, option, kinds, note):
 
 
 @pytest.mark.slow
-def test_fault_is_attributed_to_its_backend(capsys, wrong):
+def test_fault_is_attributed_to_its_backend(pve, wrong):
     wrong("times w")
-    assert main(["compare", *SMALL, "--tied", "--json"]) == 1
-    different = [c for c in json.loads(capsys.readouterr().out)["comparisons"] if c["differing"]]
+    result = pve.json("compare", *SMALL, "--tied", status=1)
+    different = [c for c in result["comparisons"] if c["differing"]]
     assert {(c["left"], c["right"], c["what"]) for c in different} >= {("torch", "jax", "hidden gradient")}
     assert {c["left"] for c in different} == {"torch"}
     assert all(next(iter(c["kinds"])) == "times w" for c in different if c["what"] == "hidden gradient")
 
 
-def test_difference_in_words(capsys, wrong, tmp_path):
+def test_difference_in_words(pve, wrong, tmp_path):
     wrong("local ids")
     page = tmp_path / "page.html"
-    assert main(["compare", *SMALL, "--head", "--backends", "torch", "--report", str(page)]) == 1
-    printed = capsys.readouterr().out
+    printed = pve("compare", *SMALL, "--head", "--backends", "torch", "--report", page, status=1)
     for words in (
         "head of 94 x 16 bfloat16 over 4 ranks (padded to 96), tokens 4x128",
         "differ: argmax",
@@ -119,17 +111,14 @@ def test_difference_in_words(capsys, wrong, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--head", "--tied"])
-def test_textbook_head_is_equal(capsys, wrong, tmp_path, option):
+def test_textbook_head_is_equal(pve, wrong, tmp_path, option):
     """The runner of the faults is right without one; a table whose rows repeat has ties of the argmax."""
     wrong("none")
     table = np.random.default_rng(0).standard_normal((47, 8)).astype(np.float32)
-    save_file({"emb": np.concatenate([table, table])}, tmp_path / "t.safetensors")
+    weights, page = save(tmp_path / "t.safetensors", {"emb": np.concatenate([table, table])}), tmp_path / "page.html"
     np.save(tmp_path / "ids.npy", np.arange(-3, 97).reshape(4, 25))
-    files = ["--weights", str(tmp_path / "t.safetensors"), "--ids", str(tmp_path / "ids.npy")]
-    page = tmp_path / "page.html"
-    sizes = ["--world-size", "4", "--padded-vocab-size", "even", "--backends", "torch"]
-    assert main(["compare", option, *files, *sizes, "--markdown", "--report", str(page)]) == 0
-    printed = capsys.readouterr().out
+    files = ["--weights", weights, "--ids", tmp_path / "ids.npy", "--markdown", "--report", page]
+    printed = pve("compare", option, *files, *SMALL[4:], "--backends", "torch")
     assert printed.startswith("**EQUAL: 25 comparisons")
     assert "of their bounds" in printed
     assert 'class="equal">EQUAL' in page.read_text()
@@ -140,8 +129,8 @@ def test_rows_that_are_not_finite_widen_no_bound(tmp_path, value):
     table = np.ones((8, 4), np.float32)
     found = []
     for table[5, 0] in (1, value):
-        save_file({"emb": table}, tmp_path / "t.safetensors")
-        case = build_head_case(CaseOptions(weights=tmp_path / "t.safetensors", world_size=2), False, tmp_path)
+        weights = save(tmp_path / "t.safetensors", {"emb": table})
+        case = build_head_case(CaseOptions(weights=weights, world_size=2), False, tmp_path)
         found.append(Expected(case).bounds["logprobs"])
     assert (found[0] >= found[1]).all()
 
@@ -149,10 +138,7 @@ def test_rows_that_are_not_finite_widen_no_bound(tmp_path, value):
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
-        (
-            "--reduction is an option of the embedding, got all_reduce: leave it out with --head",
-            ["--reduction", "all_reduce"],
-        ),
+        ("--reduction is an option of the embedding, got all_reduce: leave it out", ["--reduction", "all_reduce"]),
         ("--exchange is an option of the embedding, got dense", ["--exchange", "dense"]),
         ("--seq-dim is an option of the embedding, got 0", ["--seq-dim", "0"]),
         ("--padding-idx is an option of the embedding, got 3", ["--padding-idx", "3"]),
@@ -161,7 +147,5 @@ def test_rows_that_are_not_finite_widen_no_bound(tmp_path, value):
     ],
 )
 @pytest.mark.parametrize("option", ["--head", "--tied"])
-def test_bad_input_is_one_clear_line(capsys, option, match, arguments):
-    assert main(["compare", *SMALL, option, *arguments]) == 2
-    printed = capsys.readouterr()
-    assert (match in printed.err, printed.out, printed.err.count("error:")) == (True, "", 1), printed.err
+def test_bad_input_is_one_clear_line(pve, option, match, arguments):
+    pve.refused(match, "compare", *SMALL, option, *arguments)

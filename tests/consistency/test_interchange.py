@@ -50,25 +50,17 @@ def address(array):
     return array.data_ptr() if isinstance(array, torch.Tensor) else array.unsafe_buffer_pointer()
 
 
-@pytest.fixture
-def wide_where(request):
-    """JAX's 64-bit mode, for the dtypes that need it."""
-    with jax.enable_x64(request.getfixturevalue("dtype") in WIDE):
-        yield
-
-
-@pytest.mark.usefixtures("wide_where")
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("dtype", [*NARROW, *WIDE])
 def test_there_and_back_bit_for_bit(dtype, copy):
-    tensor = tensor_of(dtype)
-    array = to_jax.from_dlpack(tensor, copy=copy)
-    back = to_torch.from_dlpack(array, copy=copy)
-    assert (array.dtype.name, array.shape, back.dtype) == (dtype, tensor.shape, tensor.dtype)
-    np.testing.assert_array_equal(jax_bits(array), tensor_bits(tensor))
-    np.testing.assert_array_equal(tensor_bits(back), tensor_bits(tensor))
-    shared = copy is not True
-    assert [address(each) == address(tensor) for each in (array, back)] == [shared, shared]
+    tensor, shared = tensor_of(dtype), copy is not True
+    with jax.enable_x64(dtype in WIDE):
+        array = to_jax.from_dlpack(tensor, copy=copy)
+        back = to_torch.from_dlpack(array, copy=copy)
+        assert (array.dtype.name, array.shape, back.dtype) == (dtype, tensor.shape, tensor.dtype)
+        np.testing.assert_array_equal(jax_bits(array), tensor_bits(tensor))
+        np.testing.assert_array_equal(tensor_bits(back), tensor_bits(tensor))
+        assert [address(each) == address(tensor) for each in (array, back)] == [shared, shared]
 
 
 def test_arrays_of_jax_and_numpy_are_shared(rng):
@@ -91,59 +83,45 @@ def base():
 
 
 UNSHARED = {
-    "stepped": (lambda: base()[::2], "trivial .compact. striding"),
-    "columns": (lambda: base()[:, :8], "trivial .compact. striding"),
-    "expanded": (lambda: base()[:1].expand(9, 16), "trivial .compact. striding"),
-    "one element in": (lambda: base().ravel()[1:], "aligned to 4 bytes, and JAX on a CPU shares 64-byte-aligned"),
-    "two rows in": (lambda: base()[:, :4].contiguous()[2:], "aligned to 32 bytes, and JAX on a CPU shares"),
-    "NumPy's columns": (lambda: base().numpy()[:, :8], "not row-major"),
+    "stepped": (to_jax, lambda: base()[::2], "trivial .compact. striding"),
+    "columns": (to_jax, lambda: base()[:, :8], "trivial .compact. striding"),
+    "expanded": (to_jax, lambda: base()[:1].expand(9, 16), "trivial .compact. striding"),
+    "one element in": (to_jax, lambda: base().ravel()[1:], "aligned to 4 bytes, and JAX .* shares 64-byte-aligned"),
+    "two rows in": (to_jax, lambda: base()[:, :4].contiguous()[2:], "aligned to 32 bytes, and JAX on a CPU shares"),
+    "NumPy's columns": (to_jax, lambda: base().numpy()[:, :8], "not row-major"),
+    "reversed": (to_torch, lambda: np.arange(6.0)[::-1], r"torch has no negative strides, and its strides are \(-8,\)"),
+    "read-only": (to_torch, lambda: np.broadcast_to(np.arange(6.0), 6), "it is read-only, and torch writes to any"),
+    "packed": (to_torch, lambda: np.zeros(25, np.uint8)[1:].view(np.float64), "not aligned to its elements of 8 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", UNSHARED)
-def test_memory_that_jax_cannot_share_is_copied_or_refused(name):
-    make, reason = UNSHARED[name]
+def test_memory_that_cannot_be_shared_is_copied_or_refused(name):
+    importer, make, reason = UNSHARED[name]
     given = make()
-    with pytest.raises(ValueError, match=reason):
-        to_jax.from_dlpack(given, copy=False)
+    with pytest.raises(ValueError, match=reason if importer is to_jax else f"got False, but .*{reason}"):
+        importer.from_dlpack(given, copy=False)
     for copy in (None, True):
-        array = to_jax.from_dlpack(given, copy=copy)
-        expected = np.asarray(given).copy()
-        (given[0] if name == "expanded" else given)[:] += 1
-        np.testing.assert_array_equal(np.asarray(array), expected, strict=True)
-        np.testing.assert_array_equal(np.asarray(array + 1), expected + 1)
+        imported, expected = importer.from_dlpack(given, copy=copy), np.asarray(given).copy()
+        np.testing.assert_array_equal(np.asarray(imported), expected, strict=True)
+        if importer is to_torch:  # what is written to a copy shows nowhere else
+            imported += 1
+            np.testing.assert_array_equal(given, expected)
+        else:
+            (given[0] if name == "expanded" else given)[:] += 1
+            np.testing.assert_array_equal(np.asarray(imported), expected)
 
 
-def test_jax_shares_a_transposed_tensor():
+def test_strides_of_ones_own_are_shared():
     tensor = base().T
     array = to_jax.from_dlpack(tensor, copy=False)
     assert address(array) == address(tensor)
     np.testing.assert_array_equal(np.asarray(array + 1), tensor.numpy() + 1)
-
-
-READ_ONLY = np.arange(6.0)
-READ_ONLY.flags.writeable = False
-REFUSED_BY_TORCH = {
-    "reversed": (np.arange(6.0)[::-1], r"torch has no negative strides, and its strides are \(-8,\)"),
-    "read-only": (READ_ONLY, "it is read-only, and torch writes to any tensor"),
-    "packed": (
-        np.frombuffer(bytearray(24 + 1), np.uint8)[1:].view(np.float64),
-        "not aligned to its elements of 8 bytes",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_BY_TORCH)
-def test_what_torch_cannot_share_is_copied_or_refused(name):
-    array, reason = REFUSED_BY_TORCH[name]
-    with pytest.raises(ValueError, match=f"got False, but .*{reason}"):
-        to_torch.from_dlpack(array, copy=False)
-    for copy in (None, True):
-        tensor = to_torch.from_dlpack(array, copy=copy)
-        expected = array.copy()
-        np.testing.assert_array_equal(tensor.numpy(), expected, strict=True)
-        tensor += 1
-        np.testing.assert_array_equal(array, expected)
+    array = jax.dlpack.from_dlpack(base().T)  # JAX in a layout of its own
+    tensor = to_torch.from_dlpack(array, copy=False)
+    assert (tensor.stride(), address(tensor)) == ((1, 16), address(array))
+    strided = np.arange(6.0)[::2]
+    assert address(to_torch.from_dlpack(strided, copy=False)) == strided.ctypes.data
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (), (1,), (1, 1, 3)])
@@ -156,26 +134,6 @@ def test_unusual_shapes(shape, copy):
     np.testing.assert_array_equal(back.numpy(), np.full(shape, 7, np.float32), strict=True)
     if tensor.numel():
         assert (address(back) == address(tensor)) == (copy is not True)
-
-
-def test_torch_shares_any_strides():
-    array = jax.dlpack.from_dlpack(base().T)  # JAX in a layout of its own
-    tensor = to_torch.from_dlpack(array, copy=False)
-    assert (tensor.stride(), address(tensor)) == ((1, 16), address(array))
-    strided = READ_ONLY.copy()[::2]
-    assert address(to_torch.from_dlpack(strided, copy=False)) == strided.ctypes.data
-
-
-def test_what_is_written_shows_where_shared_and_nowhere_else():
-    for copy in COPIES:
-        tensor = torch.zeros(4, 4)
-        array = to_jax.from_dlpack(tensor, copy=copy)
-        tensor[1, 2] = 5
-        assert float(array[1, 2]) == (0 if copy is True else 5)
-        source = jax.block_until_ready(jnp.zeros((4, 4)))
-        imported = to_torch.from_dlpack(source, copy=copy)
-        imported[1, 2] = 5
-        assert float(source[1, 2]) == (0 if copy is True else 5)
 
 
 def test_donated_memory_of_torch_is_not_written_to():
@@ -216,47 +174,33 @@ def test_memory_is_released_with_its_last_user(importing, copy):
     assert gone() is None
 
 
-@pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("dtype", WIDE)
-def test_nothing_narrows(dtype, copy):
+def test_nothing_narrows(dtype):
     tensor = torch.tensor([2**31 + 5]).to(getattr(torch, dtype))
     says = f"got {dtype}, which it would narrow to .*: set jax_enable_x64, .* or call jax_impl.as_ids"
-    with pytest.raises(ValueError, match=says):
-        to_jax.from_dlpack(tensor, copy=copy)
-    with pytest.raises(ValueError, match=says):
-        to_jax.array_from_dlpack([tensor], NamedSharding(mesh_of(1), P("tp")), copy=copy)
+    for copy in COPIES:
+        with pytest.raises(ValueError, match=says):
+            to_jax.from_dlpack(tensor, copy=copy)
+        with pytest.raises(ValueError, match=says):
+            to_jax.array_from_dlpack([tensor], NamedSharding(mesh_of(1), P("tp")), copy=copy)
 
 
-def test_wide_ids_go_through_in_64_bit_mode(x64):
-    array = to_jax.from_dlpack(torch.tensor([2**31 + 5, -1]), copy=False)
-    assert (array.dtype, array.tolist()) == (np.int64, [2**31 + 5, -1])
-
-
-def test_dtypes_that_only_one_side_has():
-    for dtype in ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"):
+def test_what_the_other_cannot_take_is_refused():
+    for dtype in ("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float4_e2m1fn"):
         with pytest.raises(ValueError, match=f"array must have a dtype that torch has too, got {dtype}"):
-            to_torch.from_dlpack(jnp.zeros(3, dtype))
-    with pytest.raises(ValueError, match="array must have a dtype that torch has too, got float4_e2m1fn"):
-        to_torch.from_dlpack(jnp.zeros(4, "float4_e2m1fn"))
+            to_torch.from_dlpack(jnp.zeros(4, dtype))
     with pytest.raises(ValueError, match="array must have a dtype that JAX has too, got float4_e2m1fn_x2"):
         to_jax.from_dlpack(torch.zeros(4, dtype=torch.float4_e2m1fn_x2))
-
-
-def test_what_cannot_be_handed_out():
-    for copy in COPIES:
-        for importing in (to_jax.from_dlpack, to_torch.from_dlpack):
-            with pytest.raises(ValueError, match=r"require gradient, use tensor.detach\(\)"):
-                importing(torch.ones(3, requires_grad=True), copy=copy)
-            with pytest.raises(ValueError, match=r"call resolve_neg\(\) first"):
-                importing(torch.ones(3, dtype=torch.complex64).conj().imag, copy=copy)
-            with pytest.raises(ValueError, match="got a refusal: .*meta"):
-                importing(torch.ones(3, device="meta"), copy=copy)
-            with pytest.raises(ValueError, match="got a refusal: "):
-                importing(torch.eye(3).to_sparse(), copy=copy)
-
-
-def test_what_is_no_array():
     for importing in (to_jax.from_dlpack, to_torch.from_dlpack):
+        for copy in COPIES:
+            for tensor, says in (
+                (torch.ones(3, requires_grad=True), r"require gradient, use tensor.detach\(\)"),
+                (torch.ones(3, dtype=torch.complex64).conj().imag, r"call resolve_neg\(\) first"),
+                (torch.ones(3, device="meta"), "got a refusal: .*meta"),
+                (torch.eye(3).to_sparse(), "got a refusal: "),
+            ):
+                with pytest.raises(ValueError, match=says):
+                    importing(tensor, copy=copy)
         for given in ([1.0], 5, None, np.float32(1)):
             with pytest.raises(TypeError, match="array must have __dlpack__ and __dlpack_device__"):
                 importing(given)
@@ -284,39 +228,30 @@ MESHES = {
 
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_sharded_array_goes_out_by_ranks(mesh, copy):
-    mesh = MESHES[mesh]()
-    world_size = mesh.shape["tp"]
-    table = np.arange(world_size * 4 * 16, dtype=np.float32).reshape(world_size * 4, 16)
-    # Of an array of NumPy, JAX on a CPU would make replicas that share its memory.
-    array = jax.device_put(jnp.asarray(table) + 0, NamedSharding(mesh, P("tp", None)))
-    tensors = to_torch.shards_from_dlpack(array, copy=copy)
-    assert len(tensors) == world_size
-    for rank, tensor in enumerate(tensors):
-        np.testing.assert_array_equal(tensor.numpy(), table[rank * 4 : rank * 4 + 4], strict=True)
-        device = mesh.devices.reshape(-1, world_size)[0, rank]
-        (shard,) = [shard.data for shard in array.addressable_shards if shard.device == device]
-        assert (address(tensor) == address(shard)) == (copy is not True)
-    tensors[0].zero_()
-    assert bool((array[0] == 0).all()) == (copy is not True)
-
-
-@pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize("mesh", MESHES)
-def test_the_ranks_parts_make_one_sharded_array(mesh, copy):
-    mesh = MESHES[mesh]()
-    world_size = mesh.shape["tp"]
+def test_the_ranks_parts_make_one_sharded_array_that_goes_out_by_ranks(mesh, copy):
+    mesh, shared = MESHES[mesh](), copy is not True
+    world_size, sharding = mesh.shape["tp"], NamedSharding(mesh, P("tp", None))
     tensors = [torch.full((4, 16), float(rank)).bfloat16() for rank in range(world_size)]
-    sharding = NamedSharding(mesh, P("tp", None))
     array = to_jax.array_from_dlpack(tensors, sharding, copy=copy)
     assert (array.shape, array.dtype, array.sharding) == ((world_size * 4, 16), jnp.bfloat16, sharding)
     np.testing.assert_array_equal(np.asarray(array)[:, 0], np.repeat(np.arange(world_size), 4))
     assert len(array.addressable_shards) == mesh.size
     for shard in array.addressable_shards:
         rank = (shard.index[0].start or 0) // 4
-        assert (address(shard.data) == address(tensors[rank])) == (copy is not True)
+        assert (address(shard.data) == address(tensors[rank])) == shared
     tensors[-1].fill_(100)
-    assert float(array[-1, 0]) == (world_size - 1 if copy is True else 100)
+    assert float(array[-1, 0]) == (100 if shared else world_size - 1)
+
+    array = array + 0  # replicas that have memory of their own
+    found = to_torch.shards_from_dlpack(array, copy=copy)
+    assert len(found) == world_size
+    for rank, tensor in enumerate(found):
+        np.testing.assert_array_equal(jax_bits(array[rank * 4 : rank * 4 + 4]), tensor_bits(tensor))
+        device = mesh.devices.reshape(-1, world_size)[0, rank]
+        (shard,) = [shard.data for shard in array.addressable_shards if shard.device == device]
+        assert (address(tensor) == address(shard)) == shared
+    found[0].fill_(100)
+    assert bool((array[0] == 100).all()) == shared
 
 
 @pytest.mark.parametrize("donated", [False, True])
@@ -341,11 +276,9 @@ def test_parts_of_several_kinds_and_parts_that_must_be_copied():
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3,), (2, 3, 2)])
 def test_parts_of_unusual_shapes(shape):
-    array = to_jax.array_from_dlpack(
-        [torch.full(shape, float(r)) for r in range(4)], NamedSharding(mesh_of(2, 4), P("tp"))
-    )
-    expected = np.concatenate([np.full(shape, r, np.float32) for r in range(4)])
-    np.testing.assert_array_equal(np.asarray(array), expected, strict=True)
+    parts = [torch.full(shape, float(rank)) for rank in range(4)]
+    array = to_jax.array_from_dlpack(parts, NamedSharding(mesh_of(2, 4), P("tp")))
+    np.testing.assert_array_equal(np.asarray(array), torch.cat(parts).numpy(), strict=True)
 
 
 def test_rows_split_over_two_axes_of_the_mesh():
@@ -383,26 +316,28 @@ def test_what_cannot_go_out_by_ranks():
 
 
 def test_parts_that_make_no_array():
-    mesh = mesh_of(2, 4)
-    over_tp = NamedSharding(mesh, P("tp", None))
-    parts = [torch.zeros(4, 8) for _ in range(4)]
-    for wrong, says in (
-        ([*parts[:3], torch.zeros(4, 7)], r"got \(4, 8\) of float32 first and \(4, 7\) of float32 as shards\[3\]"),
-        ([*parts[:3], torch.zeros(4, 8).half()], r"and \(4, 8\) of float16 as shards\[3\]"),
-        (parts[:3], r"as many as the parts .* devices, 4 with .*'tp'.* on a mesh \{'dp': 2, 'tp': 4\}, got 3"),
-        (parts * 2, "got 8"),
-        ([], "at least one array"),
+    mesh, parts = mesh_of(2, 4), [torch.zeros(4, 8) for _ in range(4)]
+    over_tp, over_both = NamedSharding(mesh, P("tp", None)), NamedSharding(mesh, P("dp", "tp"))
+    on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    many = r"^shards must .* devices, 4 with .*'tp'.* on a mesh \{'dp': 2, 'tp': 4\}, got"
+    for wrong, sharding, error, says in (
+        (
+            [*parts[:3], torch.zeros(4, 7)],
+            over_tp,
+            ValueError,
+            r"\(4, 8\) of float32 first and \(4, 7\) .* shards\[3\]",
+        ),
+        ([*parts[:3], parts[0].half()], over_tp, ValueError, r"and \(4, 8\) of float16 as shards\[3\]"),
+        (parts[:3], over_tp, ValueError, f"{many} 3"),
+        (parts * 2, over_tp, ValueError, f"{many} 8"),
+        ([], over_tp, ValueError, "^shards must .*at least one array"),
+        (parts[:2], over_both, ValueError, "sharding must split dimension 0 only, got .*'tp'.* for parts of shape"),
+        (torch.zeros(4, 4, 8), over_tp, TypeError, "shards must be a sequence of arrays, one per rank, got Tensor"),
+        (parts, on_one_device, TypeError, "sharding must be a jax.sharding.NamedSharding, got SingleDeviceSharding"),
+        ([torch.nn.Parameter(part) for part in parts], over_tp, ValueError, "detach"),
     ):
-        with pytest.raises(ValueError, match=f"^shards must .*{says}"):
-            to_jax.array_from_dlpack(wrong, over_tp)
-    with pytest.raises(ValueError, match="sharding must split dimension 0 only, got .*'tp'.* for parts of shape"):
-        to_jax.array_from_dlpack(parts[:2], NamedSharding(mesh, P("dp", "tp")))
-    with pytest.raises(TypeError, match="shards must be a sequence of arrays, one per rank, got Tensor"):
-        to_jax.array_from_dlpack(torch.zeros(4, 4, 8), over_tp)
-    with pytest.raises(TypeError, match="sharding must be a jax.sharding.NamedSharding, got SingleDeviceSharding"):
-        to_jax.array_from_dlpack(parts, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    with pytest.raises(ValueError, match="detach"):
-        to_jax.array_from_dlpack([torch.nn.Parameter(part) for part in parts], over_tp)
+        with pytest.raises(error, match=says):
+            to_jax.array_from_dlpack(wrong, sharding)
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x4", "explicit"])

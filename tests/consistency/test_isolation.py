@@ -30,35 +30,22 @@ def find_spec(name, *_):
         print("looked for", name)
         raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, type("Hidden", (), {{"find_spec": staticmethod(find_spec)}}))
-import {names}
+{program}
 print(*sorted(sys.modules))
 """
 
 
-def all_modules(room):
-    names = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / room).rglob("*.py")]
-    return [".".join(name.parts).removesuffix(".__init__") for name in names]
+def run_without(hidden, program):
+    """Run a program that cannot import some modules: exit status, and what was looked for and imported."""
+    command = [sys.executable, "-c", WITHOUT.format(hidden=hidden, program=program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("room", MAY_NOT)
-def test_room_imports_and_needs_no_other(room):
-    program = WITHOUT.format(hidden=MAY_NOT[room], names=", ".join(all_modules(room)))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    assert "looked for" not in done.stdout
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert {room, *({room.removesuffix("_impl")} - {"shared"})} <= loaded
-
-
-def test_hidden_module_is_noticed():
-    program = WITHOUT.format(hidden=("json",), names="json")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
-    assert (done.returncode, done.stdout) == (1, "looked for json\n")
-
-
-@pytest.mark.parametrize("room", MAY_NOT)
-def test_import_statements_stay_in_the_room(room):
-    for path in (ROOT / room).rglob("*.py"):
-        assert not {name.partition(".")[0] for name in imports_of(path)} & set(MAY_NOT[room]), path
+def files_of(room):
+    """The modules of a package, by name."""
+    paths = {path.relative_to(ROOT).with_suffix(""): path for path in (ROOT / room).rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imports_of(path):
@@ -69,6 +56,50 @@ def imports_of(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             yield node.module
+
+
+@pytest.mark.parametrize("room", MAY_NOT)
+def test_room_imports_and_needs_no_other(room):
+    status, printed = run_without(MAY_NOT[room], f"import {', '.join(files_of(room))}")
+    assert status == 0
+    assert "looked for" not in printed
+    loaded = {name.partition(".")[0] for name in printed.split()}
+    assert {room, *({room.removesuffix("_impl")} - {"shared"})} <= loaded
+
+
+def test_hidden_module_is_noticed():
+    assert run_without(("json",), "import json") == (1, "looked for json\n")
+
+
+UMBRELLA = "parallel_vocab_embedding"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "program", "loaded"),
+    [
+        (("torch", "jax", "torch_impl", "jax_impl"), f"import {UMBRELLA}", UMBRELLA),
+        (("jax",), f"from {UMBRELLA}.torch import ParallelVocabEmbedding", "torch_impl"),
+        (("torch",), f"from {UMBRELLA}.jax import ParallelVocabEmbedding", "jax_impl"),
+    ],
+)
+def test_the_umbrella_imports_a_backend_on_use_and_needs_one(hidden, program, loaded):
+    status, printed = run_without(hidden, program)
+    assert status == 0
+    assert loaded in printed.split()
+
+
+@pytest.mark.parametrize("room", MAY_NOT)
+def test_imports_stay_in_the_room_and_run_in_no_circle(room):
+    files = files_of(room)
+    imported = {module: set(imports_of(path)) - {module} for module, path in files.items()}
+    for module, names in imported.items():
+        assert not {name.partition(".")[0] for name in names} & set(MAY_NOT[room]), module
+    named = {module: names & set(files) for module, names in imported.items()}
+    assert any(named.values())
+    while named:
+        leaves = {module for module, names in named.items() if not names & set(named)}
+        assert leaves, f"imports in a circle among {sorted(named)}"
+        named = {module: names for module, names in named.items() if module not in leaves}
 
 
 def wing_of(module):
@@ -83,39 +114,6 @@ def test_no_import_runs_upward(wing):
     assert paths
     for path in paths:
         assert {wing_of(name) for name in imports_of(path)} - set(sys.stdlib_module_names) <= WINGS[wing], path
-
-
-@pytest.mark.parametrize("room", MAY_NOT)
-def test_no_imports_run_in_a_circle(room):
-    named = {module: set() for module in all_modules(room)}
-    for path in (ROOT / room).rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        named[module] = set(imports_of(path)) & set(named) - {module}
-    assert any(named.values())
-    while named:
-        leaves = {module for module, imported in named.items() if not imported & set(named)}
-        assert leaves, f"imports in a circle among {sorted(named)}"
-        named = {module: imported for module, imported in named.items() if module not in leaves}
-
-
-UMBRELLA = "parallel_vocab_embedding"
-
-
-def modules_after(program):
-    """The top-level modules that a program has loaded at its end."""
-    program += "\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    return {name.partition(".")[0] for name in done.stdout.split()}
-
-
-def test_the_umbrella_imports_a_backend_on_use():
-    assert not modules_after(f"import {UMBRELLA}") & {"torch", "jax", "torch_impl", "jax_impl"}
-
-
-@pytest.mark.parametrize(("backend", "framework"), [("torch", "jax"), ("jax", "torch")])
-def test_the_umbrella_needs_one_framework(backend, framework):
-    block = f"import sys\nsys.modules[{framework!r}] = None\n"
-    assert f"{backend}_impl" in modules_after(f"{block}from {UMBRELLA}.{backend} import ParallelVocabEmbedding")
 
 
 def test_backends_have_the_same_files():

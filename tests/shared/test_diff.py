@@ -4,23 +4,12 @@ import numpy as np
 import pytest
 
 from shared.bits import unsigned_view
-from shared.proof.case import CaseOptions, build_case
 from shared.proof.classify import KINDS
 from shared.proof.diff import compare_records
-from shared.proof.record import Record, RecordWriter
-from shared.proof.runner import run
 
 
-class Arrays(dict):
-    """Takes what a runner records, as the arrays themselves."""
-
-    def add(self, name, array):
-        self[name] = array.copy()
-
-
-def found(make_record, change):
+def found(left, right):
     """The comparisons that differ, as {(what, rank): comparison}; the other way round must find the same."""
-    left, right = make_record("left"), make_record("right", change)
     there, back = compare_records(left, right), compare_records(right, left)
     for a, b in zip(there, back, strict=True):
         assert (a.what, a.rank, a.differing, a.kinds, a.max_ulp) == (b.what, b.rank, b.differing, b.kinds, b.max_ulp)
@@ -38,276 +27,219 @@ def test_untouched_records_are_equal(make_record):
     assert [c.nonzero for c in comparisons if c.what == "forward"] == [7, 6, 3, 16]
 
 
-def test_one_flipped_bit_is_found_and_named(make_record):
-    def flip(arrays):
-        unsigned_view(arrays["forward.1"])[1, 2, 4] ^= 1
-
-    ((where, comparison),) = found(make_record, flip).items()
-    assert where == ("forward", 1)
-    assert comparison.kinds == {"rounding only": 1}
-    assert comparison.max_ulp == 1
-    assert comparison.max_abs > 0
-    (row,) = comparison.examples
-    assert (row.index, row.id, row.owner, row.kind, row.max_ulp) == ((1, 2), 12, 1, "rounding only", 1)
+# What is done to the right record, and what each comparison that differs is to say of how many rows.
 
 
-def test_off_by_one_row_forward(make_record, case):
-    def shift(arrays):
-        table = case.table.rows(0, 30)
-        ids = case.batch_array("ids")
-        for rank in range(3):
-            owned = case.partition.owns(ids, rank) & (ids + 1 < case.partition.stop(rank))
-            arrays[f"forward.{rank}"][owned] = table[ids[owned] + 1]
+def set_to(name, place, value):
+    def change(arrays, case):
+        arrays[name][place] = value
 
-    differing = found(make_record, shift)
-    assert set(differing) == {("forward", r) for r in range(3)}
-    rows = differing["forward", 1]
-    assert rows.kinds == {"off by one row": 5}
-    assert [row.note for row in rows.examples][:2] == ["right has row 11", "right has row 13"]
+    return change
 
 
-def test_off_by_one_row_gradient(make_record):
-    def shift(arrays):
-        for rank in range(3):
-            arrays[f"gradient.{rank}"] = np.roll(arrays[f"gradient.{rank}"], 1, axis=0)
-
-    differing = found(make_record, shift)
-    assert set(differing) == {*(("gradient", r) for r in range(3)), ("gradient", None)}
-    kinds = differing["gradient", 1].kinds
-    assert next(iter(kinds)) == "off by one row"
+def flip_a_bit(arrays, case):
+    unsigned_view(arrays["forward.1"])[1, 2, 4] ^= 1
 
 
-@pytest.mark.parametrize("what", ["forward", "gradient"])
-def test_ranks_swapped(make_record, what):
-    def swap(arrays):
+def shift_forward(arrays, case):
+    table, ids = case.table.rows(0, 30), case.batch_array("ids")
+    for rank in range(3):
+        owned = case.partition.owns(ids, rank) & (ids + 1 < case.partition.stop(rank))
+        arrays[f"forward.{rank}"][owned] = table[ids[owned] + 1]
+
+
+def shift_gradients(arrays, case):
+    for rank in range(3):
+        arrays[f"gradient.{rank}"] = np.roll(arrays[f"gradient.{rank}"], 1, axis=0)
+
+
+def swap_ranks(what):
+    def swap(arrays, case):
         arrays[f"{what}.0"], arrays[f"{what}.2"] = arrays[f"{what}.2"], arrays[f"{what}.0"]
 
-    differing = found(make_record, swap)
-    for rank in (0, 2):
-        assert set(differing[what, rank].kinds) == {"ranks swapped"}
-    assert (what, 1) not in differing
+    return swap
 
 
-def test_a_rank_that_looks_its_ids_up_in_another_ranks_table(make_record, case):
-    def other_table(arrays):
-        ids = case.batch_array("ids")
-        owned = case.partition.owns(ids, 0)
-        arrays["forward.0"][owned] = case.rank_rows(1)[ids[owned]]
-
-    rows = found(make_record, other_table)["forward", 0]
-    assert rows.kinds == {"ranks swapped": 7}
-    assert "right has row 10" in rows.examples[0].note
+def take_the_next_ranks_table(arrays, case):
+    ids = case.batch_array("ids")
+    owned = case.partition.owns(ids, 0)
+    arrays["forward.0"][owned] = case.rank_rows(1)[ids[owned]]
 
 
-def test_some_other_row(make_record, case):
-    def other(arrays):
-        arrays["forward.0"][0, 0] = case.table.rows(7, 8)
-
-    rows = found(make_record, other)["forward", 0]
-    assert rows.kinds == {"other row": 1}
-    assert rows.examples[0].note == "right has row 7"
+def take_row_7(arrays, case):
+    arrays["forward.0"][0, 0] = case.table.rows(7, 8)
 
 
-@pytest.mark.parametrize("name", ["forward.1", "gradient.1", "forward.2"])
-def test_zeroed(make_record, name):
-    def wipe(arrays):
-        arrays[name].reshape(-1, 6)[arrays[name].reshape(-1, 6).any(axis=1)] = 0
+def wipe(name):
+    def change(arrays, case):
+        rows = arrays[name].reshape(-1, 6)
+        rows[rows.any(axis=1)] = 0
 
-    differing = found(make_record, wipe)
-    assert all(set(comparison.kinds) == {"zeroed"} for comparison in differing.values())
-    assert differing
+    return change
 
 
-@pytest.mark.parametrize(("name", "row"), [("forward.1", 0), ("gradient.1", 1)])
-def test_hole_filled(make_record, name, row):
-    def fill(arrays):
-        arrays[name].reshape(-1, 6)[row] = 3
-
-    differing = found(make_record, fill)
-    assert all(comparison.kinds == {"hole filled": 1} for comparison in differing.values())
-    assert differing
+def fill_what_does_not_matter(arrays, case):
+    arrays["gradient.0"][5] = 1  # padding_idx
+    arrays["forward.2"][1, 5] = np.nan  # id -1
+    arrays["sum"][2, 4] = 7  # id 30
 
 
-def test_padding_only(make_record):
-    def fill(arrays):
-        arrays["gradient.0"][5] = 1  # padding_idx
-        arrays["forward.2"][1, 5] = np.nan  # id -1
-        arrays["sum"][2, 4] = 7  # id 30
-
-    differing = found(make_record, fill)
-    assert set(differing) == {("gradient", 0), ("gradient", None), ("forward", 2), ("forward", None)}
-    assert all(comparison.kinds == {"padding only": 1} for comparison in differing.values())
-    assert differing["forward", 2].examples[0].owner == -1
+def negate_holes(arrays, case):
+    """Which must not look like rows of the table that are -0.0 throughout."""
+    arrays["forward.1"][arrays["forward.1"] == 0] = -0.0
 
 
-def test_sign_of_zero(make_record):
-    def negate(arrays):
-        arrays["forward.0"][0, 2] = -0.0
+def scale(factor):
+    def change(arrays, case):
+        arrays["gradient.2"] *= factor
 
-    def make_zero(arrays):
-        arrays["forward.0"][0, 0, 1] = 0.0
-
-    def make_minus_zero(arrays):
-        arrays["forward.0"][0, 0, 1] = -0.0
-
-    assert found(make_record, negate)["forward", 0].kinds == {"sign of zero": 1}
-    left, right = make_record("left", make_zero), make_record("right", make_minus_zero)
-    (comparison,) = (c for c in compare_records(left, right) if c.differing)
-    assert comparison.kinds == {"sign of zero": 1}
-    assert comparison.max_ulp == 0
+    return change
 
 
-def test_negative_zeros_are_not_taken_for_table_rows(make_record, case):
-    """A table with a row of -0.0 throughout must not make every hole of -0.0 look like that row."""
-
-    def negate_holes(arrays):
-        arrays["forward.1"][arrays["forward.1"] == 0] = -0.0
-
-    assert set(found(make_record, negate_holes)["forward", 1].kinds) == {"sign of zero", "padding only"}
-
-
-def test_nan(make_record):
-    def poison(arrays):
-        arrays["forward.0"][0, 0, 1] = np.nan
-
-    comparison = found(make_record, poison)["forward", 0]
-    assert comparison.kinds == {"NaN": 1}
-    assert comparison.examples[0].max_ulp == 0
-
-
-def test_which_nan_matters_in_a_lookup_and_not_in_a_sum(make_record):
-    def nan(bits):
-        def change(arrays):
-            for name in ("forward.0", "sum"):
-                unsigned_view(arrays[name])[0, 0, :] = bits
-
-        return change
-
-    left, right = make_record("left", nan(0x7FC0)), make_record("right", nan(0xFFC1))
-    (comparison,) = (c for c in compare_records(left, right) if c.differing)
-    assert (comparison.what, comparison.rank, comparison.kinds) == ("forward", 0, {"NaN": 1})
-    assert comparison.examples[0].max_ulp is None
+FORWARD = [("forward", rank) for rank in range(3)]
+GRADIENT = [("gradient", 1), ("gradient", None)]
+EVERYWHERE = [("gradient", 0), ("forward", 2), ("forward", None), ("gradient", None)]
+TAMPERED = {
+    "flipped bit": (flip_a_bit, [FORWARD[1]], {"rounding only"}),
+    "forward off by one": (shift_forward, FORWARD, {"off by one row"}),
+    "forward swapped": (swap_ranks("forward"), FORWARD[::2], {"ranks swapped"}),
+    "another rank's table": (take_the_next_ranks_table, [FORWARD[0]], {"ranks swapped"}),
+    "another row": (take_row_7, [FORWARD[0]], {"other row"}),
+    "forward.1 zeroed": (wipe("forward.1"), [FORWARD[1]], {"zeroed"}),
+    "forward.2 zeroed": (wipe("forward.2"), [FORWARD[2]], {"zeroed"}),
+    "gradient zeroed": (wipe("gradient.1"), GRADIENT, {"zeroed"}),
+    "forward filled": (set_to("forward.1", (0, 0), 3), [FORWARD[1]], {"hole filled"}),
+    "gradient filled": (set_to("gradient.1", 1, 3), GRADIENT, {"hole filled"}),
+    "padding": (fill_what_does_not_matter, EVERYWHERE, {"padding only"}),
+    "sign of a hole": (set_to("forward.0", (0, 2), -0.0), [FORWARD[0]], {"sign of zero"}),
+    "signs of holes": (negate_holes, [FORWARD[1]], {"sign of zero", "padding only"}),
+    "NaN": (set_to("forward.0", (0, 0, 1), np.nan), [FORWARD[0]], {"NaN"}),
+}
+"""What is done, the comparisons that are to differ, and the kinds that each is to name."""
 
 
-def test_subnormal_flushed(make_record):
-    def tiny(arrays):
-        unsigned_view(arrays["sum"])[0, 0, 3] = 1
-
-    def zero(arrays):
-        unsigned_view(arrays["sum"])[0, 0, 3] = 0
-
-    left, right = make_record("left", tiny), make_record("right", zero)
-    (comparison,) = (c for c in compare_records(left, right) if c.differing)
-    assert comparison.kinds == {"subnormal flushed": 1}
+@pytest.mark.parametrize("name", TAMPERED)
+def test_tampering_is_found_and_named(make_record, case, name):
+    change, places, kinds = TAMPERED[name]
+    differing = found(make_record("left"), make_record("right", lambda arrays: change(arrays, case)))
+    assert {where: set(comparison.kinds) for where, comparison in differing.items()} == dict.fromkeys(places, kinds)
 
 
-def test_rounding_only_and_other_values(make_record):
-    def scale(factor):
-        def change(arrays):
-            arrays["gradient.2"] *= factor
-
-        return change
-
-    rounded = found(make_record, scale(1 + 2**-7))
-    assert set(rounded["gradient", 2].kinds) == {"rounding only"}
-    assert 0 < rounded["gradient", 2].max_ulp <= 4
-    doubled = found(make_record, scale(2))
-    assert set(doubled["gradient", 2].kinds) == {"other values"}
-
-
-def test_every_kind_is_explained_and_tested():
-    assert set(KINDS) == {
-        "ranks swapped",
-        "rows swapped",
-        "off by one row",
-        "other row",
-        "subnormal flushed",
-        "zeroed",
-        "hole filled",
-        "padding only",
-        "rounding only",
-        "sign of zero",
-        "row missing",
-        "NaN",
-        "other values",
-    }
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (shift_gradients, "off by one row"),
+        (swap_ranks("gradient"), "ranks swapped"),
+        (scale(1 + 2**-7), "rounding only"),
+        (scale(2), "other values"),
+    ],
+)
+def test_tampered_gradients_are_named(make_record, case, change, kind):
+    differing = found(make_record("left"), make_record("right", lambda arrays: change(arrays, case)))
+    assert {what for what, _ in differing} == {"gradient"}
+    assert {2, None} <= {rank for _, rank in differing}
+    assert next(iter(differing["gradient", 2].kinds)) == kind
+    if kind == "rounding only":
+        assert 0 < differing["gradient", 2].max_ulp <= 4
 
 
-def test_records_of_different_cases_are_refused(make_record, case, tmp_path):
-    left = make_record("left")
-    for number, change in enumerate(({"seed": 1}, {"world_size": 2}, {"padding_idx": 6}, {"dtype": "float16"})):
-        folder = tmp_path / f"other{number}"
-        folder.mkdir()
-        options = {"weights": case.table.path, "ids": tmp_path / "ids.npy", "world_size": 3, "padding_idx": 5} | change
-        other = build_case(CaseOptions(**options), folder)
-        writer = RecordWriter(other, "right", {})
-        zeros = np.zeros((1, 6), left.rows("sum").values.dtype if "dtype" not in change else np.float16)
-        for rank in range(other.world_size):
-            writer.add(f"forward.{rank}", zeros)
-            writer.add(f"gradient.{rank}", zeros)
-        writer.add("sum", zeros)
-        writer.write(folder / "record")
-        with pytest.raises(ValueError, match=f"different cases: .*{next(iter(change))}|different cases: weights"):
-            compare_records(left, Record.open(folder / "record"))
+def test_differing_rows_are_described(make_record, case):
+    def row(change, where, kinds):
+        comparison = found(make_record("left"), make_record("right", lambda arrays: change(arrays, case)))[where]
+        assert comparison.kinds == kinds
+        return comparison, comparison.examples[0]
+
+    comparison, shown = row(flip_a_bit, ("forward", 1), {"rounding only": 1})
+    assert (comparison.max_ulp, comparison.max_abs > 0) == (1, True)
+    assert (shown.index, shown.id, shown.owner, shown.kind, shown.max_ulp) == ((1, 2), 12, 1, "rounding only", 1)
+    comparison, _ = row(shift_forward, ("forward", 1), {"off by one row": 5})
+    assert [shown.note for shown in comparison.examples][:2] == ["right has row 11", "right has row 13"]
+    _, shown = row(take_the_next_ranks_table, ("forward", 0), {"ranks swapped": 7})
+    assert "right has row 10" in shown.note
+    _, shown = row(take_row_7, ("forward", 0), {"other row": 1})
+    assert shown.note == "right has row 7"
+    _, shown = row(fill_what_does_not_matter, ("forward", 2), {"padding only": 1})
+    assert shown.owner == -1
+    _, shown = row(TAMPERED["NaN"][0], ("forward", 0), {"NaN": 1})
+    assert shown.max_ulp == 0
 
 
-def reduced_records(tmp_path, reduction, change):
-    """Two records of a case with a reduction, the second one changed."""
-    folder = tmp_path / reduction
-    folder.mkdir()
-    np.save(tmp_path / "ids.npy", np.array([[0, 9, 10, 19, 20, 29], [5, 5, 12, 12, 13, -1]]))
-    case = build_case(
-        CaseOptions(
-            ids=tmp_path / "ids.npy", vocab_size=30, emb_size=6, dtype="float32", world_size=3, reduction=reduction
-        ),
-        folder,
+def set_bits(place, bits, *names):
+    def change(arrays):
+        for name in names:
+            unsigned_view(arrays[name])[place] = bits
+
+    return change
+
+
+FIRST = (0, 0, slice(None))
+
+
+@pytest.mark.parametrize(
+    ("place", "bits", "names", "where", "kind", "max_ulp"),
+    [
+        ((0, 0, 1), (0, 0x8000), ["forward.0"], ("forward", 0), "sign of zero", 0),
+        # Which NaN it is matters in a lookup and not in a sum.
+        (FIRST, (0x7FC0, 0xFFC1), ["forward.0", "sum"], ("forward", 0), "NaN", None),
+        ((0, 0, 3), (1, 0), ["sum"], ("forward", None), "subnormal flushed", 1),
+    ],
+)
+def test_numbers_that_compare_equal_are_told_apart(make_record, place, bits, names, where, kind, max_ulp):
+    left, right = (
+        make_record(side, set_bits(place, b, *names)) for side, b in zip(("left", "right"), bits, strict=True)
     )
-    records = []
-    for name in ("left", "right"):
-        arrays = Arrays()
-        run(case, arrays, lambda *_: None)
-        if name == "right":
-            change(arrays)
-        writer = RecordWriter(case, name, {})
-        for key, array in arrays.items():
-            writer.add(key, array)
-        writer.write(folder / name)
-        records.append(Record.open(folder / name))
-    return case, {(c.what, c.rank): c for c in compare_records(*records) if c.differing}
+    ((found_where, comparison),) = found(left, right).items()
+    assert (found_where, comparison.kinds, comparison.examples[0].max_ulp) == (where, {kind: 1}, max_ulp)
 
 
-def test_chunk_positions_are_those_of_the_whole_sequence(tmp_path):
-    def zero(arrays):
-        arrays["forward.1"][1, 1] = 0
+def test_every_kind_is_tested():
+    """Here, and of tables in ``test_table_diff``."""
+    tested = set().union(*(kinds for _, _, kinds in TAMPERED.values()))
+    assert set(KINDS) == tested | {"other values", "subnormal flushed", "rows swapped", "row missing"}
 
-    case, differing = reduced_records(tmp_path, "reduce_scatter", zero)
-    assert case.output_shape == (2, 2)
-    ((where, comparison),) = differing.items()
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"world_size": 2}, {"padding_idx": 6}, {"dtype": "float16"}])
+def test_records_of_different_cases_are_refused(make_record, make_case, change):
+    left, right = make_record("left"), make_record("right", of=make_case("other", **change))
+    with pytest.raises(ValueError, match=f"different cases: .*{next(iter(change))}"):
+        compare_records(left, right)
+
+
+@pytest.fixture
+def reduced(make_case, make_record):
+    """What differs between two records of a case with a reduction, the second one changed."""
+
+    def compare(reduction, change):
+        case = make_case(reduction, reduction=reduction)
+        return found(make_record("left", of=case), make_record("right", change, case))
+
+    return compare
+
+
+def test_chunk_positions_are_those_of_the_whole_sequence(reduced):
+    ((where, comparison),) = reduced(
+        "reduce_scatter", lambda arrays: set_to("forward.1", (1, 0), 0)(arrays, None)
+    ).items()
     assert where == ("forward", 1)
-    assert (comparison.rows, comparison.kinds) == (4, {"zeroed": 1})
+    assert (comparison.rows, comparison.kinds) == (6, {"zeroed": 1})
     (row,) = comparison.examples
-    assert (row.index, row.id, row.owner) == ((1, 3), 12, 1)
+    assert (row.index, row.id, row.owner) == ((1, 2), 12, 1)
 
 
-def test_chunks_that_went_to_each_others_ranks(tmp_path):
-    def swap(arrays):
-        arrays["forward.0"], arrays["forward.2"] = arrays["forward.2"], arrays["forward.0"]
-
-    _, differing = reduced_records(tmp_path, "reduce_scatter", swap)
+def test_chunks_that_went_to_each_others_ranks(reduced):
+    differing = reduced("reduce_scatter", lambda arrays: swap_ranks("forward")(arrays, None))
     assert {where: set(c.kinds) for where, c in differing.items()} == {
         ("forward", 0): {"ranks swapped"},
         ("forward", 2): {"ranks swapped"},
     }
 
 
-def test_an_embedding_that_one_rank_has_wrong(tmp_path):
+def test_an_embedding_that_one_rank_has_wrong(reduced):
     """Every rank owns every position of an embedding that is on all ranks: a zero row is missing, not foreign."""
 
     def spoil(arrays):
         arrays["forward.2"][0, 0] = 0
         arrays["forward.2"][1, 5] = 1
 
-    _, differing = reduced_records(tmp_path, "all_reduce", spoil)
-    ((where, comparison),) = differing.items()
-    assert where == ("forward", 2)
-    assert comparison.kinds == {"zeroed": 1, "padding only": 1}
+    ((where, comparison),) = reduced("all_reduce", spoil).items()
+    assert (where, comparison.kinds) == (("forward", 2), {"zeroed": 1, "padding only": 1})

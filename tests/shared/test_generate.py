@@ -11,19 +11,12 @@ from shared.proof.generate import exact_gradient, special_rows, table_chunks, zi
 from shared.proof.oracle import accumulation_dtype
 
 
-def digest(array):
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).tobytes()).hexdigest()[:16]
-
-
 def test_golden_hashes():
     table = np.concatenate(list(table_chunks(9000, 24, DTYPES["float32"], seed=7)))
     ids = zipf_ids((3, 500), VocabPartition(9000, 3), seed=7)
     gradient = exact_gradient(ids, 24, DTYPES["float32"], seed=7)
-    assert (digest(table), digest(ids), digest(gradient)) == (
-        "53c037686e6a9b7d",
-        "6447a1b6099f9786",
-        "56182b3e04164e6a",
-    )
+    digests = [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in (table, ids, gradient)]
+    assert digests == ["53c037686e6a9b7d", "6447a1b6099f9786", "56182b3e04164e6a"]
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -44,8 +37,7 @@ def test_ids_follow_zipf_and_visit_every_edge():
     partition = VocabPartition(9000, 3)
     ids = zipf_ids((4, 2048), partition, seed=0)
     assert {0, 2999, 3000, 5999, 6000, 8999, -1, 9000, 2**32, 2**63 - 1, -(2**63)} <= set(ids.ravel().tolist())
-    owner = partition.owner(ids)
-    counts = [(owner == rank).sum() for rank in range(3)]
+    counts = [partition.owns(ids, rank).sum() for rank in range(3)]
     assert counts[0] > 3 * counts[1] > 3 * counts[2] > 0
     assert set(zipf_ids((4, 2048), VocabPartition(2, 1), seed=0).ravel().tolist()) > {0, 1}
 

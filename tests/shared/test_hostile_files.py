@@ -12,28 +12,24 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from table_files import safetensors
+from table_files import entry, safetensors
 
 from shared import VocabPartition
-from shared.tables.find_table import open_table
+from shared.tables.find_table import PICKLE_SUFFIXES, open_table
 from shared.tables.table_writer import convert_table
 
 VALUES = np.random.default_rng(7).standard_normal((24, 5)).astype(np.float32)
 PARTITION = VocabPartition(24, 3, 36)
 """Twelve rows, twelve, and none."""
+SEVEN_RANKS = VocabPartition(24, 7, "even")
 FORMS = {"merged.safetensors": None, "parts": PARTITION}
-
-
-def entry(values, first=0):
-    return {"dtype": "F32", "shape": list(values.shape), "data_offsets": [first, first + values.nbytes]}
-
-
 FOREIGN = safetensors(
     {"__metadata__": {"format": "pt"}, "wpe.weight": entry(VALUES[:7]), "wte.weight": entry(VALUES, VALUES[:7].nbytes)},
     VALUES[:7].tobytes() + VALUES.tobytes(),
@@ -48,21 +44,18 @@ def originals(tmp_path_factory):
     (folder / "source").write_bytes(FOREIGN)
     for name, partition in FORMS.items():
         convert_table(open_table(folder / "source"), folder / name, partition)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return folder
 
 
 @pytest.fixture
 def put(tmp_path, originals):
-    """Writes some of the originals to a folder; returns the path."""
+    """Copies one of the originals to a folder of the test's own; returns the path."""
 
-    def to_folder(name):
-        for file, data in originals.items():
-            if file == name or file.startswith(f"{name}/"):
-                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / file).write_bytes(data)
+    def copy(name):
+        (shutil.copytree if (originals / name).is_dir() else shutil.copy)(originals / name, tmp_path / name)
         return tmp_path / name
 
-    return to_folder
+    return copy
 
 
 @pytest.fixture(autouse=True)
@@ -94,20 +87,14 @@ def little_memory(more=1 << 30):
 @pytest.fixture
 def refused(tmp_path_factory):
     """``refused(path, match)``: neither its rows can be read nor can it be converted, which writes nothing."""
-    folder = tmp_path_factory.mktemp("targets")
+    target = tmp_path_factory.mktemp("targets") / "table.safetensors"
 
     def check(path, match, **options):
-        def read(table):
-            table.rows(0, table.vocab_size)
-
-        def convert(table):
-            convert_table(table, folder / "table.safetensors")
-
-        for use in (read, convert):
+        for use in (lambda table: table.rows(0, table.vocab_size), lambda table: convert_table(table, target)):
             with pytest.raises(ValueError, match=match) as caught:
                 use(open_table(path, **options))
             assert_clear(caught.value, path)
-        assert not list(folder.iterdir())
+        assert not list(target.parent.iterdir())
 
     return check
 
@@ -124,43 +111,54 @@ def outcome(path, partition=None, **options):
     """What comes of reading a table that should be VALUES: "refused", "same", or what is wrong."""
     try:
         table = open_table(path, **options)
-        if partition is None:
-            found, expected = table.rows(0, table.vocab_size), VALUES
-        else:
-            found = [rows_or_none(table, partition, rank) for rank in range(partition.world_size)]
-            expected = np.zeros((partition.padded_vocab_size, 5), np.float32)
-            expected[:24] = VALUES
-            expected = expected.reshape(partition.world_size, -1, 5)
-            expected = np.stack(
-                [whole for whole, rows in zip(expected, found, strict=True) if rows is not None] or [[]]
-            )
-            found = np.stack([rows for rows in found if rows is not None] or [[]])
+        pairs = [*read_and_expected(table, partition)]
     except ValueError as error:
         assert_clear(error, path)
         return "refused"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if found.shape == expected.shape and found.tobytes() == expected.tobytes():
+    if all(found.shape == rows.shape and found.tobytes() == rows.tobytes() for found, rows in pairs):
         return "same"
-    return f"another table: {table.tensor} {found.dtype} {list(found.shape)}"
+    return f"another table: {table.tensor} {[found.shape for found, _ in pairs]}"
 
 
-def rows_or_none(table, partition, rank):
-    """The rows of a rank; None where they are refused, as those of another rank need not be."""
-    try:
-        return table.padded_rows(partition, rank, np.dtype(np.float32))
-    except ValueError:
-        return None
+def read_and_expected(table, partition):
+    """All rows, or each rank's; not of a rank to which they are refused, as to another they need not be."""
+    if partition is None:
+        yield table.rows(0, table.vocab_size), VALUES
+        return
+    whole = np.zeros((partition.padded_vocab_size, 5), np.float32)
+    whole[:24] = VALUES
+    for rank in range(partition.world_size):
+        with contextlib.suppress(ValueError):
+            found = table.padded_rows(partition, rank, np.dtype(np.float32))
+            yield found, whole[partition.start(rank) : partition.stop(rank)]
 
 
-def test_originals_are_whole(put, tmp_path):
+def test_originals_are_whole(put):
     """Or all would be refused for a reason of its own."""
     for name, options in (("source", {}), ("merged.safetensors", {}), ("parts", {"vocab_size": 24})):
-        assert outcome(put(name), **options) == "same"
-        assert outcome(put(name), VocabPartition(24, 5, "even"), **options) == "same"
+        path = put(name)
+        assert outcome(path, **options) == outcome(path, SEVEN_RANKS, **options) == "same"
 
 
 # Files that are cut short, or are no safetensors files at all
+
+ONE = {"wte.weight": entry(VALUES)}
+"""A header of the whole table, to be spoilt."""
+TEXT = json.dumps(ONE)
+
+
+def one(**changes):
+    """The header with other facts about its tensor, or some left out."""
+    facts = {**ONE["wte.weight"], **changes}
+    return {"wte.weight": {name: value for name, value in facts.items() if value != "left out"}}
+
+
+def two(first, second):
+    """A header of two tables at given bytes."""
+    of = {"dtype": "F32", "shape": [12, 5]}
+    return {"wte.weight": {**of, "data_offsets": first}, "wpe.weight": {**of, "data_offsets": second}}
 
 
 @pytest.mark.parametrize("name", ["source", "merged.safetensors"])
@@ -172,235 +170,172 @@ def test_every_truncation_is_refused(put, name):
         assert outcome(path) == "refused", size
 
 
-ONE = {"wte.weight": entry(VALUES)}
-"""A header of the whole table, to be spoilt."""
+LENGTHS = [0, len(TEXT) - 1, len(TEXT) + 1, 10**6, 2**32, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1]
+LENGTHS += [int.from_bytes(len(TEXT).to_bytes(8, "big"), "little")]
+NO_TABLES = [
+    *(safetensors(ONE, VALUES.tobytes(), length) for length in LENGTHS),
+    *(b"", b"\x01", bytes(7), bytes(600), b"\xff" * 600),
+    TEXT.encode() + VALUES.tobytes(),  # no length
+    safetensors(b"", VALUES.tobytes()),
+    b"a text, which is no table at all, but is long enough to have a header",
+    b"PK\x03\x04" + bytes(600),  # a zip file
+    b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (24, 5), }" + bytes(600),
+    b"\x89HDF\r\n\x1a\n" + bytes(600),
+    b"GGUF\x03\0\0\0" + bytes(600),
+    b"\x7fELF\x02\x01\x01" + bytes(600),
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 480\n",
+    b"<!DOCTYPE html><html><body>401 Unauthorized</body></html>",
+]
 
 
-def with_entry(**changes):
-    return {
-        "wte.weight": {name: value for name, value in {**ONE["wte.weight"], **changes}.items() if value != "left out"}
-    }
+def test_other_formats_are_refused(tmp_path, refused):
+    path = tmp_path / "table.safetensors"
+    for content in NO_TABLES:
+        path.write_bytes(content)
+        with little_memory():
+            for given in (path, tmp_path):
+                refused(given, "table.safetensors: not a whole safetensors file")
 
-
-def two(first, second):
-    """A header of two tables at given bytes."""
-    of = {"dtype": "F32", "shape": [12, 5]}
-    return {"wte.weight": {**of, "data_offsets": first}, "wpe.weight": {**of, "data_offsets": second}}
-
-
-ENTRY = json.dumps(ONE["wte.weight"])
-
-NO_TABLES = {
-    "nothing": b"",
-    "one byte": b"\x01",
-    "seven bytes": bytes(7),
-    "zeros": bytes(600),
-    "ones": b"\xff" * 600,
-    "a text": b"hello, this is no table at all, but it is long enough to have a header",
-    "a zip file": b"PK\x03\x04" + bytes(600),
-    "an array of NumPy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (24, 5), }"
-    + bytes(600),
-    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(600),
-    "a GGUF file": b"GGUF\x03\0\0\0" + bytes(600),
-    "a program": b"\x7fELF\x02\x01\x01" + bytes(600),
-    "a pointer to a large file": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 480\n",
-    "a page that says no": b"<!DOCTYPE html><html><body>401 Unauthorized</body></html>",
-    "a header longer than the file": safetensors(ONE, VALUES.tobytes(), 10**6),
-    "a header one byte longer": safetensors(ONE, VALUES.tobytes(), len(json.dumps(ONE)) + 1),
-    "a header one byte shorter": safetensors(ONE, VALUES.tobytes(), len(json.dumps(ONE)) - 1),
-    "a header of no bytes": safetensors(b"", VALUES.tobytes()),
-    "a length of 2**63": safetensors(ONE, VALUES.tobytes(), 2**63),
-    "a length of 2**63 - 1": safetensors(ONE, VALUES.tobytes(), 2**63 - 1),
-    "a length of 2**64 - 1": safetensors(ONE, VALUES.tobytes(), 2**64 - 1),
-    "a length of 2**64 - 8": safetensors(ONE, VALUES.tobytes(), 2**64 - 8),
-    "a length of 2**32": safetensors(ONE, VALUES.tobytes(), 2**32),
-    "a length the wrong way round": len(json.dumps(ONE)).to_bytes(8, "big")
-    + json.dumps(ONE).encode()
-    + VALUES.tobytes(),
-    "no length": json.dumps(ONE).encode() + VALUES.tobytes(),
-}
 
 # fmt: off
 SHAPES = (
     [24, 6], [25, 5], [24], [], [24, 5, 2], [-24, -5], [-24, 5], [24.0, 5], ["24", "5"], [True, 120], [None, 5],
     [[24], [5]], 24, "24x5", {"0": 24, "1": 5}, [2**62, 2**62], [2**63, 2], [2**64, 5], [2**64 + 24, 5], [10**400, 5],
-    [0, 5],
+    [0, 5], None, "left out",
 )
 OFFSETS = (
     [480, 0], [0, 479], [0, 481], [1, 481], [4, 480], [-480, 0], [-1, 479], [2**64 - 480, 2**64], [2**63, 2**63 + 480],
     [2**62, 2**62 + 480], [0.0, 480.0], ["0", "480"], [0], [0, 480, 480], [], 480, None, {"0": 480}, [False, 480],
+    "left out",
 )
+DTYPES = ("F31", "f32", "", 32, ["F32"], "F64", "F16", "U8", "C64", None, "left out")
 # fmt: on
-BAD_HEADERS = {
-    "not UTF-8": json.dumps(ONE).encode().replace(b"wte", b"w\xffe"),
-    "UTF-16": json.dumps(ONE).encode("utf-16"),
-    "a byte order mark": json.dumps(ONE).encode("utf-8-sig"),
-    "a list": b"[]",
-    "a number": b"1",
-    "a text": b'"wte.weight"',
-    "null": b"null",
-    "blanks": b"   ",
-    "no JSON": b"{wte.weight}",
-    "two objects": json.dumps(ONE).encode() * 2,
-    "something after it": json.dumps(ONE).encode() + b"x",
-    "zeros after it": json.dumps(ONE).encode() + bytes(8),
-    "a tensor twice": f'{{"wte.weight": {ENTRY}, "wte.weight": {ENTRY}}}'.encode(),
-    "a tensor twice, in other letters": f'{{"wte.weight": {ENTRY}, "wt\\u0065.weight": {ENTRY}}}'.encode(),
-    "a shape twice": json.dumps(ONE).replace('"shape"', '"shape": [5, 24], "shape"').encode(),
-    "offsets twice": json.dumps(ONE).replace('"data_offsets"', '"data_offsets": [0, 480], "data_offsets"').encode(),
-    "something unknown twice": json.dumps(ONE).replace('"shape"', '"x": 1, "x": 2, "shape"').encode(),
-    "metadata twice": f'{{"__metadata__": {{}}, "__metadata__": {{}}, "wte.weight": {ENTRY}}}'.encode(),
-    "a text of the metadata twice": f'{{"__metadata__": {{"a": "b", "a": "c"}}, "wte.weight": {ENTRY}}}'.encode(),
-    "NaN": json.dumps(ONE).replace("24", "NaN").encode(),
-    "NaN in something unknown": json.dumps(with_entry(unknown=float("nan"))).encode(),
-    "infinity": json.dumps(ONE).replace("24,", "Infinity,").encode(),
-    "1e400": json.dumps(ONE).replace("24", "1e400").encode(),
-    "deep": b'{"wte.weight": ' + b"[" * 200_000,
-    "deep metadata": b'{"__metadata__": ' + b'{"a":' * 200_000,
-    "metadata that is a list": {"__metadata__": [], **ONE},
-    "metadata that is a text": {"__metadata__": "pt", **ONE},
-    "metadata of numbers": {"__metadata__": {"format": 1}, **ONE},
-    "a tensor that is a list": {"wte.weight": []},
-    "a tensor that is null": {"wte.weight": None},
-    "a tensor that is empty": {"wte.weight": {}},
-    **{f"no {name}": with_entry(**{name: "left out"}) for name in ONE["wte.weight"]},
-    **{f"{name} null": with_entry(**{name: None}) for name in ONE["wte.weight"]},
-    **{
-        f"dtype {dtype!r}": with_entry(dtype=dtype)
-        for dtype in ("F31", "f32", "", 32, ["F32"], "F64", "F16", "U8", "C64")
-    },
-    **{f"shape {shape}": with_entry(shape=shape) for shape in SHAPES},
-    **{f"offsets {offsets}": with_entry(data_offsets=offsets) for offsets in OFFSETS},
-    "tables that overlap": two([0, 240], [120, 360]),
-    "tables at one place": two([0, 240], [0, 240]),
-    "a gap between tables": two([0, 240], [241, 481]),
-    "a gap before the first": two([240, 480], [480, 720]),
-    "bytes after the last": two([0, 240], [240, 480]) | {"x": with_entry(data_offsets=[480, 960])["wte.weight"]},
-    "a table beyond the end": two([0, 240], [480, 720]),
-}
+REPLACED = [
+    ('"shape"', '"shape": [5, 24], "shape"'),
+    ('"data_offsets"', '"data_offsets": [0, 480], "data_offsets"'),
+    ('"shape"', '"x": 1, "x": 2, "shape"'),
+    ('"shape"', '"x": NaN, "shape"'),
+    ("24", "NaN"),
+    ("24", "Infinity"),
+    ("24", "1e400"),
+    ("{", '{"__metadata__": {}, "__metadata__": {}, '),
+    ("{", '{"__metadata__": {"a": "b", "a": "c"}, '),
+    ("{", f"{TEXT[:-1]}, "),  # the tensor twice
+    ("{", TEXT[:-1].replace("wte", "wt\\u0065") + ", "),
+]
+BAD_HEADERS = [
+    *(TEXT.replace(old, new, 1).encode() for old, new in REPLACED),
+    TEXT.encode().replace(b"wte", b"w\xffe"),
+    *(TEXT.encode(encoding) for encoding in ("utf-16", "utf-8-sig")),
+    *(b"[]", b"1", b'"wte.weight"', b"null", b"   ", b"{wte.weight}"),
+    *(TEXT.encode() + more for more in (TEXT.encode(), b"x", bytes(8))),
+    b'{"wte.weight": ' + b"[" * 200_000,
+    b'{"__metadata__": ' + b'{"a":' * 200_000,
+    *({"__metadata__": wrong, **ONE} for wrong in ([], "pt", {"format": 1})),
+    *({"wte.weight": wrong} for wrong in ([], None, {})),
+    *(one(dtype=dtype) for dtype in DTYPES),
+    *(one(shape=shape) for shape in SHAPES),
+    *(one(data_offsets=offsets) for offsets in OFFSETS),
+    two([0, 240], [120, 360]),  # overlap
+    two([0, 240], [0, 240]),
+    two([0, 240], [241, 481]),  # a gap
+    two([240, 480], [480, 720]),
+    two([0, 240], [240, 480]) | {"x": one(data_offsets=[480, 960])["wte.weight"]},  # beyond the end
+    two([0, 240], [480, 720]),
+]
 
 
-@pytest.mark.parametrize("name", NO_TABLES)
-def test_other_formats_are_refused(tmp_path, refused, name):
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=lambda header: ascii(header)[:60])
+def test_inconsistent_header_is_refused(tmp_path, refused, header):
     path = tmp_path / "table.safetensors"
-    path.write_bytes(NO_TABLES[name])
-    with little_memory():
-        refused(path, "table.safetensors: not a whole safetensors file")
-        refused(tmp_path, "table.safetensors: not a whole safetensors file")
-
-
-@pytest.mark.parametrize("name", BAD_HEADERS)
-def test_inconsistent_header_is_refused(tmp_path, refused, name):
-    path = tmp_path / "table.safetensors"
-    path.write_bytes(safetensors(BAD_HEADERS[name], VALUES.tobytes()))
+    path.write_bytes(safetensors(header, VALUES.tobytes()))
     for options in ({}, {"tensor_name": "wte.weight"}):
         refused(path, r"table.safetensors: ", **options)
 
 
 def test_header_they_were_made_of_is_good(tmp_path):
-    (tmp_path / "t").write_bytes(safetensors(ONE, VALUES.tobytes()))
-    assert outcome(tmp_path / "t") == "same"
-    (tmp_path / "t").write_bytes(safetensors(two([240, 480], [0, 240]), VALUES.tobytes()))
-    assert open_table(tmp_path / "t").rows(0, 12).tobytes() == VALUES[12:].tobytes()
+    path, data = tmp_path / "t", VALUES.tobytes()
+    path.write_bytes(safetensors(ONE, data))
+    assert outcome(path) == "same"
+    path.write_bytes(safetensors(two([240, 480], [0, 240]), data))
+    assert open_table(path).rows(0, 12).tobytes() == data[240:]
     # Another shape of the same size cannot be noticed in a file without checksums.
-    (tmp_path / "t").write_bytes(safetensors(with_entry(shape=[5, 24]), VALUES.tobytes()))
-    assert open_table(tmp_path / "t").rows(0, 5).tobytes() == load_file(tmp_path / "t")["wte.weight"].tobytes()
+    path.write_bytes(safetensors(one(shape=[5, 24]), data))
+    assert open_table(path).rows(0, 5).tobytes() == data
 
 
 # Indexes
 
+INDEX = '{"weight_map": {"wte.weight": "t"}}'
+"""A good one, to be spoilt."""
+BAD_INDEXES = [
+    *(b"", b" \n", b"null", b"[]", b"3", b'"manifest"', bytes(400), b"manifest.json" + bytes(400)),
+    b'{"format": "\xff\xfe"}',
+    b'{"format": "\xed\xa0\x80"}',  # half a surrogate, written out
+    b'{"shards": ' + b"[" * 10**6,
+    b'{"shards": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+    b'{"a":' * 10**6,
+    INDEX.replace('"weight_map"', '"weight_map": {}, "weight_map"'),
+    INDEX.replace('"weight_map"', '"weight_map": {}, "\\u0077eight_map"'),
+    INDEX.replace("{", '{"x": {"y": 1, "y": 1}, ', 1),
+    *(INDEX + more for more in (INDEX, "x", "\0", ' // "x"')),
+    INDEX[:-1] + ",}",
+    INDEX.replace('"', "'"),
+    *(INDEX.replace("{", f"{{{more}, ", 1) for more in ('"x": NaN', '"x": -Infinity', "x: 1")),
+    f"[{INDEX}]",
+]
+NO_WEIGHT_MAPS = [
+    {},
+    *({"weight_map": wrong} for wrong in (None, [], "wte.weight", 3, [["wte.weight", "t"]])),
+    *({"weight_map": {"wte.weight": wrong}} for wrong in (None, 3, True, ["t"], {"t": "t"}, 1.5)),
+    {"weight_map": {"wte.weight": "t", "another": None}},
+    {"weight_maps": {"wte.weight": "t"}},
+    {"metadata": {"weight_map": {"wte.weight": "t"}}},
+]
 
-DOCUMENTS = {
-    "nothing": b"",
-    "blanks": b" \n",
-    "null": b"null",
-    "a list": b"[]",
-    "a number": b"3",
-    "a text": b'"manifest"',
-    "an empty object": b"{}",
-    "zeros": bytes(400),
-    "not UTF-8": b'{"format": "\xff\xfe"}',
-    "half a surrogate, written out": b'{"format": "\xed\xa0\x80"}',
-    "deep lists": b'{"shards": ' + b"[" * 10**6,
-    "deep lists that end": b'{"shards": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
-    "deep objects": b'{"a":' * 10**6,
-    "a tar file": b"manifest.json" + bytes(400),
-}
 
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_index_that_is_no_json_object_is_refused(tmp_path, refused, name):
+@pytest.fixture
+def index(tmp_path):
+    """The usual index of a folder that holds FOREIGN as ``t``."""
+    (tmp_path / "t").write_bytes(FOREIGN)
     path = tmp_path / "model.safetensors.index.json"
-    path.write_bytes(DOCUMENTS[name])
-    for each in (tmp_path, path):
-        refused(each, f"{path.name}: ")
+    path.write_text(INDEX)
+    return path
 
 
-def test_ambiguous_index_is_refused(tmp_path, refused):
-    path = tmp_path / "an.index.json"
-    (tmp_path / "table.safetensors").write_bytes(FOREIGN)
-    path.write_text('{"weight_map": {"wte.weight": "table.safetensors"}}')
-    assert outcome(path) == "same"
-    good, key = path.read_text(), "weight_map"
-    for bad in (
-        good.replace(f'"{key}"', f'"{key}": {{}}, "{key}"'),
-        good.replace(f'"{key}"', f'"{key}": {{}}, "\\u00{ord(key[0]):x}{key[1:]}"'),
-        good.replace("{", '{"x": {"y": 1, "y": 1}, ', 1),
-        good + good,
-        good + "x",
-        good + "\0",
-        good[:-1] + ",}",
-        good[:-1] + '} // "x"',
-        good.replace('"', "'"),
-        good.replace("{", '{"x": NaN, ', 1),
-        good.replace("{", '{"x": -Infinity, ', 1),
-        good.replace("{", "{x: 1, ", 1),
-        "[" + good + "]",
-    ):
-        path.write_text(bad)
-        refused(path, "an.index.json: ")
+def write_index(path, weight_map):
+    path.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_index_they_were_made_of_is_good(index):
+    assert outcome(index) == outcome(index.parent) == "same"
     for encoding in ("utf-16", "utf-32", "utf-8-sig"):  # as which it is the same text
-        path.write_bytes(good.encode(encoding))
-        assert outcome(path) in ("refused", "same")
+        index.write_bytes(INDEX.encode(encoding))
+        assert outcome(index) in ("refused", "same")
+    write_index(
+        index, {f"model.layers.{n}.mlp.weight": f"{n}.safetensors" for n in range(30_000)} | {"wte.weight": "t"}
+    )
+    assert outcome(index) == "same"
 
 
-def test_oversized_index_is_not_read(tmp_path, refused):
-    path = tmp_path / "an.index.json"
-    path.touch()
-    os.truncate(path, 2**40)  # a hole, which takes no room on the disk
+@pytest.mark.parametrize("content", BAD_INDEXES, ids=lambda content: ascii(content)[:60])
+def test_damaged_or_ambiguous_index_is_refused(index, refused, content):
+    index.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for given in (index, index.parent):
+        refused(given, f"{index.name}: ")
+
+
+def test_oversized_index_is_not_read(index, refused):
+    os.truncate(index, 2**40)  # a hole, which takes no room on the disk
     with little_memory():
-        refused(path, f"an.index.json: {2**40} bytes, too large for an index")
+        refused(index, f"index.json: {2**40} bytes, too large for an index")
 
 
-def test_index_of_30000_tensors_is_read(tmp_path):
-    (tmp_path / "t").write_bytes(FOREIGN)
-    names = {f"model.layers.{n}.mlp.weight": f"{n}.safetensors" for n in range(30_000)}
-    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {**names, "wte.weight": "t"}}))
-    assert outcome(tmp_path / "i.json") == "same"
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        {},
-        {"weight_map": None},
-        {"weight_map": []},
-        {"weight_map": "wte.weight"},
-        {"weight_map": 3},
-        {"weight_map": [["wte.weight", "t"]]},
-        *({"weight_map": {"wte.weight": wrong}} for wrong in (None, 3, True, ["t"], {"t": "t"}, 1.5)),
-        {"weight_map": {"wte.weight": "t", "another": None}},
-        {"weight_maps": {"wte.weight": "t"}},
-        {"metadata": {"weight_map": {"wte.weight": "t"}}},
-    ],
-    ids=str,
-)
-def test_index_without_a_weight_map_is_refused(tmp_path, refused, document):
-    (tmp_path / "t").write_bytes(FOREIGN)
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps(document))
-    refused(path, "index.json: not an index of a checkpoint, it has no weight_map")
-    refused(tmp_path, "index.json: not an index of a checkpoint, it has no weight_map", tensor_name="wte.weight")
+@pytest.mark.parametrize("document", NO_WEIGHT_MAPS, ids=str)
+def test_index_without_a_weight_map_is_refused(index, refused, document):
+    index.write_text(json.dumps(document))
+    for given, options in ((index, {}), (index.parent, {"tensor_name": "wte.weight"})):
+        refused(given, "index.json: not an index of a checkpoint, it has no weight_map", **options)
 
 
 # fmt: off
@@ -410,8 +345,8 @@ LEAVES_THE_FOLDER = (
 )
 NO_FILES = (
     "missing", "~/t", "$HOME/t", "%2e%2e/t", "file:///t", "https://example.com/t", "t\0", "t\0.safetensors", "\0",
-    "\ud800", " t", "t ", "T", "*", "t/", "t/.", "t/t", "sub", ".", "i.json", "x" * 256, "x" * 5000, "x/" * 3000,
-    "x" * 10**6,
+    "\ud800", " t", "t ", "T", "*", "t/t", "sub", ".", "x" * 256, "x" * 5000, "x/" * 3000, "x" * 10**6,
+    "model.safetensors.index.json",
 )
 # fmt: on
 
@@ -426,117 +361,78 @@ def test_index_cannot_leave_its_folder(tmp_path, refused, file):
         path.write_bytes(FOREIGN)
     if "\\" in named or ":" in named:
         (folder / named.replace("/", "-")).write_bytes(FOREIGN)
-    (folder / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": named, "wpe.weight": "t"}}))
+    write_index(folder / "i.json", {"wte.weight": named, "wpe.weight": "t"})
     refused(folder / "i.json", "i.json: the file of 'wte.weight' must lie in the index's folder, got ")
     assert open_table(folder / "i.json", "wpe.weight").vocab_size == 7
 
 
-@pytest.mark.parametrize(
-    "file",
-    NO_FILES,
-    ids=lambda file: ascii(file[:20]) + (f" of {len(file)}" if len(file) > 20 else ""),
-)
-def test_index_that_names_no_file_is_refused(tmp_path, refused, file):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "t").write_bytes(FOREIGN)
-    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": file}}))
-    if file in ("t/", "t/."):  # which Python's paths take for t
-        assert outcome(tmp_path / "i.json") in ("same", "refused")
-    else:
-        refused(tmp_path / "i.json", str(tmp_path))
+def test_index_that_names_no_file_is_refused(index, refused):
+    (index.parent / "sub").mkdir()
+    for file in NO_FILES:
+        write_index(index, {"wte.weight": file})
+        refused(index, str(index.parent))
+    for file in ("t/", "t/."):  # which Python's paths take for t
+        write_index(index, {"wte.weight": file})
+        assert outcome(index) in ("same", "refused")
 
 
 def test_control_characters_in_names_are_escaped(tmp_path):
     """A tensor's name may hold ends of lines and what moves the cursor; an error stays one line, of what can be seen."""
     names = ["wte.weight\n\x1b[2Jno error", "\r\x1b]0;x\x07wte.weight", "\u2028.embedding", "x.embedding"]
-    texts = []
-    (tmp_path / "t").write_bytes(
-        safetensors({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names})
-    )
+    (tmp_path / "t").write_bytes(safetensors({name: entry(np.zeros(0, np.float32)) for name in names}))
     for name in names:
-        (tmp_path / "i.json").write_text(json.dumps({"weight_map": {**dict.fromkeys(names, "x"), "wte.weight": name}}))
-        for path, tensor in ((tmp_path / "t", name), (tmp_path / "t", "absent"), (tmp_path / "i.json", None)):
+        write_index(tmp_path / "i.json", {**dict.fromkeys(names, "x"), "wte.weight": name})
+        write_index(tmp_path / "j.json", {"wte.weight": name})
+        for file, tensor in (("t", name), ("t", "absent"), ("i.json", None), ("j.json", None)):
             with pytest.raises(ValueError, match=str(tmp_path)) as caught:
-                open_table(path, tensor)
-            texts.append(str(caught.value))
-        (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
-        with pytest.raises(ValueError, match=str(tmp_path)) as caught:
-            open_table(tmp_path / "i.json")
-        texts.append(str(caught.value))
-    assert [text for text in texts if not text.isprintable()] == []
+                open_table(tmp_path / file, tensor)
+            assert str(caught.value).isprintable()
 
 
 def test_error_messages_are_bounded(tmp_path):
     """However long what is wrong is: one line may be short, and of a megabyte."""
     long = "x" * 10**6
-    (tmp_path / "t").write_bytes(
-        safetensors({long: entry(VALUES[:12]), long[1:]: entry(VALUES[12:], 240)}, VALUES.tobytes())
-    )
-    (tmp_path / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": long}}))
-    (tmp_path / "j.json").write_text(json.dumps({"weight_map": {"wte.weight": f"../{long}"}}))
-    paths = [tmp_path / "t", tmp_path / "i.json", tmp_path / "j.json"]
-    lengths = {}
-    for path in paths:
+    header = {long: entry(VALUES[:12]), long[1:]: entry(VALUES[12:], 240)}
+    (tmp_path / "t").write_bytes(safetensors(header, VALUES.tobytes()))
+    write_index(tmp_path / "i.json", {"wte.weight": long})
+    write_index(tmp_path / "j.json", {"wte.weight": f"../{long}"})
+    for name in ("t", "i.json", "j.json"):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as caught:
-            open_table(path)
-        lengths[path.relative_to(tmp_path)] = len(str(caught.value))
-    assert {path: length for path, length in lengths.items() if length > 2000} == {}
+            open_table(tmp_path / name)
+        assert len(str(caught.value)) <= 2000, name
 
 
-# Things that are no files
-
+# Things that are no files, files that change once the table is open, and disks that fail
 
 PLACES = {
     "the path": ("merged.safetensors", "merged.safetensors", {}),
     "the file of a folder": ("folder", "folder/table.safetensors", {}),
     "model.safetensors": ("folder", "folder/model.safetensors", {}),
-    "the file of an index": ("index.json", "t", {}),
-    "an index": ("index.json", "index.json", {}),
+    "the file of an index": ("model.safetensors.index.json", "t", {}),
+    "an index": ("model.safetensors.index.json", "model.safetensors.index.json", {}),
     "a folder's index": ("folder", "folder/model.safetensors.index.json", {}),
     "a part": ("parts", "parts/mp_rank_01/model.safetensors", {"vocab_size": 24}),
 }
+THINGS = {
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "a loop of two": lambda path: (path.symlink_to("other"), path.with_name("other").symlink_to(path.name)),
+    "a link to nothing": lambda path: path.symlink_to("/nowhere/at/all"),
+    "a link to zeros": lambda path: path.symlink_to("/dev/zero"),
+    "a link to the terminal": lambda path: path.symlink_to("/dev/tty"),
+}
 
 
-def make_pipe(path):
-    os.mkfifo(path)
-
-
-def make_loop(path):
-    path.symlink_to(path.name)
-
-
-def make_loop_of_two(path):
-    path.symlink_to(f"{path.name}.other")
-    path.with_name(f"{path.name}.other").symlink_to(path.name)
-
-
-def make_link_to_nothing(path):
-    path.symlink_to("/nowhere/at/all")
-
-
-def make_link_to_zeros(path):
-    path.symlink_to("/dev/zero")
-
-
-def make_link_to_the_terminal(path):
-    path.symlink_to("/dev/tty")
-
-
-THINGS = [Path.mkdir, make_pipe, make_loop, make_loop_of_two, make_link_to_nothing, make_link_to_zeros]
-THINGS += [make_link_to_the_terminal]
-
-
-@pytest.mark.parametrize("thing", THINGS, ids=lambda thing: thing.__name__)
+@pytest.mark.parametrize("thing", THINGS)
 @pytest.mark.parametrize("place", PLACES)
-def test_pipe_folder_or_loop_is_refused_at_once(tmp_path, put, refused, thing, place):
+def test_pipe_folder_or_loop_is_refused_at_once(tmp_path, index, put, refused, thing, place):
     for name in FORMS:
         put(name)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "t").write_bytes(FOREIGN)
-    (tmp_path / "index.json").write_text('{"weight_map": {"wte.weight": "t"}}')
     path, name, options = PLACES[place]
     (tmp_path / name).unlink(missing_ok=True)
-    thing(tmp_path / name)
+    THINGS[thing](tmp_path / name)
     refused(tmp_path / path, str(tmp_path), **options)
     if place == "the path":
         refused([tmp_path / path], f"{path}: (not a|no such) file", vocab_size=24)
@@ -553,30 +449,34 @@ def test_folder_that_contains_itself(tmp_path, refused):
     assert outcome(tmp_path / "inside" / "again" / "again") == "same"
 
 
-# Files that change once the table is open, and disks that fail
+def replaced_by(thing):
+    return lambda path: (path.unlink(), thing(path))
 
 
 CHANGES = {
     "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
     "emptied": lambda path: os.truncate(path, 0),
     "removed": Path.unlink,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
-    "a link to zeros": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    **{name: replaced_by(thing) for name, thing in THINGS.items()},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_file_changed_after_opening_is_noticed(put, change):
-    path = put("source")
-    table = open_table(path)
-    CHANGES[change](path)
-    for start, stop in ((0, 24), (23, 24)):
-        with pytest.raises(ValueError, match="source: "):
-            table.rows(start, stop)
-    with pytest.raises(ValueError, match="source: "):
-        table.read_rows(0, np.zeros((24, 5), np.float64))
+@pytest.mark.parametrize(("name", "file"), [("source", "source"), ("parts", "parts/mp_rank_01/model.safetensors")])
+def test_file_changed_after_opening_is_noticed(tmp_path, put, change, name, file):
+    table = open_table(put(name), vocab_size=24)
+    CHANGES[change](tmp_path / file)
+    before = sorted(tmp_path.rglob("*"))
+    for use in (
+        lambda: table.rows(0, 24),
+        lambda: table.rows(23, 24),
+        lambda: table.read_rows(0, np.zeros((24, 5), np.float64)),
+        lambda: convert_table(table, tmp_path / "new.safetensors"),
+        lambda: convert_table(table, tmp_path / "new", PARTITION, dtype="float16"),
+    ):
+        with pytest.raises(ValueError, match=f"{file}: "):
+            use()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENXIO])
@@ -593,19 +493,17 @@ def test_read_error_names_the_file(put, monkeypatch, name, number):
             table.read_rows(0, np.zeros((24, 5), dtype))
 
 
-@pytest.mark.parametrize("name", ["merged.safetensors", "parts", "index.json"])
-def test_permission_error_names_the_file(tmp_path, put, monkeypatch, name):
-    for original in FORMS:
-        put(original)
-    (tmp_path / "index.json").write_text('{"weight_map": {"wte.weight": "merged.safetensors"}}')
+def test_permission_error_names_the_file(index, put, monkeypatch):
+    paths = [index, *map(put, FORMS)]
 
     def fail(path, *_, **__):  # root, as whom tests may run, is never refused
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(builtins, "open", fail)
     monkeypatch.setattr(io, "open", fail)
-    with pytest.raises(ValueError, match=f"{name}.*: .*Permission denied"):
-        open_table(tmp_path / name, vocab_size=24)
+    for path in paths:
+        with pytest.raises(ValueError, match=f"{path.name}.*: .*Permission denied"):
+            open_table(path, vocab_size=24)
 
 
 # Pickles
@@ -623,30 +521,36 @@ class Bomb:
 
 @pytest.fixture
 def bomb(tmp_path):
+    """A pickle that must not be loaded, tried out."""
     mark = tmp_path / "unpickled"
-    yield pickle.dumps(Bomb(mark))
+    data = pickle.dumps(Bomb(mark))
+    pickle.loads(data)
+    mark.unlink()
+    yield data
     assert not mark.exists()
 
 
-def test_the_bomb_works(tmp_path):
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "unpickled")))
-    assert (tmp_path / "unpickled").exists()
-
-
-@pytest.mark.parametrize(
-    "suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".safetensors", ".json", ""]
-)
+@pytest.mark.parametrize("suffix", [*PICKLE_SUFFIXES, ".pickle", ".npy", ".safetensors", ".json", ""])
 def test_pickle_of_any_name_is_never_loaded(tmp_path, bomb, refused, suffix):
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / f"table{suffix}"
     path.write_bytes(bomb)
-    refused(path, f"table{suffix}: ")
-    refused(folder, "folder")
-    refused([path, path], f"table{suffix}: ", vocab_size=3)
+    known = suffix in PICKLE_SUFFIXES
+    says = f"table{suffix}: " + "a pickle file, which is never loaded; save" * known
+    refused(path, says)
+    refused([path, path], says, vocab_size=3)
+    refused(folder, rf"no safetensors file in it; pickle files \(table{suffix}\) are never" if known else "folder")
     if suffix != ".json":
-        (folder / "i.json").write_text(json.dumps({"weight_map": {"wte.weight": path.name}}))
-        refused(folder / "i.json", f"table{suffix}: ")
+        write_index(folder / "i.json", {"wte.weight": path.name})
+        refused(folder / "i.json", says)
+
+
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
+def test_table_of_a_pickles_name_is_refused(tmp_path, refused, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(FOREIGN)
+    refused(path, "a pickle file, which is never loaded; save")
 
 
 def test_pickle_in_place_of_a_part_is_never_loaded(put, bomb, refused):
@@ -665,157 +569,76 @@ def test_pickle_inside_a_header_is_text(tmp_path, bomb):
 # Thousands of mutations
 
 
-def flipped_byte(rng, data, at):
-    data[at] ^= rng.integers(1, 256)
+def another_number(rng, data):
+    """The data with another number in the place of one that is written out in figures."""
+    numbers = [*re.finditer(rb"(?<![\w.])\d+(?![\w.])", data)]
+    if not numbers:
+        return data
+    number = numbers[rng.integers(len(numbers))]
+    value = int(number[0][:30])
+    choices = [value + 1, value - 1, -value, 10 * value, value // 2, 0, 2**31, 2**62, 2**63, 2**64, 10**400]
+    choices += [f"{value}.0", f"{value}e0", "1e400", "NaN", "true", "null", f'"{value}"', f"[{value}]", "0.5", ""]
+    return data[: number.start()] + str(choices[rng.integers(len(choices))]).encode() + data[number.end() :]
 
 
-def flipped_bit(rng, data, at):
-    data[at] ^= 1 << rng.integers(8)
+def mutated(rng, data):
+    """The data with one mutation, and what that is called."""
+    first, second = sorted(int(place) for place in rng.integers(0, len(data), 2))
+    size = min(int(rng.choice([1, 2, 4, 20, 60, 64])), max(1, second - first))
+    before, block, after = data[:first], data[first : first + size], data[first + size :]
+    other = data[second : second + size]
+    mutations = {
+        "another bit": before + bytes([block[0] ^ 1 << rng.integers(8)]) + block[1:] + after,
+        "another byte": before + bytes([block[0] ^ rng.integers(1, 256)]) + block[1:] + after,
+        "cut short": before,
+        "longer": data + rng.bytes(size),
+        "inserted": before + rng.bytes(size) + block + after,
+        "left out": before + after,
+        "repeated": before + block + block + after,
+        "written over": before + other + after,  # as by a write that went to the wrong place
+        "exchanged": before + other + data[first + size : second] + block + data[second + size :],
+        "cleared": before + bytes([rng.choice([0x00, 0x20, 0xFF])]) * size + after,
+        "another number": another_number(rng, data),
+    }
+    name = str(rng.choice(list(mutations)))
+    return mutations[name], f"{size} {name} at {first}"
 
 
-def cut_short(rng, data, at):
-    del data[at:]
-
-
-def inserted(rng, data, at):
-    data[at:at] = rng.bytes(rng.integers(1, 17))
-
-
-def left_out(rng, data, at):
-    del data[at : at + rng.integers(1, 17)]
-
-
-def exchanged_blocks(rng, data, at):
-    size = int(rng.choice([1, 2, 4, 20, 60, 64]))
-    other = int(rng.integers(0, max(1, len(data) - size)))
-    low, high = sorted((min(at, max(0, len(data) - size)), other))
-    if low + size <= high:
-        data[low : low + size], data[high : high + size] = data[high : high + size], data[low : low + size]
-
-
-def repeated_block(rng, data, at):
-    size = int(rng.integers(1, 100))
-    data[at:at] = data[at : at + size]
-
-
-def written_over(rng, data, at):
-    """As by a write that went to the wrong place."""
-    size = int(rng.choice([1, 4, 20, 60, 64]))
-    other = int(rng.integers(0, len(data)))
-    data[at : at + size] = data[other : other + size][: len(data) - at]
-
-
-def cleared(rng, data, at):
-    size = min(int(rng.integers(1, 100)), len(data) - at)
-    data[at : at + size] = bytes([int(rng.choice([0x00, 0x20, 0xFF]))]) * size
-
-
-def longer(rng, data, at):
-    data += rng.bytes(rng.integers(1, 100))
-
-
-def another_number(rng, data, at):
-    """Instead of one of those that are written out in figures before there."""
-    places = [*re.finditer(rb"(?<![\w.])\d+(?![\w.])", data[:at])]
-    if places:
-        number = places[rng.integers(len(places))]
-        value = int(number[0][:30])
-        choices = [value + 1, value - 1, -value, 10 * value, value // 2, 0, 2**31, 2**62, 2**63, 2**64, 10**400]
-        choices += [f"{value}.0", f"{value}e0", "1e400", "NaN", "true", "null", f'"{value}"', f"[{value}]", "0.5", ""]
-        data[number.start() : number.end()] = str(choices[rng.integers(len(choices))]).encode()
-
-
-MUTATIONS = [
-    flipped_byte,
-    flipped_bit,
-    cut_short,
-    inserted,
-    left_out,
-    exchanged_blocks,
-    repeated_block,
-    written_over,
-    cleared,
-    longer,
-    another_number,
-]
-
-
-def mutated(rng, whole, end):
-    """The file with one to three mutations of what is before ``end``, and what they are called."""
-    data, names = bytearray(whole[:end]), []
-    for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        if data:
-            mutation = MUTATIONS[rng.integers(len(MUTATIONS))]
-            at = int(rng.integers(0, len(data)))
-            mutation(rng, data, at)
-            names.append(f"{mutation.__name__} at {at}")
-    return bytes(data) + whole[end:], ", ".join(names)
-
-
-def header_end(whole):
-    return 8 + int.from_bytes(whole[:8], "little")
-
-
-class Fuzz:
-    """Counts what comes of mutations of a file, as all its rows and as the rows of seven ranks; remembers what is wrong."""
-
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
-        self.counts = {"refused": 0, "same": 0}
-        self.wrong = {}
-
-    def __call__(self, opened, path, end=None, **options):
-        whole = path.read_bytes()
-        data, name = mutated(self.rng, whole, len(whole) if end is None else end)
-        path.write_bytes(data)
-        signal.setitimer(signal.ITIMER_REAL, 10)  # each anew
-        try:
-            for partition in (None, VocabPartition(24, 7, "even")):
-                found = outcome(opened, partition, **options)
-                if found in self.counts:
-                    self.counts[found] += 1
-                else:
-                    self.wrong[f"{path.name}: {name}{' by ranks' if partition else ''}"] = found
-        finally:
-            path.write_bytes(whole)
-
-
-CASES = pytest.mark.parametrize("cases", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-
-
-def run(fuzz, cases, case):
-    for _ in range(cases):
-        case()
-    assert fuzz.wrong == {}
-    assert fuzz.counts["refused"] > cases  # of two outcomes a case; or the mutations would not be worth the name
-
-
-@CASES
-@pytest.mark.parametrize("name", ["source", "merged.safetensors"])
-def test_mutations_of_a_header(put, cases, name):
-    """Rows have no checksum: other bytes there are other rows. So are they in another shape, which is unlikely."""
-    path, fuzz = put(name), Fuzz(5)
-    run(fuzz, cases, lambda: fuzz(path, path, header_end(path.read_bytes())))
-
-
-@CASES
-def test_mutations_of_the_headers_of_parts(put, cases):
-    folder, fuzz = put("parts"), Fuzz(6)
-    files = sorted(folder.glob("*/*"))
-
-    def case():
-        path = files[fuzz.rng.integers(3)]
-        fuzz(folder, path, header_end(path.read_bytes()), vocab_size=24)
-
-    run(fuzz, cases, case)
-
-
-@CASES
-def test_mutations_of_an_index(tmp_path, cases):
+@pytest.fixture(params=["source", "merged.safetensors", "parts", "index"])
+def mutable(request, tmp_path, put):
+    """What to open, its options, and the files to mutate. Rows have no checksum: other bytes there are other rows."""
+    if request.param != "index":
+        path = put(request.param)
+        return path, {"vocab_size": 24}, sorted(path.glob("*/*")) or [path]
     (tmp_path / "a.safetensors").write_bytes(FOREIGN)
     other = safetensors({"lm_head.weight": entry(VALUES)}, VALUES[::-1].tobytes())
     (tmp_path / "b.safetensors").write_bytes(other)
     index = {"wte.weight": "a.safetensors", "wpe.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}
-    path, fuzz = tmp_path / "model.safetensors.index.json", Fuzz(7)
+    path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": 1100}, "weight_map": index}, indent=2))
-    run(fuzz, cases, lambda: fuzz(tmp_path, path))
+    return tmp_path, {}, [path]
+
+
+@pytest.mark.parametrize("cases", [150, pytest.param(3_000, marks=pytest.mark.slow)])
+def test_mutations_of_headers_and_indexes(mutable, cases):
+    opened, options, files = mutable
+    rng, counts, wrong = np.random.default_rng(5), Counter(), {}
+    for _ in range(cases):
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        end = len(whole) if path.suffix == ".json" else 8 + int.from_bytes(whole[:8], "little")
+        data, names = whole[:end], []
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            if data:
+                data, name = mutated(rng, data)
+                names.append(name)
+        path.write_bytes(data + whole[end:])
+        signal.setitimer(signal.ITIMER_REAL, 10)  # each anew
+        for partition in (None, SEVEN_RANKS):
+            found = outcome(opened, partition, **options)
+            counts[found] += 1
+            if found not in ("refused", "same"):
+                wrong[f"{path.name}: {', '.join(names)}; {partition}"] = found
+        path.write_bytes(whole)
+    assert wrong == {}
+    assert counts["refused"] > cases  # of two outcomes a case; or the mutations would not be worth the name

@@ -17,15 +17,13 @@ def test_chunks_make_up_the_whole(shape, data, world_size):
         with pytest.raises(ValueError, match="the sequence must be divisible by world_size"):
             chunk_shape(shape, dim, world_size)
         return
-    chunk = chunk_shape(shape, dim, world_size)
-    assert chunk == np.split(np.zeros(shape), world_size, axis=dim)[0].shape
+    assert chunk_shape(shape, dim, world_size) == np.split(np.zeros(shape), world_size, axis=dim)[0].shape
     assert resolve_seq_dim(len(shape), dim) == dim % len(shape)
 
 
 def test_what_cannot_be_split_is_told_with_its_sizes():
-    with pytest.raises(
-        ValueError, match=r"ids of shape \(4, 10\) have 10 positions along dimension 1.*pad the sequence to 12"
-    ):
+    says = r"ids of shape \(4, 10\) have 10 positions along dimension 1.*pad the sequence to 12"
+    with pytest.raises(ValueError, match=says):
         chunk_shape((4, 10), -1, 4)
     for ndim, seq_dim in ((0, -1), (2, 2), (2, -3)):
         with pytest.raises(ValueError, match="seq_dim must name a dimension of the ids"):
@@ -34,34 +32,26 @@ def test_what_cannot_be_split_is_told_with_its_sizes():
 
 @pytest.mark.parametrize("seq_dim", [0, 1, -1])
 def test_rows_needed_are_counted_once_a_chunk(rng, seq_dim):
-    partition = VocabPartition(40, 4)
     ids = rng.integers(-3, 44, (8, 12))
-    needed = rows_needed(ids, partition, seq_dim)
+    needed = rows_needed(ids, VocabPartition(40, 4), seq_dim)
     for destination, chunk in enumerate(np.split(ids, 4, axis=seq_dim)):
         distinct = {int(i) for i in chunk.ravel() if 0 <= i < 40}
         for owner in range(4):
             assert needed[owner, destination] == sum(i // 10 == owner for i in distinct)
 
 
-def test_ranks_that_agree_are_told_nothing():
-    facts = [describe_ids(np.arange(6).reshape(2, 3)) for _ in range(3)]
-    assert disagreement(facts) is None
-    assert ids_disagreement([np.arange(3)] * 2) is None
-
-
-def test_many_ranks_are_not_all_listed():
+def test_what_ranks_disagree_about_is_told_briefly():
+    assert disagreement([describe_ids(np.arange(6).reshape(2, 3)) for _ in range(3)]) is None
     found = disagreement([{"x": str(rank % 2)} for rank in range(40)])
-    assert (
-        found
-        == "the ranks disagree about x: 0 on ranks 0, 2, 4, 6, 8, 10, 12, 14, ...; 1 on ranks 1, 3, 5, 7, 9, 11, 13, 15, ..."
-    )
+    some = "0 on ranks 0, 2, 4, 6, 8, 10, 12, 14, ...; 1 on ranks 1, 3, 5, 7, 9, 11, 13, 15, ..."
+    assert found == f"the ranks disagree about x: {some}"
 
 
 def test_the_first_position_at_which_ids_differ():
+    assert ids_disagreement([np.arange(3)] * 2) is None
     ids = [np.array([[1, 2], [3, 4]])] * 2 + [np.array([[1, 2], [5, 6]])]
-    assert ids_disagreement(ids).startswith(
-        "the ranks disagree about the ids: ids[1, 0] is 3 on ranks 0, 1; 5 on rank 2;"
-    )
-    assert ids_disagreement([np.array(1), np.array(2)]).startswith(
-        "the ranks disagree about the ids: ids is 1 on rank 0"
-    )
+    for given_ids, says in (
+        (ids, "ids[1, 0] is 3 on ranks 0, 1; 5 on rank 2;"),
+        ([np.array(1), np.array(2)], "ids is 1 on rank 0"),
+    ):
+        assert ids_disagreement(given_ids).startswith(f"the ranks disagree about the ids: {says}")

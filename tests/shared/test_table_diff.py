@@ -1,12 +1,11 @@
 """Two tables in files are equal, or what differs is named."""
 
-import json
 import tracemalloc
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from table_files import save, save_index, save_parts
 
 from shared.bits import STORED_DTYPES, cast, unsigned_view
 from shared.proof import table_diff
@@ -29,21 +28,19 @@ def stored(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         if layout == "parts":
-            for rank, part in enumerate(np.split(rows, 4)):
-                (folder / f"mp_rank_{rank:02d}").mkdir()
-                save_file({"word_embeddings.weight": part}, folder / f"mp_rank_{rank:02d}" / "model.safetensors")
+            save_parts(folder, np.split(rows, 4))
+        elif layout == "checkpoint":
+            save_index(folder / "model.safetensors.index.json", {"model-1.safetensors": {"wte.weight": rows}})
         else:
-            save_file({"wte.weight": rows}, folder / "model-1.safetensors")
-        if layout == "checkpoint":
-            index = {"weight_map": {"wte.weight": "model-1.safetensors"}}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            save(folder / "model-1.safetensors", {"wte.weight": rows})
         return open_table(folder, with_padding=True)
 
     return store
 
 
 def padded(rows, size, fill=0):
-    return np.concatenate([rows, np.repeat(np.broadcast_to(fill, (1, E)).astype(rows.dtype), size - len(rows), axis=0)])
+    more = np.broadcast_to(np.asarray(fill, rows.dtype), (size - len(rows), E))
+    return np.concatenate([rows, more])
 
 
 def kinds(report):
@@ -105,9 +102,7 @@ def test_differences_are_named_with_their_rank(stored, table, monkeypatch, kind,
     left, right = stored("left", padded(table, 32), "parts"), stored("right", changed)
     for sides in ((left, right), (right, left)):
         report = compare_tables(*sides)
-        assert kinds(report) == {rank: {kind: count} for rank, count in where.items()} | {
-            None: {kind: sum(where.values())}
-        }
+        assert kinds(report) == {rank: {kind: rows} for rank, rows in {**where, None: sum(where.values())}.items()}
     for comparison in report.comparisons:
         for row in comparison.examples:
             assert (row.id, row.owner) == (row.index[0], row.id // 8)
@@ -123,10 +118,11 @@ def test_distances_are_counted_by_element(stored, table):
 
 
 def test_rows_that_one_table_lacks(stored, table):
-    report = compare_tables(stored("left", table), stored("right", table[:28]), world_size=4)
+    left, right = stored("left", table), stored("right", table[:28])
+    report = compare_tables(left, right, world_size=4)
     assert kinds(report) == {3: {"row missing": 2}, None: {"row missing": 2}}
     assert report.notes == ("right: lacks the last 2 rows, which are not padding in the other table",)
-    assert not compare_tables(stored("a", table), stored("b", table[:28]), vocab_size=28).different
+    assert not compare_tables(left, right, vocab_size=28).different
 
 
 def test_a_padded_vocabulary_of_a_given_size(stored, table, rng):

@@ -1,41 +1,33 @@
 """One file or Megatron-style parts: every bit comes back, and the old file or the new one is whole at any moment."""
 
 import errno
-import itertools
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from table_files import any_bits, bits, contents
+from table_files import CODES, any_bits, assert_same, bits, contents, memory_growth, save, save_zeros
 
 from shared import VocabPartition
-from shared.bits import DTYPES, STORED_DTYPES, cast
-from shared.cli import main
+from shared.bits import STORED_DTYPES, cast
 from shared.tables import table_writer
 from shared.tables.find_table import open_table
 from shared.tables.table_writer import TableSpec, convert_table, write_table
-from shared.tables.tensor_file import STORAGE_CODES, header_bytes, open_safetensors
 
 PARTITION = VocabPartition(30, 4, 40)
 """The last rank has no row but padding."""
 FORMS = {"file.safetensors": None, "parts": PARTITION}
 
 
-def table_of(path, values, tensor="wte.weight"):
-    dtype = next(name for name, stored in STORED_DTYPES.items() if stored == values.dtype)
-    path.write_bytes(header_bytes(tensor, dtype, values.shape, {}) + values.tobytes())
-    return open_table(path)
-
-
 def rows_at(path):
-    table = open_table(path, vocab_size=30)
-    return table.rows(0, 30)
+    return open_table(path, vocab_size=30).rows(0, 30)
 
 
 @pytest.fixture
@@ -46,39 +38,38 @@ def small_pieces(monkeypatch):
 @pytest.fixture
 def table(tmp_path, rng):
     (tmp_path / "source").mkdir()
-    return table_of(tmp_path / "source" / "table.safetensors", any_bits(rng, 30, 6, np.float32))
+    return open_table(save(tmp_path / "source" / "t.safetensors", {"wte.weight": any_bits(rng, 30, 6, np.float32)}))
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_every_bit_comes_back_in_every_form(tmp_path, rng, small_pieces, dtype):
     values = any_bits(rng, 30, 6, STORED_DTYPES[dtype])
-    table = table_of(tmp_path / "source.safetensors", values)
+    table = open_table(save(tmp_path / "source.safetensors", {"wte.weight": values}))
     for world_size, padded in ((1, None), (3, None), (4, 40), (64, "even")):
         parts, counted = tmp_path / f"parts{world_size}", []
         partition = VocabPartition(30, world_size, padded)
         files = convert_table(table, parts, partition, progress=counted.append)
         assert [file.relative_to(parts).parts[0] for file in files] == [f"mp_rank_{r:02d}" for r in range(world_size)]
         assert sum(counted) == 30
-        assert open_table(parts, vocab_size=30).partition == partition
         table = open_table(parts, vocab_size=30)
+        assert table.partition == partition
         found = np.concatenate([open_table(file).rows(0, partition.rows_per_rank) for file in files])
-        np.testing.assert_array_equal(bits(found[:30]), bits(values))
+        assert_same(found[:30], values)
         assert not bits(found[30:]).any()  # padding rows are zero
     (merged,) = convert_table(table, tmp_path / "merged.safetensors")
     assert merged.read_bytes()[-values.nbytes :] == values.tobytes()
     with safe_open(merged, "np") as file:
         whole = file.get_slice("wte.weight")
-        assert (whole.get_dtype(), whole.get_shape()) == (STORAGE_CODES[dtype], [30, 6])
-    with open_safetensors(merged) as file:
+        assert (whole.get_dtype(), whole.get_shape()) == (CODES[dtype], [30, 6])
         assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cast_rounds_once_and_tensor_is_renamed(tmp_path, rng, small_pieces, form):
     values = rng.standard_normal((30, 6))
-    table = table_of(tmp_path / "source.safetensors", values)
+    table = open_table(save(tmp_path / "source.safetensors", {"wte.weight": values}))
     convert_table(table, tmp_path / form, FORMS[form], dtype="bfloat16", tensor="emb.weight")
-    np.testing.assert_array_equal(bits(rows_at(tmp_path / form)), bits(cast(values, DTYPES["bfloat16"])))
+    assert_same(rows_at(tmp_path / form), cast(values, STORED_DTYPES["bfloat16"]))
     assert open_table(tmp_path / form, vocab_size=30).tensor == "emb.weight"
 
 
@@ -98,43 +89,36 @@ def test_file_needs_force_and_folder_is_never_replaced(tmp_path, table):
 @pytest.mark.parametrize("form", FORMS)
 def test_target_created_by_another_process_meanwhile_stays(tmp_path, table, form):
     target = tmp_path / form
+    theirs = target / "other" if form == "parts" else target
 
     def progress(rows):
-        if form == "parts":
-            target.mkdir()
-            (target / "other").write_text("theirs")
-        else:
-            target.write_text("theirs")
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("theirs")
 
     with pytest.raises((ValueError, OSError), match=r"exists|not empty"):
         convert_table(table, target, FORMS[form] and VocabPartition(30, 1), progress=progress)
-    assert (target / "other" if form == "parts" else target).read_text() == "theirs"
+    assert theirs.read_text() == "theirs"
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
-    ("name", "match"),
+    ("name", "options", "match"),
     [
-        ("nowhere/t.safetensors", "its folder does not exist"),
-        ("t.bin", r"end its name in .safetensors"),
-        ("table", r"end its name in .safetensors"),
-        ("folder.safetensors", "not a regular file"),
-        ("..", "a name of its own"),
+        ("nowhere/t.safetensors", {}, "its folder does not exist"),
+        ("t.bin", {}, r"end its name in .safetensors"),
+        ("table", {}, r"end its name in .safetensors"),
+        ("folder.safetensors", {}, "not a regular file"),
+        ("..", {}, "a name of its own"),
+        ("parts", {"partition": VocabPartition(32, 4)}, "partition must be of the table's 30 rows"),
+        ("t.safetensors", {"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
     ],
 )
-def test_bad_target_is_refused(tmp_path, table, name, match):
+def test_bad_arguments_are_refused(tmp_path, table, name, options, match):
     (tmp_path / "folder.safetensors").mkdir()
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=match):
-        convert_table(table, tmp_path / name, force=True)
+        convert_table(table, tmp_path / name, force=True, **options)
     assert contents(tmp_path) == before
-
-
-def test_other_bad_arguments_are_refused(tmp_path, table):
-    with pytest.raises(ValueError, match="partition must be of the table's 30 rows"):
-        convert_table(table, tmp_path / "parts", VocabPartition(32, 4))
-    with pytest.raises(ValueError, match="dtype must be one of .* got 'int8'"):
-        convert_table(table, tmp_path / "t.safetensors", dtype="int8")
 
 
 def test_links_are_kept_and_hard_links_are_optional(tmp_path, table, monkeypatch):
@@ -148,76 +132,50 @@ def test_links_are_kept_and_hard_links_are_optional(tmp_path, table, monkeypatch
     monkeypatch.setattr(os, "link", refuse)
     convert_table(table, link)
     assert link.is_symlink()
-    np.testing.assert_array_equal(bits(rows_at(tmp_path / "there" / "real.safetensors")), bits(table.rows(0, 30)))
+    assert_same(rows_at(tmp_path / "there" / "real.safetensors"), table.rows(0, 30))
 
 
-# Failures leave everything as it was
+# Failures leave everything as it was. The tests of hostile files damage the source
 
 
 def failing(*_):
     raise InterruptedError("enough")
 
 
-@pytest.fixture(params=["new", "there"])
-def fails_cleanly(request, tmp_path, table):
-    """``fails_cleanly(match)``: a conversion to each form fails and changes nothing."""
-    if request.param == "there":
-        convert_table(table, tmp_path / "file.safetensors", dtype="float16")
-
-    def check(match, source=table, **options):
-        before = contents(tmp_path)
-        for form, partition in FORMS.items():
-            with pytest.raises((ValueError, OSError), match=match):
-                convert_table(source, tmp_path / form, partition, force=True, **options)
-        assert contents(tmp_path) == before
-
-    return check
+def no_header(monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data, at) if at else len(data))
 
 
-def test_progress_that_raises(fails_cleanly, small_pieces):
-    fails_cleanly("enough", progress=failing)
+def one_bit_off(monkeypatch):
+    read = os.preadv
+
+    def off(descriptor, buffers, at):
+        count = read(descriptor, buffers, at)
+        buffers[0][-1] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", off)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "cannot be read"])
-def test_source_that_cannot_be_read(fails_cleanly, tmp_path, table, small_pieces, damage):
-    source = open_table(convert_table(table, tmp_path / "source" / "parts", PARTITION), vocab_size=30)
-    last = source.files[2]
-    if damage == "truncated":
-        last.write_bytes(last.read_bytes()[:-1])
-    else:
-        last.unlink()
-    fails_cleanly(damage, source)
-    fails_cleanly(damage, source, dtype="float16")
-
-
-@pytest.mark.parametrize("writes_before", [0, 3])
-def test_full_disk(fails_cleanly, monkeypatch, small_pieces, writes_before):
-    calls, write = itertools.count(), os.pwrite
-
-    def until_full(*arguments):
-        if next(calls) % 5 >= writes_before:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", until_full)
-    fails_cleanly("No space left on device")
-
-
-def test_rows_that_do_not_read_back(fails_cleanly, monkeypatch, small_pieces):
-    read = table_writer.read_exactly
-
-    def one_bit_off(descriptor, buffer, offset, path):
-        read(descriptor, buffer, offset, path)
-        buffer[-1] ^= 1
-
-    monkeypatch.setattr(table_writer, "read_exactly", one_bit_off)
-    fails_cleanly(r"rows \d+ to \d+ of the table are not there as written")
-
-
-def test_header_that_was_not_written(fails_cleanly, monkeypatch):
-    write = table_writer.write_exactly
-    monkeypatch.setattr(table_writer, "write_exactly", lambda file, data, at: at and write(file, data, at))
-    fails_cleanly("not a whole safetensors file")
+@pytest.mark.parametrize(
+    ("form", "replaced"), [("file.safetensors", True), ("file.safetensors", False), ("parts", False)]
+)
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (one_bit_off, r"rows \d+ to \d+ of the table are not there as written"),
+        (no_header, "not a whole safetensors file"),
+    ],
+)
+def test_what_does_not_read_back_is_not_kept(tmp_path, table, monkeypatch, small_pieces, form, replaced, fault, match):
+    if replaced:
+        convert_table(table, tmp_path / form, dtype="float16")
+    there = contents(tmp_path)
+    fault(monkeypatch)
+    with pytest.raises(ValueError, match=match):
+        convert_table(table, tmp_path / form, FORMS[form], force=True)
+    assert contents(tmp_path) == there
 
 
 def test_short_writes_and_reads_are_continued(tmp_path, table, monkeypatch):
@@ -226,25 +184,18 @@ def test_short_writes_and_reads_are_continued(tmp_path, table, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:5]], at))
     convert_table(table, tmp_path / "parts", PARTITION)
     monkeypatch.undo()
-    np.testing.assert_array_equal(bits(rows_at(tmp_path / "parts")), bits(table.rows(0, 30)))
-
-
-def test_the_folder_one_is_in_is_refused(tmp_path, table, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["convert", "source/table.safetensors", ".", "--world-size", "2"]) == 2
-    assert "a name of its own" in capsys.readouterr().err
+    assert_same(rows_at(tmp_path / "parts"), table.rows(0, 30))
 
 
 # Stopped before each call of the operating system in turn, in a forked process; says what is there afterwards.
-STOPPED = """
+STOPPED = '''
 import errno, itertools, json, os, signal, shutil, sys
 from pathlib import Path
 from shared import VocabPartition
 from shared.tables.find_table import open_table
 from shared.tables.table_writer import convert_table
 
-folder, form, how, before = Path(sys.argv[1]), *sys.argv[2:]
-target = folder / "place" / form
+folder = Path(sys.argv[1])
 os.fsync = lambda descriptor: None
 tables = {name: open_table(folder / f"{name}.safetensors") for name in "AB"}
 NAMED = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.link", "os.truncate"}
@@ -273,8 +224,8 @@ def stop_before(number, report):
         setattr(os, name, counted(name, getattr(os, name)))
     sys.addaudithook(step)
 
-write("B")  # what is imported late is there from now on
-for number in itertools.count(1):
+def outcome(number):
+    """What is there after a child process was stopped before its call of that number."""
     shutil.rmtree(target.parent)
     target.parent.mkdir()
     if before == "A":
@@ -294,52 +245,53 @@ for number in itertools.count(1):
     with open(reading) as pipe:
         call = pipe.read()
     hidden = len(list(target.parent.glob(".*")))
-    print(json.dumps({"before": call, "status": status, "found": found(), "hidden": hidden}))
-    if not call:
-        break
-"""
+    return {"before": call, "status": status, "found": found(), "hidden": hidden}
+
+for form, before in [("file.safetensors", "A"), ("file.safetensors", "nothing"), ("parts", "nothing")]:
+    target = folder / before / form / form
+    target.parent.mkdir(parents=True)
+    write("B")  # what is imported late is there from now on
+    for how in ("killed", "interrupted", "full"):
+        outcomes = []
+        while not outcomes or outcomes[-1]["before"]:
+            outcomes.append(outcome(len(outcomes) + 1))
+        print(json.dumps([form, before, how, outcomes]))
+'''
 
 
-@pytest.mark.parametrize("how", ["killed", "interrupted", "full"])
-@pytest.mark.parametrize(
-    ("form", "before"), [("file.safetensors", "A"), ("file.safetensors", "nothing"), ("parts", "nothing")]
-)
-def test_old_or_new_file_is_whole_at_any_stop(tmp_path, rng, form, before, how):
+def test_old_or_new_file_is_whole_at_any_stop(tmp_path, rng):
     for name in "AB":
-        table_of(tmp_path / f"{name}.safetensors", any_bits(rng, 30, 6, np.float16))
-    (tmp_path / "place").mkdir()
-    command = [sys.executable, "-c", STOPPED, str(tmp_path), form, how, before]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(outcomes) > 10
-    assert {each["found"] for each in outcomes} == {before, "B"}
-    assert (outcomes[0]["found"], outcomes[-1]) == (before, {"before": "", "status": 0, "found": "B", "hidden": 0})
-    if how != "killed":
-        # Only a failure to remove the temporary file itself may leave it.
-        assert [
-            each for each in outcomes if each["hidden"] and each["before"] not in ("os.remove", "os.listdir", "open")
-        ] == []
+        save(tmp_path / f"{name}.safetensors", {"wte.weight": any_bits(rng, 30, 6, np.float16)})
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path)], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 9
+    for form, before, how, outcomes in lines:
+        note = (form, before, how)
+        assert len(outcomes) > 10, note
+        assert {each["found"] for each in outcomes} == {before, "B"}, note
+        assert outcomes[0]["found"] == before, note
+        assert outcomes[-1] == {"before": "", "status": 0, "found": "B", "hidden": 0}, note
+        if how != "killed":
+            # Only a failure to remove the temporary file itself may leave it.
+            left = {each["before"] for each in outcomes if each["hidden"]}
+            assert left <= {"os.remove", "os.listdir", "open"}, note
 
 
 # Several processes, one file
 
 
-class Exchange:
-    """Threads stand for processes; values travel as JSON."""
+def exchanges(processes):
+    """What each process is to exchange values by. Threads stand for processes; values travel as JSON."""
+    barrier, given = threading.Barrier(processes, timeout=10), [None] * processes
 
-    def __init__(self, processes):
-        self.barrier = threading.Barrier(processes, timeout=10)
-        self.given = [None] * processes
+    def exchange(process, mine):
+        given[process] = json.dumps(mine)
+        barrier.wait()
+        everyones = [json.loads(text) for text in given]
+        barrier.wait()
+        return everyones
 
-    def of(self, process):
-        def exchange(mine):
-            self.given[process] = json.dumps(mine)
-            self.barrier.wait()
-            everyones = [json.loads(text) for text in self.given]
-            self.barrier.wait()
-            return everyones
-
-        return exchange
+    return [functools.partial(exchange, process) for process in range(processes)]
 
 
 RANGES = [[(0, 8), (16, 24)], [(8, 16)], [], [(24, 30), (30, 30)]]
@@ -358,21 +310,19 @@ def target(tmp_path):
 
 def together(path, values, change=lambda process: {}, **options):
     """Four processes write a table; returns what each of them raised, or None."""
-    exchange, outcomes = Exchange(len(RANGES)), [None] * len(RANGES)
 
-    def run(process):
+    def run(process, exchange):
         mine = {"path": path, "spec": SPEC, "ranges": RANGES[process], "rows": lambda start, stop: values[start:stop]}
-        try:
-            write_table(**{**mine, **options, **change(process)}, process=process, exchange=exchange.of(process))
-        except Exception as error:
-            outcomes[process] = error
+        write_table(**{**mine, **options, **change(process)}, process=process, exchange=exchange)
 
-    threads = [threading.Thread(target=run, args=(process,)) for process in range(len(RANGES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    with ThreadPoolExecutor(len(RANGES)) as pool:
+        futures = [pool.submit(run, process, exchange) for process, exchange in enumerate(exchanges(len(RANGES)))]
+    return [future.exception() for future in futures]
+
+
+def assert_all_failed(outcomes, process):
+    assert isinstance(outcomes.pop(process), InterruptedError)
+    assert [str(error) for error in outcomes] == [f"process {process} could not write its part: enough"] * 3
 
 
 def test_processes_write_a_file_together(target, values, small_pieces):
@@ -381,7 +331,7 @@ def test_processes_write_a_file_together(target, values, small_pieces):
     assert all("exists; pass --force (force=True)" in str(error) for error in refused)
     assert not bits(rows_at(target)).any()
     assert together(target, values, force=True) == [None] * 4
-    np.testing.assert_array_equal(bits(rows_at(target)), bits(values))
+    assert_same(rows_at(target), values)
     assert [*target.parent.iterdir()] == [target]
 
 
@@ -390,17 +340,14 @@ def test_one_process_failing_fails_all_and_changes_nothing(target, values, small
     together(target, np.zeros_like(values))
     before = contents(target.parent)
     outcomes = together(target, values, lambda p: {"rows": failing} if p == process else {}, force=True)
-    assert isinstance(outcomes.pop(process), InterruptedError)
-    assert [str(error) for error in outcomes] == [f"process {process} could not write its part: enough"] * 3
+    assert_all_failed(outcomes, process)
     assert contents(target.parent) == before
 
 
-@pytest.mark.parametrize("step", ["_create", "_rename"])
-def test_first_process_failing_fails_all(target, values, monkeypatch, step):
-    monkeypatch.setattr(table_writer, step, failing)
-    outcomes = together(target, values, force=True)
-    assert isinstance(outcomes.pop(0), InterruptedError)
-    assert [str(error) for error in outcomes] == ["process 0 could not write its part: enough"] * 3
+@pytest.mark.parametrize("call", ["truncate", "replace"])
+def test_first_process_failing_to_create_or_rename_fails_all(target, values, monkeypatch, call):
+    monkeypatch.setattr(os, call, failing)
+    assert_all_failed(together(target, values, force=True), 0)
     assert not list(target.parent.iterdir())
 
 
@@ -422,43 +369,31 @@ def test_processes_that_disagree_are_all_refused(target, values, change, match):
     assert not list(target.parent.iterdir())
 
 
-# ru_maxrss would not do: a new process begins with that of the one that started it, and pytest's may be large.
-PEAK = """
-import sys
+# Bounded memory
+
+CONVERTED = """
 from pathlib import Path
 from shared import VocabPartition
-from shared.bits import STORED_DTYPES
 from shared.tables.find_table import open_table
 from shared.tables.table_writer import convert_table
-
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-
-def growth_of(work):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-    before = status("VmRSS")
-    kept = work()
-    print(status("VmHWM") - before)
 
 folder = Path(sys.argv[1])
 table = open_table(folder / "table.safetensors")
 v = table.vocab_size
-if sys.argv[2] == "read":
-    dtype = STORED_DTYPES[sys.argv[3]]
-    table.padded_rows(VocabPartition(8, 4, 12), 0, dtype)  # what is imported late is there from now on
-    growth_of(lambda: table.padded_rows(VocabPartition(v, 8), 3, dtype))
-else:
-    convert_table(open_table(folder / "small.safetensors"), folder / "warm", VocabPartition(30, 3), dtype="float16")
-    growth_of(lambda: convert_table(table, folder / "parts", VocabPartition(v, 7, "even")))
-    parts = open_table(folder / "parts", vocab_size=v)
-    growth_of(lambda: convert_table(parts, folder / "half.safetensors", dtype="float16"))
+convert_table(open_table(folder / "small.safetensors"), folder / "warm", VocabPartition(30, 3), dtype="float16")
+growth_of(lambda: convert_table(table, folder / "parts", VocabPartition(v, 7, "even")))
+parts = open_table(folder / "parts", vocab_size=v)
+growth_of(lambda: convert_table(parts, folder / "half.safetensors", dtype="float16"))
 """
+READ = """
+from shared import VocabPartition
+from shared.bits import STORED_DTYPES
+from shared.tables.find_table import open_table
 
-
-def peaks(folder, *arguments):
-    command = [sys.executable, "-c", PEAK, str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [int(line) for line in done.stdout.split()]
+table, dtype = open_table(sys.argv[1]), STORED_DTYPES[sys.argv[2]]
+table.padded_rows(VocabPartition(8, 4, 12), 0, dtype)  # what is imported late is there from now on
+growth_of(lambda: table.padded_rows(VocabPartition(table.vocab_size, 8), 3, dtype))
+"""
 
 
 @pytest.mark.slow
@@ -466,25 +401,22 @@ def test_memory_does_not_grow_with_the_table(tmp_path, rng):
     """A gibibyte, in less than a tenth of that."""
     blocks, rows, columns = 64, 4096, 1024
     block = rng.standard_normal((rows, columns), np.float32)
-    with open(tmp_path / "table.safetensors", "wb") as file:
-        file.write(header_bytes("wte.weight", "float32", (blocks * rows, columns), {}))
+    path = save_zeros(tmp_path / "table.safetensors", blocks * rows, columns)
+    with open(path, "rb+") as file:
+        file.seek(-blocks * block.nbytes, os.SEEK_END)
         for number in range(blocks):
             (block + np.float32(number)).tofile(file)
-    table_of(tmp_path / "small.safetensors", block[:30])
-    assert max(peaks(tmp_path, "convert")) < 100e6
+    save(tmp_path / "small.safetensors", {"wte.weight": block[:30]})
+    assert max(memory_growth(CONVERTED, tmp_path)) < 100e6
     table = open_table(tmp_path / "half.safetensors")
     for number in (0, 17, 63):
         found = table.rows(number * rows, (number + 1) * rows)
-        np.testing.assert_array_equal(found, cast(block + np.float32(number), DTYPES["float16"]))
+        assert_same(found, cast(block + np.float32(number), STORED_DTYPES["float16"]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_reading_is_that_of_the_ranks_rows(tmp_path, dtype):
     rows, columns = 8 * 8192, 1024
-    header = header_bytes("wte.weight", "float32", (rows, columns), {})
-    with open(tmp_path / "table.safetensors", "wb") as file:
-        file.write(header)
-        file.truncate(len(header) + rows * columns * 4)  # zeros that take no room on the disk
     shard = rows // 8 * columns * STORED_DTYPES[dtype].itemsize
-    (growth,) = peaks(tmp_path, "read", dtype)
+    (growth,) = memory_growth(READ, save_zeros(tmp_path / "table.safetensors", rows, columns), dtype)
     assert 0.9 * shard <= growth <= 1.5 * shard

@@ -1,7 +1,10 @@
-"""As much of JSON Schema as `shared/cli/schema.json` uses."""
+"""`pve` run in this process, and as much of JSON Schema as `shared/cli/schema.json` uses."""
 
 import json
 from importlib.resources import files
+
+from shared.cli import main
+from shared.cli.console import SCHEMA_VERSION
 
 SCHEMA = json.loads(files("shared.cli").joinpath("schema.json").read_text())
 _TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
@@ -38,3 +41,40 @@ def _is(value, name):
     if name == "null":
         return value is None
     return isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
+
+
+class Pve:
+    """Runs commands; of what one prints, nothing is left for the next."""
+
+    def __init__(self, capsys):
+        self._capsys = capsys
+
+    def _run(self, arguments):
+        self._capsys.readouterr()
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as exit:  # argparse
+            status = exit.code
+        printed = self._capsys.readouterr()
+        return status, printed.out, printed.err
+
+    def __call__(self, *arguments, status=0):
+        """What a command prints on standard output; nothing goes to standard error."""
+        found, output, errors = self._run(arguments)
+        assert (found, errors) == (status, ""), (found, errors, output)
+        return output
+
+    def json(self, *arguments, status=0):
+        """What a command prints with ``--json``, held to the schema."""
+        found = json.loads(self(*arguments, "--json", status=status))
+        assert not (wrong := faults(found, SCHEMA)), wrong
+        assert (found["schema_version"], found["command"]) == (SCHEMA_VERSION, arguments[0])
+        return found
+
+    def refused(self, match, *arguments):
+        """Exit status 2 and one line of error, after argparse's usage where it is argparse's."""
+        status, output, errors = self._run(arguments)
+        assert (status, output) == (2, ""), (status, output, errors)
+        assert match in errors, errors
+        assert [line for line in errors.splitlines() if "error:" in line] == errors.splitlines()[-1:]
+        assert "usage:" in errors or errors.splitlines()[-1].startswith("pve: error: ")
