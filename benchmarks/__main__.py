@@ -41,20 +41,25 @@ round, in an order that changes, and medians.
   all_to_all: each rank its own ids. torch: FSDP2, which gathers the table, and torchrec's row-wise sharding; JAX:
             jnp.take with the table and the ids split over the same axis.
 
-  python -m benchmarks aot: what the compilers of TPUs and GPUs make of the JAX layer (--help tells more).
+Others, each with a --help of its own:
+  python -m benchmarks head:   the output head's loss beside its peers.
+  python -m benchmarks tables: tables converted in files, and numbers made.
+  python -m benchmarks aot:    what the compilers of TPUs and GPUs make of the JAX layer.
+  python -m benchmarks readme: the tables and figures of the documentation, from the results.
 
 Peers that are not installed are left out:
   pip install -c constraints.txt -e '.[all,bench]'; pip install --no-deps megatron-core==0.16.1
   pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 tensordict torchmetrics==1.0.3 lightning-utilities \
     pyre-extensions typing-inspect pyvers cloudpickle iopath portalocker tabulate tqdm
 Before each measurement memory is faulted in and freed, so that no candidate profits from what the one before it left.
-Each candidate's output is compared with NumPy's before it is timed. (python -m benchmarks.tables measures files.)
+Each candidate's output is compared with NumPy's before it is timed.
 
 examples:
   python -m benchmarks --quick
   python -m benchmarks --only jax --part exchange --output results"""
 
 _ROOT = Path(__file__).parents[1]
+_OTHERS = ("aot", "head", "readme", "tables")
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
 _WIDTH = 230
 
@@ -194,8 +199,8 @@ def _write(
 
 def main() -> int:
     """Parse the command line, measure, show and write."""
-    if sys.argv[1:2] == ["aot"]:
-        return subprocess.call([sys.executable, "-m", "benchmarks.aot", *sys.argv[2:]], cwd=_ROOT)
+    if sys.argv[1:] and sys.argv[1] in _OTHERS:
+        return subprocess.call([sys.executable, "-m", f"benchmarks.{sys.argv[1]}", *sys.argv[2:]], cwd=_ROOT)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

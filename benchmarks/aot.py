@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.jax_peers import Lookup, flax_embed, one_hot
+from benchmarks.peers.jax_lookups import Lookup, flax_embed, one_hot, take
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = [
@@ -191,11 +191,6 @@ def ours(case: AotCase, mesh: Mesh, **options: Any) -> Lookup:
     return lambda weight, ids: jax.tree.map(lambda _: weight, emb)(ids)
 
 
-def take(weight: Any, ids: Any) -> Any:
-    """What users write, left to the compiler."""
-    return jnp.take(weight, ids, axis=0)
-
-
 def float32_scatter(mesh: Mesh, stacked: bool) -> Lookup:
     """The gradient as autodiff has it for a float32 copy of the rows, in a shard_map: what ours is measured against."""
 
@@ -332,7 +327,7 @@ def _compilers() -> str:
 
 
 def main() -> int:
-    """Run as ``python -m benchmarks aot`` or ``python -m benchmarks.aot``."""
+    """Run as ``python -m benchmarks aot``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks aot", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.head``: the output head's loss, forward and backward, beside its peers."""
+"""``python -m benchmarks head``: the output head's loss, forward and backward, beside its peers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ Measure the mean cross entropy of hidden states against a vocabulary table, forw
   jax:        optax's loss of a dense product, the table split over the devices, left to the compiler.
 
 Each of torch's candidates runs in fresh processes, in an order that changes; JAX's take turns in one. Medians. Memory is
-that of one step beyond inputs and gradients: the resident peak on rank 0 for torch, the compiler's figure for JAX. Apple's cut cross entropy and Liger's losses need a GPU and are left out.
+that of one step beyond inputs and gradients: the resident peak on rank 0 for torch, the compiler's figure for JAX.
+Apple's cut cross entropy and Liger's losses need a GPU and are left out.
 
 examples:
-  python -m benchmarks.head
-  python -m benchmarks.head --large --rounds 1    (8192 tokens, 131072 x 1024: minutes and 14 GB for each peer)"""
+  python -m benchmarks head
+  python -m benchmarks head --large --rounds 1    (8192 tokens, 131072 x 1024: minutes and 14 GB for each peer)"""
 
 _ROOT = Path(__file__).parents[1]
 _HEADER = ["case", "", "forward + backward", "/ ours", "memory", "MB sent per rank", "loss"]
@@ -67,7 +68,12 @@ def _torch_case(spec: dict[str, Any], turns: int) -> dict[str, Any]:
     for name, runs in found.items():
         times = timing("forward_backward", [t for run in runs for t in run["times"]])
         first = runs[0]
-        merged[name] = {**times, "memory": first["peak_bytes"], "sent_bytes": first["sent_bytes"], "loss": first["loss"]}
+        merged[name] = {
+            **times,
+            "memory": first["peak_bytes"],
+            "sent_bytes": first["sent_bytes"],
+            "loss": first["loss"],
+        }
     return merged
 
 
@@ -102,7 +108,7 @@ def _rows(title: str, found: dict[str, Any]) -> list[list[str]]:
 def main() -> int:
     """Parse the command line, measure, show and write."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.head", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks head", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--large", action="store_true", help="8192 tokens and a table of 131072 x 1024")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("TOKENS", "ROWS", "COLUMNS"), help="other sizes")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
+from benchmarks.peers.jax_lookups import fill, take
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -50,11 +50,9 @@ def _ours(case: Case, mesh: Mesh, exchange: str) -> Pair:
 
 def _collective(case: Case, mesh: Mesh) -> Pair:
     """A masked lookup in a shard_map, and the collective that adds up."""
-    rows = case.vocab_size // case.world_size
 
     def on_each_rank(weight: Any, ids: Any) -> Any:
-        local = ids - jax.lax.axis_index("tp") * rows
-        partial = weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        partial = fill(weight, ids)
         if case.reduction == "all_reduce":
             return jax.lax.psum(partial, "tp")
         return jax.lax.psum_scatter(partial, "tp", scatter_dimension=1, tiled=True)
@@ -66,9 +64,7 @@ def _collective(case: Case, mesh: Mesh) -> Pair:
 def _compiler(case: Case, mesh: Mesh) -> Pair:
     """``jnp.take`` on the sharded table, left to the compiler, with the layout of every argument and result pinned."""
     output = NamedSharding(mesh, _layout(case))
-    return _jitted(
-        case, mesh, lambda weight, ids: jax.lax.with_sharding_constraint(jnp.take(weight, ids, axis=0), output)
-    )
+    return _jitted(case, mesh, lambda weight, ids: jax.lax.with_sharding_constraint(take(weight, ids), output))
 
 
 def _measure(case: Case, wanted: list[str], rounds: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.cases import FIRST, Case, make_ids, shuffled, timing, warm_pages
-from benchmarks.jax_peers import Lookup, flax_embed, one_hot
+from benchmarks.peers.jax_lookups import Lookup, fill, flax_embed, one_hot, take
 from jax_impl import ParallelVocabEmbedding
 
 __all__ = ["main"]
@@ -43,11 +43,6 @@ def _take(weight: Any, ids: Any) -> Any:
     return jnp.take(weight, ids % len(weight), axis=0, mode="clip")
 
 
-def _fill(weight: Any, ids: Any) -> Any:
-    local = ids - jax.lax.axis_index("tp") * len(weight)
-    return weight.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
 def _candidates(case: Case) -> dict[str, tuple[Lookup, Any, PartitionSpec]]:
     """By name: the lookup, its mesh, and how its output lies."""
     devices, shape = jax.devices()[: case.world_size], (case.world_size,)
@@ -58,9 +53,9 @@ def _candidates(case: Case) -> dict[str, tuple[Lookup, Any, PartitionSpec]]:
     found: dict[str, tuple[Lookup, Any, PartitionSpec]] = {
         "ours": (_ours(case, auto, "none"), auto, _STACKED),
         "floor": (_on_each_rank(auto, _take), auto, _STACKED),
-        "masked gather": (_on_each_rank(auto, _fill), auto, _STACKED),
+        "masked gather": (_on_each_rank(auto, fill), auto, _STACKED),
         "ours, all_reduce": (_ours(case, auto, "all_reduce"), auto, _WHOLE),
-        "jnp.take, GSPMD": (lambda weight, ids: jnp.take(weight, ids, axis=0), auto, _WHOLE),
+        "jnp.take, GSPMD": (take, auto, _WHOLE),
         "Explicit .at[].get": (lambda w, ids: w.at[ids].get(out_sharding=everywhere), explicit, _WHOLE),
     }
     if importlib.util.find_spec("flax") is not None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme``: put what is in ``benchmarks/results`` into README, docs and figures."""
+"""``python -m benchmarks readme``: put what is in ``benchmarks/results`` into README, docs and figures."""
 
 from __future__ import annotations
 
@@ -92,6 +92,12 @@ def _by_ranks(results: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def _markdown(name: str) -> str:
+    """The table of a result that is stored as Markdown alone."""
+    lines = (_ROOT / f"benchmarks/results/{name}.md").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
 def tables() -> dict[str, str]:
     """By the name of their mark."""
     local, exchange = _results("local"), _results("exchange")
@@ -144,6 +150,7 @@ def tables() -> dict[str, str]:
             ["", "uniform ids", "zipf ids"],
             _side_by_side(micro, (), "copying the tokens' rows twice", ("forward_backward",)),
         ),
+        "head": _markdown("head"),
         "own_ids": _table(["", "zipf ids", "uniform ids", "MB sent per rank, zipf", "peak MB, zipf"], own_ids),
         "own_ids_by_ranks": _table(["uniform ids", *(f"w={w}" for w in _RANKS)], _by_ranks(_results("all_to_all"))),
         "exchange": _table(["", "zipf ids", "uniform ids", "MB sent per rank, zipf"], of_exchange),

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables``: tables converted, beside ``cp``, and numbers made, beside NumPy and torch."""
+"""``python -m benchmarks tables``: tables converted, beside ``cp``, and numbers made, beside NumPy and torch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ All candidates in each round, in an order that changes; medians. Commands are ti
 each, memory is faulted in and freed, so that none profits from what the one before it left.
 
 examples:
-  python -m benchmarks.tables
-  python -m benchmarks.tables --gigabytes 1 --rounds 3 --output results"""
+  python -m benchmarks tables
+  python -m benchmarks tables --gigabytes 1 --rounds 3 --output results"""
 
 _EMB_SIZE = 4096
 _COUNT = 32 << 20
@@ -159,7 +159,7 @@ def _report(converted: dict[str, object], made: dict[str, list[float]], rounds: 
 def main() -> int:
     """Parse the command line, measure, show and write."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tables",
+        prog="python -m benchmarks tables",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 import unittest.mock
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, make_ids, peak_of
+from benchmarks.peers.torch_layers import TorchRec, dtensor, fsdp2, megatron
 from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding
 
@@ -36,92 +36,12 @@ def _ours(case: Case, exchange: str, sparse: bool = False) -> nn.Module:
     )
 
 
-def _megatron(case: Case) -> nn.Module:
-    warnings.simplefilter("ignore")
-    from megatron.core import ModelParallelConfig
-    from megatron.core.tensor_parallel import VocabParallelEmbedding
-
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=case.world_size,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=getattr(torch, case.dtype),
-        sequence_parallel=case.reduction == "reduce_scatter",
-    )
-    return VocabParallelEmbedding(
-        case.vocab_size,
-        case.emb_size,
-        init_method=nn.init.normal_,
-        config=config,
-        reduce_scatter_embeddings=case.reduction == "reduce_scatter",
-        tp_group=dist.group.WORLD,
-    )
-
-
-def _dtensor(case: Case) -> nn.Module:
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-
-    mesh = dist.init_device_mesh("cpu", (case.world_size,))
-    layout = Shard(1) if case.reduction == "reduce_scatter" else Replicate()
-    embedding = nn.Embedding(case.vocab_size, case.emb_size, dtype=getattr(torch, case.dtype), device="meta")
-    return parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=layout))
-
-
-def _fsdp2(case: Case) -> nn.Module:
-    """The whole table is gathered before the lookup, and its gradient reduce-scattered and divided by the ranks.
-
-    The table stays gathered until backward, which does not gather it a second time: the faster of FSDP2's two ways.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    embedding = nn.Embedding(case.vocab_size, case.emb_size, dtype=getattr(torch, case.dtype), device="meta")
-    mesh = dist.init_device_mesh("cpu", (case.world_size,))
-    return fully_shard(embedding, mesh=mesh, reshard_after_forward=False).to_empty(device="cpu")
-
-
-class _TorchRec(nn.Module):
-    """torchrec's row-wise sharding with its fused kernel: backward is a step of SGD, and there is no gradient.
-
-    Its dense kernel, which has one, fails over gloo (torchrec 1.8.0, a split that does not match).
-    """
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        warnings.simplefilter("ignore")
-        from torchrec import EmbeddingCollection, EmbeddingConfig
-        from torchrec.distributed.embedding import EmbeddingCollectionSharder
-        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-        from torchrec.distributed.types import ShardingEnv
-
-        w, cpu = case.world_size, torch.device("cpu")
-        table = EmbeddingConfig(
-            name="t", embedding_dim=case.emb_size, num_embeddings=case.vocab_size, feature_names=["ids"]
-        )
-        whole = EmbeddingCollection(tables=[table], device=torch.device("meta"))
-        sharder = EmbeddingCollectionSharder(fused_params={"learning_rate": 1.0})
-        plan = construct_module_sharding_plan(
-            whole, {"t": row_wise(compute_kernel="fused")}, sharder, local_size=w, world_size=w, device_type="cpu"
-        )
-        self.sharded = sharder.shard(whole, plan, ShardingEnv.from_process_group(dist.group.WORLD), cpu)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.sharded.state_dict()["embeddings.t.weight"].local_shards()[0].tensor
-
-    def forward(self, ids: Tensor) -> Tensor:
-        from torchrec import KeyedJaggedTensor
-
-        one_each = torch.ones_like(ids, dtype=torch.int32)
-        return self.sharded(KeyedJaggedTensor(keys=["ids"], values=ids, lengths=one_each))["ids"].values()
-
-
 def _with_rows(module: nn.Module, rows: Tensor) -> nn.Module:
     """The module with the rank's rows of the shared table."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(module, (_TorchRec, FSDPModule)):  # they have memory of their own
-        own = module.rows if isinstance(module, _TorchRec) else module.weight.to_local()
+    if isinstance(module, (TorchRec, FSDPModule)):  # they have memory of their own
+        own = module.rows if isinstance(module, TorchRec) else module.weight.to_local()
         own.detach().copy_(rows)
         return module
     weight = module.weight
@@ -139,10 +59,10 @@ def _candidates(case: Case, wanted: list[str]) -> dict[str, nn.Module]:
         "ours, routed": lambda: _ours(case, "routed"),
         "ours, dense": lambda: _ours(case, "dense"),
         "ours, sparse": lambda: _ours(case, "auto", sparse=True),
-        "FSDP2": lambda: _fsdp2(case),
-        "torchrec": lambda: _TorchRec(case),
-        "Megatron-core": lambda: _megatron(case),
-        "DTensor": lambda: _dtensor(case),
+        "FSDP2": lambda: fsdp2(case),
+        "torchrec": lambda: TorchRec(case),
+        "Megatron-core": lambda: megatron(case),
+        "DTensor": lambda: dtensor(case),
     }
     start, stop = VocabPartition(case.vocab_size, case.world_size).owned_range(dist.get_rank())
     rows = _rows_of(torch.arange(start, stop), case)
@@ -161,12 +81,12 @@ def _check_own_ids(module: nn.Module, case: Case, ids: Tensor, output: Tensor) -
     torch.testing.assert_close(output.detach(), _rows_of(ids[rank], case), rtol=0, atol=0)
     start, stop = VocabPartition(case.vocab_size, case.world_size).owned_range(rank)
     counts = torch.bincount(ids.reshape(-1), minlength=case.vocab_size)[start:stop].to(output.dtype)
-    if isinstance(module, _TorchRec):
+    if isinstance(module, TorchRec):
         grad = _rows_of(torch.arange(start, stop), case) - module.rows
     else:
         grad = module.weight.grad
         grad = grad.to_local() if hasattr(grad, "to_local") else grad.to_dense()
-    if isinstance(module, _TorchRec) or hasattr(module.weight, "to_local"):
+    if isinstance(module, TorchRec) or hasattr(module.weight, "to_local"):
         counts = counts / case.world_size  # the mean of the ranks' gradients
     torch.testing.assert_close(grad, counts.unsqueeze(1).expand_as(grad), rtol=0, atol=0)
 

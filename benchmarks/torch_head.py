@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.cases import peak_of
+from benchmarks.peers.torch_losses import Loss, dense, dtensor, megatron, torch_linear
 from benchmarks.torch_exchange import sent_bytes
 from shared import VocabPartition
 from torch_impl import linear_cross_entropy
 
 __all__ = ["main"]
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(hidden [T, e], rows [n, e], targets [T])`` to the mean loss."""
 
 
 def _ours(partition: VocabPartition) -> Loss:
@@ -31,50 +26,12 @@ def _ours(partition: VocabPartition) -> Loss:
     return lambda hidden, rows, targets: linear_cross_entropy(hidden, rows, targets, partition, group)
 
 
-def _dense(partition: VocabPartition) -> Loss:
-    return lambda hidden, rows, targets: F.cross_entropy(F.linear(hidden, rows), targets)
-
-
-def _torch_linear(partition: VocabPartition) -> Loss:
-    return F.linear_cross_entropy
-
-
-def _megatron(partition: VocabPartition) -> Loss:
-    warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-    from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=partition.world_size)
-
-    def loss(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(copy_to_tensor_model_parallel_region(hidden), rows)
-        return vocab_parallel_cross_entropy(logits, targets).mean()
-
-    return loss
-
-
-def _dtensor(partition: VocabPartition) -> Loss:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    mesh = dist.init_device_mesh("cpu", (partition.world_size,))
-
-    def loss(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        whole = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
-        logits = F.linear(whole, DTensor.from_local(rows, mesh, [Shard(0)], run_check=False))
-        return F.cross_entropy(logits, targets)
-
-    loss_parallel().__enter__()  # for the backward too, in all of this process
-    return loss
-
-
 _MAKERS: dict[str, Callable[[VocabPartition], Loss]] = {
     "ours": _ours,
-    "F.linear + F.cross_entropy": _dense,
-    "F.linear_cross_entropy": _torch_linear,
-    "Megatron-core": _megatron,
-    "DTensor loss_parallel": _dtensor,
+    "F.linear + F.cross_entropy": dense,
+    "F.linear_cross_entropy": torch_linear,
+    "Megatron-core": megatron,
+    "DTensor loss_parallel": dtensor,
 }
 
 

@@ -12,100 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import FIRST, Case, make_ids, peak_of, shuffled, timing, warm_pages
+from benchmarks.peers.torch_lookups import LOOKUPS, Lookup
 from torch_impl import ParallelVocabEmbedding
 
-__all__ = ["CANDIDATES", "main"]
-
-Lookup = Callable[[Tensor], Tensor]
-
-
-def _megatron(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        foreign = (ids < start) | (ids >= start + n)
-        local = ids.clone() - start
-        local[foreign] = 0
-        output = F.embedding(local, weight)
-        output[foreign, :] = 0.0
-        return output
-
-    return lookup
-
-
-def _megatron_deterministic(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        foreign = (ids < start) | (ids >= start + n)
-        local = ids.clone() - start
-        local[foreign] = 0
-        output = weight[local]
-        output[foreign, :] = 0.0
-        return output
-
-    return lookup
-
-
-def _vllm(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        owned = (ids >= start) & (ids < start + n)
-        output = F.embedding(owned * (ids - start), weight)
-        return output.masked_fill_(~owned.unsqueeze(-1), 0)
-
-    return lookup
-
-
-def _null_row(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-    longer = nn.Parameter(torch.cat([weight.detach(), weight.new_zeros(1, weight.shape[1])]))
-
-    def lookup(ids: Tensor) -> Tensor:
-        return F.embedding(torch.where((ids < start) | (ids >= start + n), n, ids - start), longer)
-
-    lookup.parameter = longer  # type: ignore[attr-defined]
-    return lookup
-
-
-def _times_mask(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        owned = (ids >= start) & (ids < start + n)
-        return F.embedding((ids - start) * owned, weight) * owned.unsqueeze(-1)
-
-    return lookup
-
-
-def _bags(weight: Tensor, start: int) -> Lookup:
-    """Adding one row to nothing: it turns -0.0 into 0.0."""
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        flat = ids.reshape(-1)
-        owned = (flat >= start) & (flat < start + n)
-        rows = flat[owned] - start
-        output = F.embedding_bag(rows, weight, owned.cumsum(0) - owned.long(), mode="sum")
-        return output.view(*ids.shape, weight.shape[1])
-
-    return lookup
-
-
-CANDIDATES: dict[str, Callable[[Tensor, int], Lookup]] = {
-    "Megatron's form": _megatron,
-    "Megatron's, deterministic": _megatron_deterministic,
-    "vLLM's form": _vllm,
-    "TGI's null row": _null_row,
-    "torchtitan's, times the mask": _times_mask,
-    "embedding_bag": _bags,
-}
-"""The forms of a lookup that peers have, in our own words; of a rank's table and its first row."""
+__all__ = ["main"]
 
 
 class _Module(nn.Module):
@@ -142,7 +55,7 @@ def _modules(case: Case, emb: ParallelVocabEmbedding) -> dict[str, nn.Module]:
             case.vocab_size, case.emb_size, emb.rank, case.world_size, dtype=emb.weight.dtype, device="meta"
         )
         moved.weight = nn.Parameter(emb.weight.detach())
-        peers = {name: _Module(make(emb.weight, start)) for name, make in CANDIDATES.items()}
+        peers = {name: _Module(make(emb.weight, start)) for name, make in LOOKUPS.items()}
         return {"ours": emb, "ours, moved table": moved} | peers
     fused = ParallelVocabEmbedding(
         case.vocab_size,
@@ -154,7 +67,11 @@ def _modules(case: Case, emb: ParallelVocabEmbedding) -> dict[str, nn.Module]:
         gradient_accumulation_fusion=True,
     )
     fused.weight = nn.Parameter(emb.weight.detach())
-    return {"ours": fused, "ours, plain": emb, "Megatron's form": _Module(_megatron(emb.weight, start))}
+    return {
+        "ours": fused,
+        "ours, plain": emb,
+        "Megatron's form": _Module(LOOKUPS["Megatron's form"](emb.weight, start)),
+    }
 
 
 def _measure(case: Case, rounds: int, device: str, advance: Callable[[], None]) -> dict[str, dict[str, float]]:
