@@ -289,8 +289,10 @@ def _sum_as(array: jax.Array, primal: jax.Array) -> jax.Array:
     several = tuple(axis for axis in axes if axis not in single)
     array = (jax.lax.psum(array, several) if several else array).astype(primal.dtype)
     for axis in single:  # XLA fails to compile psum over one device beside Auto axes (jax 0.10.2 and 0.12.0.1)
+        if array.dtype.itemsize == 2:  # XLA:CPU widens 16-bit floats in collectives, and would keep a float32 copy
+            array = jax.lax.bitcast_convert_type(array, jnp.uint16)
         array = all_gather_invarying(array, axis)
-    return array
+    return array if array.dtype == primal.dtype else jax.lax.bitcast_convert_type(array, primal.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

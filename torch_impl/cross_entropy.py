@@ -331,7 +331,7 @@ class _LogitStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, targets_T: Tensor, sizes: list[int], rank: int, smoothed: bool, group_name: str
+        logits: Tensor, targets_T: Tensor, sizes: Sequence[int], rank: int, smoothed: bool, group_name: str
     ) -> Tensor:
         return torch.ops.pve.logit_statistics(logits, targets_T, sizes, rank, smoothed, group_name)
 
@@ -356,7 +356,7 @@ class _LinearStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets_T: Tensor,
-        sizes: list[int],
+        sizes: Sequence[int],
         rank: int,
         smoothed: bool,
         softcap: float | None,
@@ -385,7 +385,7 @@ class _LinearStatistics(torch.autograd.Function):
 
 @torch.library.custom_op("pve::logit_statistics", mutates_args=())
 def _logit_statistics(
-    logits: Tensor, targets_T: Tensor, sizes: list[int], rank: int, smoothed: bool, group_name: str
+    logits: Tensor, targets_T: Tensor, sizes: Sequence[int], rank: int, smoothed: bool, group_name: str
 ) -> Tensor:
     partition, wide = VocabPartition(*sizes), accumulation_dtype(logits.dtype)
     logits_TN = logits.reshape(len(targets_T), logits.shape[-1])
@@ -400,13 +400,13 @@ def _logit_statistics(
 
 
 @_logit_statistics.register_fake
-def _(logits: Tensor, targets_T: Tensor, sizes: list[int], rank: int, smoothed: bool, group_name: str) -> Tensor:
+def _(logits: Tensor, targets_T: Tensor, sizes: Sequence[int], rank: int, smoothed: bool, group_name: str) -> Tensor:
     return logits.new_empty(2 + smoothed, targets_T.shape[0], dtype=accumulation_dtype(logits.dtype))
 
 
 @torch.library.custom_op("pve::logit_statistics_backward", mutates_args=())
 def _logit_statistics_backward(
-    grads: Tensor, statistics: Tensor, logits: Tensor, targets_T: Tensor, sizes: list[int], rank: int
+    grads: Tensor, statistics: Tensor, logits: Tensor, targets_T: Tensor, sizes: Sequence[int], rank: int
 ) -> Tensor:
     partition = VocabPartition(*sizes)
     logits_TN = logits.reshape(len(targets_T), logits.shape[-1])
@@ -425,7 +425,7 @@ def _logit_statistics_backward(
 
 
 @_logit_statistics_backward.register_fake
-def _(grads: Tensor, statistics: Tensor, logits: Tensor, targets_T: Tensor, sizes: list[int], rank: int) -> Tensor:
+def _(grads: Tensor, statistics: Tensor, logits: Tensor, targets_T: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -434,7 +434,7 @@ def _linear_statistics(
     hidden: Tensor,
     weight: Tensor,
     targets_T: Tensor,
-    sizes: list[int],
+    sizes: Sequence[int],
     rank: int,
     smoothed: bool,
     softcap: float | None,
@@ -459,7 +459,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     targets_T: Tensor,
-    sizes: list[int],
+    sizes: Sequence[int],
     rank: int,
     smoothed: bool,
     softcap: float | None,
@@ -482,8 +482,8 @@ def _linear_statistics_backward(
     hidden: Tensor,
     weight: Tensor,
     targets_T: Tensor,
-    shape: list[int],
-    sizes: list[int],
+    shape: Sequence[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,
@@ -514,8 +514,8 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     targets_T: Tensor,
-    shape: list[int],
-    sizes: list[int],
+    shape: Sequence[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,

@@ -7,7 +7,7 @@ Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -204,7 +204,7 @@ def backward_products(
 
 
 def reduce_hidden_grad(
-    grad_TE: Tensor, shape: list[int], dtype: torch.dtype, seq_dim: int | None, group: dist.ProcessGroup | None
+    grad_TE: Tensor, shape: Sequence[int], dtype: torch.dtype, seq_dim: int | None, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Sum the hidden states' gradients over the ranks, then round to ``dtype``.
 
@@ -269,7 +269,7 @@ class _Logits(torch.autograd.Function):
     def forward(
         hidden: Tensor,
         weight: Tensor,
-        sizes: list[int],
+        sizes: Sequence[int],
         rank: int,
         softcap: float | None,
         seq_dim: int | None,
@@ -300,7 +300,7 @@ class _Logits(torch.autograd.Function):
 def _head_logits(
     hidden: Tensor,
     weight: Tensor,
-    sizes: list[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,
@@ -325,7 +325,7 @@ def _head_logits(
 def _(
     hidden: Tensor,
     weight: Tensor,
-    sizes: list[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,
@@ -344,8 +344,8 @@ def _head_logits_backward(
     logits: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
-    shape: list[int],
-    sizes: list[int],
+    shape: Sequence[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,
@@ -379,8 +379,8 @@ def _(
     logits: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
-    shape: list[int],
-    sizes: list[int],
+    shape: Sequence[int],
+    sizes: Sequence[int],
     rank: int,
     softcap: float | None,
     seq_dim: int | None,
