@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ __all__ = [
     "active_data_parallel",
     "all_gather",
     "being_traced",
+    "distribute_rows",
     "function_is_inlined",
     "gradient_listener",
     "group_of_name",
@@ -48,12 +49,25 @@ __all__ = [
     "tensor_without_storage",
 ]
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ParallelStyle
+
 T = TypeVar("T", bound=Tensor)
 
 reduce_scatter: Callable[..., dist.Work | None] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
 all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def distribute_rows(weight: Tensor, mesh: DeviceMesh, style: ParallelStyle) -> DTensor:
+    """Split rows over a mesh, from the rank that parallelize_module names; torch 2.6 names none and takes the first."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    source = {"src_data_rank": style.src_data_rank} if hasattr(style, "src_data_rank") else {}
+    return distribute_tensor(weight, mesh, [Shard(0)], **source)
 
 
 def active_data_parallel() -> nn.Module | None:

@@ -6,10 +6,11 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torch_impl.files import options_of
+from torch_impl.private_api import distribute_rows
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["VocabParallel"]
@@ -89,8 +90,7 @@ class VocabParallel(ParallelStyle):
         module.style = self
         module.allocate(weight.dtype, weight.device)
         if not weight.is_meta:
-            whole = distribute_tensor(weight.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
-            module.own_rows()[0].copy_(whole.to_local())
+            module.own_rows()[0].copy_(distribute_rows(weight.detach(), device_mesh, self).to_local())
         module.weight.requires_grad_(weight.requires_grad)
         return module
 
