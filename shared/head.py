@@ -224,7 +224,10 @@ def check_uniform(valid: bool) -> None:
 def check_targets_shape(given: Sequence[int], tokens: Sequence[int], source: str, name: str = "targets") -> None:
     """Refuse targets of another shape than ``tokens``, taken from ``source``."""
     if tuple(given) != tuple(tokens):
-        raise ValueError(f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}")
+        hint = "; where hidden is split along the sequence, pass seq_dim" if source == "hidden" else ""
+        raise ValueError(
+            f"{name} must be one a token, of shape {tuple(tokens)} as {source} has, got {tuple(given)}{hint}"
+        )
 
 
 def check_targets_valid(targets: np.ndarray, vocab_size: int, ignore_index: int) -> None:
@@ -249,4 +252,4 @@ def targets_type_error(given: object, expected: str) -> TypeError:
 
 def logits_dtype_error(name: str, dtype: object, legal: str = "float16, bfloat16, float32 or float64") -> TypeError:
     """TypeError for an unsupported dtype of logits, hidden states or tables."""
-    return TypeError(f"{name} must be {legal}, got {dtype}")
+    return TypeError(f"{name} must be {legal}, got {dtype}; convert it with .to or .astype")

@@ -16,7 +16,7 @@ from shared.config import EmbeddingConfig
 from torch_impl.ids import is_dtensor
 from torch_impl.process_group import find_group
 
-__all__ = ["agreed_ids", "check_agreement", "gather_objects", "naming_the_operation"]
+__all__ = ["agreed_hidden", "agreed_ids", "check_agreement", "gather_objects", "naming_the_operation"]
 
 T = TypeVar("T")
 
@@ -123,6 +123,44 @@ def _check_agreement(ids: Tensor, weight: Tensor, config: str, group_name: str) 
 @_check_agreement.register_fake
 def _(ids: Tensor, weight: Tensor, config: str, group_name: str) -> Tensor:
     return torch.empty_like(ids)
+
+
+def agreed_hidden(hidden: Tensor, targets: Tensor | None, split: bool, world_size: int, group_name: str) -> Tensor:
+    """Compare what the ranks give to a head, as an operator of a graph; return the hidden states.
+
+    Hidden states that are split along the sequence must have equal shapes, others equal bits.
+
+    Raises:
+        ValueError: on every rank. It names the first difference and the ranks on each side.
+    """
+    return torch.ops.pve.check_head_agreement(hidden, targets, split, world_size, group_name)
+
+
+@torch.library.custom_op("pve::check_head_agreement", mutates_args=())
+def _check_head_agreement(
+    hidden: Tensor, targets: Tensor | None, split: bool, world_size: int, group_name: str
+) -> Tensor:
+    facts = {"shape of the hidden states": str(tuple(hidden.shape)), "dtype of the hidden states": str(hidden.dtype)}
+    if targets is not None:
+        described = describe_ids(targets.detach().cpu().numpy())
+        facts |= {name.replace("ids", "targets"): value for name, value in described.items()}
+    if not split:
+        raw = hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        facts["hidden states"] = f"SHA-256 {sha256(raw.tobytes()).hexdigest()[:16]}..."
+    found = disagreement(gather_objects(facts, find_group(group_name, None, world_size), _COMPARING))
+    if found is not None:
+        raise ValueError(
+            f"{found}; every rank needs the same targets, and complete hidden states or parts of a sequence"
+        )
+    return hidden.clone()
+
+
+@_check_head_agreement.register_fake
+def _(hidden: Tensor, targets: Tensor | None, split: bool, world_size: int, group_name: str) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+_check_head_agreement.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
 
 
 def gather_objects(mine: T, group: dist.ProcessGroup, what: str) -> list[T]:

@@ -64,6 +64,7 @@ def local_rows(weight: Tensor) -> Tensor:
         found = "a plain tensor" if placements is None else f"{placements} over {getattr(weight, 'device_mesh', None)}"
         raise ValueError(
             f"weight must be a DTensor Shard(0) over the layer's device_mesh, got {found}: after fully_shard call the "
-            f"module itself, whose hooks gather the rows; assign values by weight.copy_(...) or load_state_dict"
+            f"module itself, whose hooks gather the rows, and put a tied head into its group, "
+            f"fully_shard([model.embedding, model.head]); assign values by weight.copy_(...) or load_state_dict"
         )
     return weight.to_local()  # type: ignore[attr-defined]

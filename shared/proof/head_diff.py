@@ -80,7 +80,8 @@ class HeadDiff:
         shape = "x".join(map(str, case.ids_shape)) or "one"
         notes = [
             f"{case.source}; {'hidden states looked up in the table' if case.tied else 'normal hidden states'}",
-            f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})",
+            f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})"
+            f"{', or are the last, which has no next id' if case.tied else ''}",
             f"bounds: sums in float32 (u = 2**-24), gradients rounded to {case.dtype}; the bits of all ranks are the same",
         ]
         near_ties = len(self.near_ties)

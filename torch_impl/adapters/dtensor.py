@@ -19,7 +19,7 @@ __all__ = ["VocabParallel"]
 class VocabParallel(ParallelStyle):
     """Parallel style that splits an ``nn.Embedding`` over the vocabulary in place.
 
-    The module remains an ``nn.Embedding`` of its own class and name, and becomes a ``ParallelVocabEmbedding`` built
+    The module remains an instance of its class under its name, and becomes a ``ParallelVocabEmbedding`` built
     with ``device_mesh``. Its weight ``[v, e]`` becomes a DTensor, ``Shard(0)``; where the ranks do not divide ``v``,
     the last ones have fewer rows. Rows come from ``src_data_rank``'s weight, or with None from each rank's own. A
     weight on the meta device stays there until ``to_empty`` and ``reset_parameters``. Tie the output layer's weight

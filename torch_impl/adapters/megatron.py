@@ -68,10 +68,16 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
             raise ImportError(
                 "VocabParallelEmbedding needs Megatron-core, which is not installed: pip install megatron-core"
             ) from error
+        tp_group = get_tensor_model_parallel_group_if_none(tp_group)
+        if tp_group is not None and num_embeddings % tp_group.size():
+            raise ValueError(
+                f"num_embeddings must be divisible by the {tp_group.size()} ranks of tp_group, got {num_embeddings}; pad "
+                f"the vocabulary first, as Megatron's make_vocab_size_divisible_by does"
+            )
         super().__init__(
             num_embeddings,
             embedding_dim,
-            process_group=get_tensor_model_parallel_group_if_none(tp_group),
+            process_group=tp_group,
             dtype=config.params_dtype,
             device="meta",
             reduction="reduce_scatter" if reduce_scatter_embeddings else "all_reduce",
