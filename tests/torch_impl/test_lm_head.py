@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch_layers import assert_refused, mesh_of, named
 
-from torch_impl import ParallelLMHead, ParallelVocabEmbedding, parallel_cross_entropy
+from torch_impl import (
+    ParallelLMHead,
+    ParallelVocabEmbedding,
+    parallel_argmax,
+    parallel_cross_entropy,
+    parallel_sample,
+)
 
 VOCAB, EMB = 21, 8
 IDS = torch.randint(0, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
@@ -22,8 +28,8 @@ class Model(nn.Module):
     def __init__(self, group=None, tied=True, seq_dim=None, **options):
         super().__init__()
         table = {"process_group": group, "padded_vocab_size": "even", "init": "global"}
-        reduction = "all_reduce" if seq_dim is None else "reduce_scatter"
-        self.embedding = ParallelVocabEmbedding(VOCAB, EMB, reduction=reduction, seq_dim=1, **table, **options)
+        options = {"reduction": "all_reduce" if seq_dim is None else "reduce_scatter"} | options
+        self.embedding = ParallelVocabEmbedding(VOCAB, EMB, seq_dim=1, **table, **options)
         other = self.embedding if tied else ParallelVocabEmbedding(VOCAB, EMB, **table, init_base_seed=1, **options)
         self.middle = nn.Linear(EMB, EMB, dtype=other.weight.dtype)
         with torch.no_grad():
@@ -137,7 +143,34 @@ def check_fsdp():
     torch.testing.assert_close(model.embedding.weight.grad.full_tensor()[: stop - start], mean[start:stop])
 
 
-@pytest.mark.parametrize("check", [check_ranks, check_fsdp])
+def check_disagreement_is_named():
+    """With check=True every rank learns that hidden states or targets differ."""
+    group, ids = dist.group.WORLD, IDS
+    options = {"process_group": group, "check": True, "padded_vocab_size": "even"}
+    layers = {name: ParallelVocabEmbedding(VOCAB, EMB, reduction=name, **options) for name in ("none", "all_reduce")}
+    heads = {name: ParallelLMHead(emb, tied=True) for name, emb in layers.items()}
+    own_targets = ids.clone()
+    own_targets[0, 0] = group.rank()
+    good = layers["all_reduce"](ids)
+    assert torch.equal(heads["all_reduce"](good, ids), ParallelLMHead(layers["none"], tied=True)(good, ids))
+    assert_refused(
+        (ValueError, "the ranks disagree about hidden states", lambda: heads["none"](layers["none"](ids), ids)),
+        (ValueError, "the ranks disagree about targets", lambda: heads["all_reduce"](good, own_targets)),
+        (ValueError, "without seq_dim, got both", lambda: Model(group, reduction="all_to_all")),
+        (ValueError, "pass seq_dim", lambda: heads["all_reduce"](good[:, :4], ids)),
+    )
+
+
+def check_decoding():
+    model = Model(dist.group.WORLD)
+    head, group, logits = model.head, dist.group.WORLD, model(IDS).detach()
+    uniform = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(head.argmax(logits), parallel_argmax(logits, head.partition, group))
+    assert torch.equal(head.top_k(logits, 3)[1][..., 0], head.argmax(logits))
+    assert torch.equal(head.sample(logits, uniform), parallel_sample(logits, head.partition, group, uniform=uniform))
+
+
+@pytest.mark.parametrize("check", [check_ranks, check_fsdp, check_disagreement_is_named, check_decoding])
 def test_four_ranks(world, check):
     world(4)(check)
 
