@@ -64,6 +64,12 @@ def test_layouts_padding_and_dtypes_do_not_matter(stored, table, layout, fill):
     assert report.comparisons[-1].rows == V
 
 
+def test_one_more_row_is_padding_only_if_it_is_zero(stored, table):
+    left = stored("left", table)
+    assert not compare_tables(left, stored("zero", padded(table, V + 1))).different
+    assert kinds(compare_tables(left, stored("more", padded(table, V + 1, 0.5)))) == {None: {"row missing": 1}}
+
+
 @pytest.mark.parametrize("pair", [("float16", "bfloat16"), ("float32", "float8_e4m3fn"), ("float64", "float8_e5m2")])
 def test_the_wider_dtype_is_rounded_once(stored, table, pair):
     values = [cast(table, STORED_DTYPES[name]) for name in pair]
