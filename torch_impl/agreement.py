@@ -126,7 +126,7 @@ def _(ids: Tensor, weight: Tensor, config: str, group_name: str) -> Tensor:
 
 
 def agreed_hidden(hidden: Tensor, targets: Tensor | None, split: bool, world_size: int, group_name: str) -> Tensor:
-    """Compare what the ranks give to a head, as an operator of a graph; return the hidden states.
+    """Compare what ranks give to a head; return the hidden states.
 
     Hidden states that are split along the sequence must have equal shapes, others equal bits.
 

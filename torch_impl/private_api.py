@@ -63,7 +63,10 @@ all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single",
 
 
 def distribute_rows(weight: Tensor, mesh: DeviceMesh, style: ParallelStyle) -> DTensor:
-    """Split rows over a mesh, from the rank that parallelize_module names; torch 2.6 names none and takes the first."""
+    """Split rows over a mesh, from the rank that ``style`` names.
+
+    The styles of torch 2.6 name none: it takes the first rank's.
+    """
     from torch.distributed.tensor import Shard, distribute_tensor
 
     source = {"src_data_rank": style.src_data_rank} if hasattr(style, "src_data_rank") else {}

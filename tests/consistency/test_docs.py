@@ -122,7 +122,7 @@ def test_tables_show_what_was_measured():
 
 @pytest.mark.parametrize(("number", "kinds"), [(1, KINDS), (2, HEAD_KINDS)])
 def test_every_kind_of_difference_is_listed(number, kinds):
-    table = (ROOT / "docs" / "proof.md").read_text().split("| it looks like | which means |\n|---|---|\n")[number]
+    table = (ROOT / "docs" / "proof.md").read_text().split("| kind | meaning |\n|---|---|\n")[number]
     assert dict(re.findall(r"^\| (.+?) \| (.+?) \|$", table.partition("\n\n")[0], re.M)) == kinds
 
 
