@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from torch_impl.cross_entropy import linear_loss
 from torch_impl.decode import parallel_argmax, parallel_sample, parallel_top_k
 from torch_impl.head import logits_over_group
 from torch_impl.ids import is_dtensor
-from torch_impl.process_group import find_group
 from torch_impl.vocab_emb import ParallelVocabEmbedding
 
 __all__ = ["ParallelLMHead"]
@@ -145,19 +143,15 @@ class ParallelLMHead(nn.Module):
 
     def argmax(self, logits: Tensor) -> Tensor:
         """Apply ``parallel_argmax`` to this rank's logits, ``[*, rows_per_rank]``."""
-        return parallel_argmax(logits, self.partition, self._group())
+        return parallel_argmax(logits, self.partition, self.embedding.process_group)
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Apply ``parallel_top_k`` to this rank's logits, ``[*, rows_per_rank]``."""
-        return parallel_top_k(logits, k, self.partition, self._group())
+        return parallel_top_k(logits, k, self.partition, self.embedding.process_group)
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Apply ``parallel_sample`` to this rank's logits, ``[*, rows_per_rank]``, and ``uniform`` ``[*]``."""
-        return parallel_sample(logits, self.partition, self._group(), uniform=uniform)
-
-    def _group(self) -> dist.ProcessGroup | None:
-        embedding, w = self.embedding, self.partition.world_size
-        return None if w == 1 or embedding.group_name is None else find_group(embedding.group_name, embedding.rank, w)
+        return parallel_sample(logits, self.partition, self.embedding.process_group, uniform=uniform)
 
     def extra_repr(self) -> str:
         values = [(each.name, getattr(self.options, each.name), each.default) for each in fields(self.options)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,28 +14,14 @@ __all__ = ["LOOKUPS", "Lookup"]
 Lookup = Callable[[Tensor], Tensor]
 
 
-def _megatron(weight: Tensor, start: int) -> Lookup:
+def _megatron(weight: Tensor, start: int, deterministic: bool = False) -> Lookup:
     n = len(weight)
 
     def lookup(ids: Tensor) -> Tensor:
         foreign = (ids < start) | (ids >= start + n)
         local = ids.clone() - start
         local[foreign] = 0
-        output = F.embedding(local, weight)
-        output[foreign, :] = 0.0
-        return output
-
-    return lookup
-
-
-def _megatron_deterministic(weight: Tensor, start: int) -> Lookup:
-    n = len(weight)
-
-    def lookup(ids: Tensor) -> Tensor:
-        foreign = (ids < start) | (ids >= start + n)
-        local = ids.clone() - start
-        local[foreign] = 0
-        output = weight[local]
+        output = weight[local] if deterministic else F.embedding(local, weight)
         output[foreign, :] = 0.0
         return output
 
@@ -89,7 +76,7 @@ def _bags(weight: Tensor, start: int) -> Lookup:
 
 LOOKUPS: dict[str, Callable[[Tensor, int], Lookup]] = {
     "Megatron's form": _megatron,
-    "Megatron's, deterministic": _megatron_deterministic,
+    "Megatron's, deterministic": functools.partial(_megatron, deterministic=True),
     "vLLM's form": _vllm,
     "TGI's null row": _null_row,
     "torchtitan's, times the mask": _times_mask,
