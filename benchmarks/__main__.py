@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from benchmarks.exchange import targets as exchange_targets
 from benchmarks.local import HEADER, WHAT_IS_WHAT, Result, local_cases, reasons, rows_of, targets
 from benchmarks.machine import NO_GPU, describe, machine_facts
 from benchmarks.plots import draw_exchange, draw_local
+from benchmarks.processes import ROOT, measured
 
 __all__ = ["main"]
 
@@ -58,39 +56,16 @@ examples:
   python -m benchmarks --quick
   python -m benchmarks --only jax --part exchange --output results"""
 
-_ROOT = Path(__file__).parents[1]
 _OTHERS = ("aot", "head", "readme", "tables")
 _PEERS = {"torch": ["Megatron-core", "DTensor"], "jax": ["psum", "GSPMD"]}
 _WIDTH = 230
 
 
-def _wait_for(commands: Sequence[list[str]], what: str, advance: Any) -> None:
-    """Run the processes of one measurement; ``advance`` is called whenever the first of them is done with a round."""
-    with contextlib.ExitStack() as files:
-        errors = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
-        processes = [
-            files.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error, text=True, cwd=_ROOT))
-            for command, error in zip(commands, errors, strict=True)
-        ]
-        assert processes[0].stdout is not None
-        for line in processes[0].stdout:
-            if line.startswith('{"done"'):
-                advance()
-        for process, error in zip(processes, errors, strict=True):
-            if process.wait() != 0:
-                error.seek(0)
-                raise RuntimeError(f"a process of {what} failed:\n{error.read()[-2000:]}")
-
-
 def _run_jax(cases: list[Case], candidates: list[str], rounds: int, progress: Progress) -> list[Any]:
     """JAX's exchanges, all cases of one number of devices in the same process, all candidates in turn."""
-    spec = json.dumps({"cases": [case.as_json() for case in cases], "candidates": candidates, "rounds": rounds})
+    spec = {"cases": [case.as_json() for case in cases], "candidates": candidates, "rounds": rounds}
     task = progress.add_task(f"jax, exchanges, w={cases[0].world_size}", total=len(cases) * (rounds + 1))
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.jax_exchange", spec, str(result)]
-        _wait_for([command], "jax's exchanges", lambda: progress.advance(task))
-        return list(json.loads(result.read_text()))
+    return list(measured("jax_exchange", spec, "jax's exchanges", lambda: progress.advance(task)))
 
 
 def _run_torch(cases: list[Case], candidates: list[str], rounds: int, turns: int, progress: Progress) -> list[Any]:
@@ -102,20 +77,11 @@ def _run_torch(cases: list[Case], candidates: list[str], rounds: int, turns: int
         for turn in range(turns):
             for place in shuffled(len(candidates), turn):
                 name = candidates[place]
-                calls[name].append(_run_fresh(case, name, rounds))
+                spec = {"case": case.as_json(), "candidate": name, "rounds": rounds}
+                calls[name].append(measured("torch_exchange", spec, f"{name}, {case}", ranks=case.world_size))
                 progress.advance(task)
         results.append({name: _merged(found) for name, found in calls.items()})
     return results
-
-
-def _run_fresh(case: Case, candidate: str, rounds: int) -> Any:
-    spec = json.dumps({"case": case.as_json(), "candidate": candidate, "rounds": rounds})
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.torch_exchange", f"{folder}/rendezvous"]
-        commands = [[*command, str(rank), spec, str(result)] for rank in range(case.world_size)]
-        _wait_for(commands, f"{candidate}, {case}", lambda: None)
-        return json.loads(result.read_text())
 
 
 def _merged(found: list[Any]) -> dict[str, float]:
@@ -130,12 +96,8 @@ def _merged(found: list[Any]) -> dict[str, float]:
 def _run_scaling(rounds: int, progress: Progress) -> list[Any]:
     """One rank's own cost at each number of ranks of ``SCALING``."""
     task = progress.add_task("torch, one rank of w", total=len(SCALING))
-    spec = json.dumps({"cases": [case.as_json() for case in SCALING], "rounds": rounds})
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.torch_scaling", spec, str(result)]
-        _wait_for([command], "one rank of w", lambda: progress.advance(task))
-        return list(json.loads(result.read_text()))
+    spec = {"cases": [case.as_json() for case in SCALING], "rounds": rounds}
+    return list(measured("torch_scaling", spec, "one rank of w", lambda: progress.advance(task)))
 
 
 def _run_own_ids(framework: str, rounds: int, turns: int, progress: Progress) -> list[tuple[str, Case, Any]]:
@@ -159,16 +121,13 @@ def _run_local(framework: str, cases: list[Case], rounds: int, progress: Progres
     device = "cuda" if framework == "torch on a GPU" else "cpu"
     results = []
     for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "result.json"
-            spec = json.dumps({"cases": [case.as_json()], "rounds": rounds, "device": device})
-            command = [sys.executable, "-m", f"benchmarks.{module}_local", spec, str(result)]
-            try:
-                _wait_for([command], f"{framework}, {case}", lambda: progress.advance(task))
-            except RuntimeError as error:
-                progress.console.print(f"left out: {error}", markup=False)
-                continue
-            results.append(Result(framework, case, json.loads(result.read_text())[0]))
+        spec = {"cases": [case.as_json()], "rounds": rounds, "device": device}
+        try:
+            found = measured(f"{module}_local", spec, f"{framework}, {case}", lambda: progress.advance(task))
+        except RuntimeError as error:
+            progress.console.print(f"left out: {error}", markup=False)
+            continue
+        results.append(Result(framework, case, found[0]))
     return results
 
 
@@ -200,7 +159,7 @@ def _write(
 def main() -> int:
     """Parse the command line, measure, show and write."""
     if sys.argv[1:] and sys.argv[1] in _OTHERS:
-        return subprocess.call([sys.executable, "-m", f"benchmarks.{sys.argv[1]}", *sys.argv[2:]], cwd=_ROOT)
+        return subprocess.call([sys.executable, "-m", f"benchmarks.{sys.argv[1]}", *sys.argv[2:]], cwd=ROOT)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.cases import shuffled, time_and_spread, timing
 from benchmarks.machine import describe, machine_facts
+from benchmarks.processes import measured
 
 __all__ = ["main"]
 
@@ -35,7 +33,6 @@ examples:
   python -m benchmarks head
   python -m benchmarks head --large --rounds 1    (8192 tokens, 131072 x 1024: minutes and 14 GB for each peer)"""
 
-_ROOT = Path(__file__).parents[1]
 _HEADER = ["case", "", "forward + backward", "/ ours", "memory", "MB sent per rank", "loss"]
 _TORCH = {
     1: ["ours", "F.linear + F.cross_entropy", "F.linear_cross_entropy"],
@@ -45,25 +42,14 @@ _JAX = ["ours", "optax, GSPMD"]
 _SMALL, _LARGE = (1024, 32768, 512), (8192, 131072, 1024)
 
 
-def _run_torch(spec: dict[str, Any]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.torch_head", f"{folder}/rendezvous"]
-        commands = [[*command, str(rank), json.dumps(spec), str(result)] for rank in range(spec["world_size"])]
-        processes = [subprocess.Popen(c, cwd=_ROOT, stderr=subprocess.PIPE, text=True) for c in commands]
-        for process in processes:
-            _, errors = process.communicate()
-            if process.returncode:
-                raise RuntimeError(f"{spec['candidate']} failed:\n{errors[-2000:]}")
-        return json.loads(result.read_text())
-
-
 def _torch_case(spec: dict[str, Any], turns: int) -> dict[str, Any]:
     names = _TORCH[spec["world_size"]]
     found: dict[str, list[Any]] = {name: [] for name in names}
     for turn in range(turns):
         for place in shuffled(len(names), turn):
-            found[names[place]].append(_run_torch({**spec, "candidate": names[place], "memory": turn == 0}))
+            name = names[place]
+            asked = {**spec, "candidate": name, "memory": turn == 0}
+            found[name].append(measured("torch_head", asked, name, ranks=spec["world_size"]))
     merged = {}
     for name, runs in found.items():
         times = timing("forward_backward", [t for run in runs for t in run["times"]])
@@ -78,11 +64,7 @@ def _torch_case(spec: dict[str, Any], turns: int) -> dict[str, Any]:
 
 
 def _jax_case(spec: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.jax_head", json.dumps({**spec, "candidates": _JAX}), str(result)]
-        subprocess.run(command, cwd=_ROOT, check=True)
-        found = json.loads(result.read_text())
+    found = measured("jax_head", {**spec, "candidates": _JAX}, "jax's heads")
     return {
         name: {**timing("forward_backward", run["times"]), "memory": run["temporary_bytes"], "loss": run["loss"]}
         for name, run in found.items()
