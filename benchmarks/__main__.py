@@ -1,7 +1,5 @@
 """``python -m benchmarks``: run the measurements, and write them as JSON, Markdown and figures."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -4,8 +4,6 @@ Programs are compiled ahead of time for devices that are not attached. The compi
 the temporary memory that it takes and, for TPUs, the time that it models.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.metadata

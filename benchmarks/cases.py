@@ -1,7 +1,5 @@
 """What is measured: tables, ids and the number of ranks."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from shared import VocabPartition
-from shared.sequence import rows_needed
 
 __all__ = ["FIRST", "Case", "make_ids", "peak_of", "shuffled", "time_and_spread", "timing", "traffic", "warm_pages"]
 
@@ -75,8 +72,9 @@ def traffic(case: Case) -> dict[str, float]:
     ids = make_ids(case)
     if case.reduction == "all_reduce":
         return {"dense": 2 * (w - 1) / w * tokens * row, "routed": (w - 1) / w * len(np.unique(ids)) * row}
-    needed = rows_needed(ids, partition)
-    return {"dense": (w - 1) / w * tokens * row, "routed": (needed.sum() - np.trace(needed)) / w * row}
+    chunks = enumerate(np.split(ids, w, axis=-1))
+    foreign = sum(int((partition.owner(np.unique(chunk)) != rank).sum()) for rank, chunk in chunks)
+    return {"dense": (w - 1) / w * tokens * row, "routed": foreign / w * row}
 
 
 def shuffled(count: int, turn: int) -> list[int]:

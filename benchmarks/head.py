@@ -1,7 +1,5 @@
 """``python -m benchmarks head``: the output head's loss, forward and backward, beside its peers."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

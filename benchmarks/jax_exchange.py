@@ -1,7 +1,5 @@
 """The JAX measurement: our exchanges, a plain psum or psum_scatter, and the compiler's own partitioning, in turn."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

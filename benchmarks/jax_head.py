@@ -1,7 +1,5 @@
 """The JAX head measurement: our loss, and the compiler's own partitioning of a dense one."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """One rank's lookup in JAX, and the embedding on every rank: ours, the peers, and what a plain gather takes, in turn."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """The measurements of one rank's lookup: which cases, and what is to be reached in them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What was measured on."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import os

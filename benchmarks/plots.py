@@ -1,7 +1,5 @@
 """The figures of the results: this layer in blue, its peers in grey, a reference as a dashed line."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path

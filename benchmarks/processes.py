@@ -1,7 +1,5 @@
 """Measurements in fresh processes, which write what they find as JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """``python -m benchmarks readme``: put what is in ``benchmarks/results`` into README, docs and figures."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

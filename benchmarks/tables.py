@@ -1,7 +1,5 @@
 """``python -m benchmarks tables``: tables converted, beside ``cp``, and numbers made, beside NumPy and torch."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

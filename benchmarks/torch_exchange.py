@@ -1,7 +1,5 @@
 """One rank of the PyTorch exchange measurement: one candidate on gloo, in a fresh process with nothing faulted in."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """One rank of the PyTorch head measurement: one candidate in a fresh process."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

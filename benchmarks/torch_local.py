@@ -1,7 +1,5 @@
 """One rank's lookup in PyTorch: ours, the forms that peers have of it, and what the memory allows, in turn."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """What one rank of w spends on a reduce_scatter, without a network: a process group that moves no bytes."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

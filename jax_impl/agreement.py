@@ -1,7 +1,5 @@
 """Checks that all processes compute the same."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor

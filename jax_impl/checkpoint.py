@@ -1,7 +1,5 @@
 """Restoring of training states with Orbax."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

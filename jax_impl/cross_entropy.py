@@ -6,8 +6,6 @@ Shape suffixes: S statistics, T tokens, K chunks of C tokens, E hidden columns, 
 block.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, N columns of the rank, K candidates, B columns of a block, W ranks.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

@@ -1,7 +1,5 @@
 """Devices visible to JAX, for ``pve env``."""
 
-from __future__ import annotations
-
 import json
 
 import jax

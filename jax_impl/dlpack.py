@@ -1,7 +1,5 @@
 """Import of other libraries' arrays into JAX, without copies where possible."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Every rank knows all ids, or gathers them. It computes from them what it sends a
 Shape suffixes: W ranks, C tokens of a chunk, E columns, K rows that one rank may send to another.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Reading and writing of sharded tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

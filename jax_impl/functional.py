@@ -1,7 +1,5 @@
 """Lookups as pure functions of one rank's rows, inside a shard_map."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

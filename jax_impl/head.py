@@ -4,8 +4,6 @@ Everything runs inside a shard_map. Products and sums are float32, or float64 fo
 Shape suffixes: T tokens, K chunks of C tokens, E hidden columns, N rows of the rank's table, B columns of a block.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

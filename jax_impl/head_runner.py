@@ -1,7 +1,5 @@
 """Run the JAX head on a case, one device per rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

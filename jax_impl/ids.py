@@ -1,7 +1,5 @@
 """Ids and targets as int32, and checks for those outside the vocabulary."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Initial values of a table."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, SupportsInt
 

@@ -1,7 +1,5 @@
 """Output head as a pytree: logits, loss and decoding."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace

@@ -4,8 +4,6 @@ A *key* is a row of the rank's table, or the number of rows for a foreign id.
 Shape suffixes: N rows of the rank's table, E columns; the keys' own dimensions are flattened to T tokens.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

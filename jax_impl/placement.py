@@ -1,7 +1,5 @@
 """Mesh of a table, and sharding of arrays over it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

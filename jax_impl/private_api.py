@@ -8,8 +8,6 @@ A test uses each of them, so that a release that moves one fails loudly.
   it together with support for jax 0.9.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Vocabulary-parallel embedding over a device mesh."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -378,7 +376,7 @@ class ParallelVocabEmbedding:
     def _sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
 
-    def with_weight(self, weight: jax.Array | np.ndarray) -> ParallelVocabEmbedding:
+    def with_weight(self, weight: jax.Array | np.ndarray) -> Self:
         """Return this layer with another table.
 
         Args:
@@ -392,7 +390,7 @@ class ParallelVocabEmbedding:
             raise ValueError(f"weight must have shape {own[0]} and dtype {own[1]}, got {given[0]} and {given[1]}")
         return jax.tree.unflatten(jax.tree.structure(self), [jax.device_put(weight, self._sharding)])
 
-    def zero_padding_grad(self, grads: ParallelVocabEmbedding) -> ParallelVocabEmbedding:
+    def zero_padding_grad(self, grads: Self) -> Self:
         """Set padding rows to zero in gradients of the layer.
 
         Lookups give padding rows no gradient, but a tied head of your own that computes ``hidden @ emb.weight.T`` does.

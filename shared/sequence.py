@@ -2,11 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from shared.partition import VocabPartition
-
-__all__ = ["chunk_shape", "resolve_seq_dim", "rows_needed"]
+__all__ = ["chunk_shape", "resolve_seq_dim"]
 
 
 def resolve_seq_dim(ndim: int, seq_dim: int) -> int:
@@ -43,26 +39,3 @@ def chunk_shape(shape: Sequence[int], seq_dim: int, world_size: int) -> tuple[in
             f"pad the sequence to {(length + 1) * world_size}, or choose another seq_dim"
         )
     return (*shape[:dim], length, *shape[dim + 1 :])
-
-
-def rows_needed(ids: np.ndarray, partition: VocabPartition, seq_dim: int = -1) -> np.ndarray:
-    """Count the distinct rows that each rank's chunk needs from each owner.
-
-    Returns:
-        int64 ``[world_size, world_size]``: entry ``[o, d]`` counts the distinct rows of owner o in the chunk of rank d.
-
-    Example:
-        >>> import numpy as np
-        >>> from shared import VocabPartition
-        >>> from shared.sequence import rows_needed
-        >>> rows_needed(np.array([0, 0, 3, 1, 3, -1]), VocabPartition(4, 2))
-        array([[1, 1],
-               [1, 1]])
-    """
-    world_size = partition.world_size
-    chunk_shape(ids.shape, seq_dim, world_size)
-    counts = np.zeros((world_size, world_size), np.int64)
-    for destination, chunk in enumerate(np.split(ids, world_size, axis=seq_dim)):
-        owners = partition.owner(np.unique(chunk))
-        counts[:, destination] = np.bincount(owners[owners >= 0], minlength=world_size)
-    return counts

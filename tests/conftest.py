@@ -1,7 +1,5 @@
 """What tests of several rooms need."""
 
-from __future__ import annotations
-
 import contextlib
 import doctest
 import importlib

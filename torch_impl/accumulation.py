@@ -1,7 +1,5 @@
 """Gradients added straight to the parameter's buffer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

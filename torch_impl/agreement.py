@@ -1,7 +1,5 @@
 """Failed collectives, and ranks that compute different things."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from hashlib import sha256

@@ -1,7 +1,5 @@
 """State dicts for torch.distributed.checkpoint, with rows of whole, unpadded tables."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradient clipping where each rank holds other rows of a table."""
 
-from __future__ import annotations
-
 import math
 
 import torch

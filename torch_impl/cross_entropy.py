@@ -7,8 +7,6 @@ Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the r
 P groups and pieces of blocks, W ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

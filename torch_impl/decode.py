@@ -5,8 +5,6 @@ thus ordered by id.
 Shape suffixes: T tokens, N columns of the rank, K candidates, W ranks.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Devices that PyTorch sees, for ``pve env``."""
 
-from __future__ import annotations
-
 import json
 
 import torch

@@ -1,7 +1,5 @@
 """Arrays of other libraries as torch tensors, shared where possible."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K dist
 one rank's ids, padded with -1 to the longest.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tables in files: read a rank's rows, write all ranks' rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 

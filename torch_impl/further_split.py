@@ -3,8 +3,6 @@
 The layer's mesh, ``fully_shard``, or both may have split it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from torch_impl.ids import is_dtensor

@@ -5,8 +5,6 @@ are rounded once.
 Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 

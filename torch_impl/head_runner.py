@@ -1,7 +1,5 @@
 """Run the PyTorch head on a case, one process per rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

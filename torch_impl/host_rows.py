@@ -1,7 +1,5 @@
 """Rows of a tensor as NumPy arrays, filled on the host."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Initial numbers of a rank's rows."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

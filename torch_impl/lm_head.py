@@ -1,7 +1,5 @@
 """Output head as a module: logits or loss from an embedding's table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any

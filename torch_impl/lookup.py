@@ -6,8 +6,6 @@ the operators, so that compilers, transforms and autograd need no other code.
 Shape suffixes: N rows of the rank's table, E columns; the ids' own dimensions are flattened to T tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import inspect

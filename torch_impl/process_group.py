@@ -1,7 +1,5 @@
 """Rank, world size and process group of a layer."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 
 from shared.checks import check_rank, check_size

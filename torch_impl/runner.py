@@ -4,8 +4,6 @@ Each rank is given its own rows only.
 Without a reduction the ranks take turns in this process; with one, each is a process of a gloo group.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path

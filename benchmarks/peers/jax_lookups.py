@@ -1,7 +1,5 @@
 """Lookups as JAX and its other libraries do them, each a function of a table and ids."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

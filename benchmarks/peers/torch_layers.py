@@ -1,7 +1,5 @@
 """Embeddings split over ranks, as PyTorch's other libraries make them."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -1,7 +1,5 @@
 """One rank's lookup in PyTorch as other libraries do it, in our own words."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Cross entropies of an output head, as PyTorch and its other libraries compute them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 

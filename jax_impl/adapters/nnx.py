@@ -1,7 +1,5 @@
 """Flax NNX: a replacement for ``flax.nnx.Embed``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any

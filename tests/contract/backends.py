@@ -1,7 +1,5 @@
 """Each backend as the tests of the contract see it: one table, split over some ranks, NumPy arrays in and out."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 

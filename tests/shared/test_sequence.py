@@ -1,13 +1,12 @@
-"""How a sequence is cut, which rows each chunk needs, and what ranks that disagree are told."""
+"""How a sequence is cut, and what ranks that disagree are told."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import VocabPartition
 from shared.agreement import describe_ids, disagreement, ids_disagreement
-from shared.sequence import chunk_shape, resolve_seq_dim, rows_needed
+from shared.sequence import chunk_shape, resolve_seq_dim
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.data(), st.integers(1, 5))
@@ -28,16 +27,6 @@ def test_what_cannot_be_split_is_told_with_its_sizes():
     for ndim, seq_dim in ((0, -1), (2, 2), (2, -3)):
         with pytest.raises(ValueError, match="seq_dim must name a dimension of the ids"):
             resolve_seq_dim(ndim, seq_dim)
-
-
-@pytest.mark.parametrize("seq_dim", [0, 1, -1])
-def test_rows_needed_are_counted_once_a_chunk(rng, seq_dim):
-    ids = rng.integers(-3, 44, (8, 12))
-    needed = rows_needed(ids, VocabPartition(40, 4), seq_dim)
-    for destination, chunk in enumerate(np.split(ids, 4, axis=seq_dim)):
-        distinct = {int(i) for i in chunk.ravel() if 0 <= i < 40}
-        for owner in range(4):
-            assert needed[owner, destination] == sum(i // 10 == owner for i in distinct)
 
 
 def test_what_ranks_disagree_about_is_told_briefly():

@@ -1,7 +1,5 @@
 """Parallel style for ``parallelize_module`` that replaces an ``nn.Embedding``."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from torch import Tensor, nn

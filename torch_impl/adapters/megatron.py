@@ -1,7 +1,5 @@
 """Replacement for Megatron-core's layer; Megatron-core is imported on use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NoReturn
 

@@ -4,8 +4,6 @@ They are correct on every device; on an accelerator the host waits for the numbe
 Shape suffixes: N rows of the table, E columns, T tokens, K distinct rows.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 

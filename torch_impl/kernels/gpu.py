@@ -5,8 +5,6 @@ foreign tokens are not read. The rank's range is data, so all ranks run the same
 Shape suffixes: N rows of the rank's table, E columns, T tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
