@@ -1,12 +1,10 @@
 """Vocabulary-parallel embedding over a device mesh."""
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +13,30 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_impl.agreement import check_agreement
-from jax_impl.exchange import linear_reduced_lookup, reduced_lookup
-from jax_impl.files import array_from_table, write_table
+from jax_impl.files import TableInFiles
 from jax_impl.ids import as_ids, check_ids, check_size_for_int32
 from jax_impl.init import draw_table, zero_rows
-from jax_impl.lookup import linear_lookup, lookup
+from jax_impl.over_mesh import Static, lookup_over_mesh
 from jax_impl.placement import (
     MeshValues,
-    axes_of,
     check_own_ids,
     check_sequence,
     describe_mesh,
-    explicit_axes,
     find_mesh,
     free_axes,
     known_split,
-    lay_out,
-    likely_split,
     resolve_mesh,
-    restricted,
-    split_further,
 )
 from shared.agreement import checks_wanted
-from shared.bits import DTYPES
 from shared.checks import table_dtype_error
 from shared.config import OPTIONS, EmbeddingConfig
 from shared.sequence import resolve_seq_dim
-from shared.tables.find_table import Paths, open_table
 
 __all__ = ["ParallelVocabEmbedding"]
 
 
-class _Static(NamedTuple):
-    """Static part of a layer: everything but its table."""
-
-    config: EmbeddingConfig
-    mesh: Mesh | AbstractMesh
-    axis_name: str
-
-
 @jax.tree_util.register_pytree_with_keys_class
-class ParallelVocabEmbedding:
+class ParallelVocabEmbedding(TableInFiles):
     """An embedding table whose vocabulary is split over a mesh axis.
 
     Rank r, the r-th position along ``axis_name``, holds rows ``[r * n, (r + 1) * n)``. Here n is ``vocab_size //
@@ -130,11 +111,6 @@ class ParallelVocabEmbedding:
         >>> bool((partials.sum(axis=0) == np.asarray(emb.weight)[ids]).all())
         True
     """
-
-    weight: jax.Array
-    config: EmbeddingConfig
-    mesh: Mesh | AbstractMesh
-    axis_name: str
 
     def __init__(
         self,
@@ -224,131 +200,12 @@ class ParallelVocabEmbedding:
         weight = jax.ShapeDtypeStruct(empty.weight.shape, empty.weight.dtype, sharding=empty._sharding)
         return jax.tree.unflatten(jax.tree.structure(empty), [weight])
 
-    @classmethod
-    def from_table(
-        cls,
-        path: Paths,
-        tensor_name: str | None = None,
-        mesh: Mesh | None = None,
-        axis_name: str = "tp",
-        *,
-        vocab_size: int | None = None,
-        dtype: DTypeLike | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build a layer from a table in files.
-
-        Each process reads the rows of its own devices only.
-
-        Args:
-            path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or Megatron-style
-                parts (see ``shared.tables.find_table.open_table``).
-            tensor_name: name of the tensor. None: the tensor named like an input embedding, or the only table.
-            mesh, axis_name: as for the class.
-            vocab_size: rows without padding; needed for Megatron-style parts, which do not record it.
-            dtype: dtype of the table; rows are cast and rounded once. None: the stored dtype, which must be legal for a
-                layer (float8 is not).
-            **options: further options of the class, such as ``padded_vocab_size`` if the axis does not divide the
-                vocabulary, or ``reduction``.
-
-        Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: there is no such table, the choice is ambiguous, a file is damaged or hostile, or an argument is out
-                of range. Nothing is ever unpickled.
-
-        Source: the safetensors format.
-
-        Example:
-            >>> import tempfile, jax, numpy as np
-            >>> from safetensors.numpy import save_file
-            >>> from jax_impl import ParallelVocabEmbedding
-            >>> folder = tempfile.mkdtemp()
-            >>> table = np.arange(20.0, dtype=np.float32).reshape(10, 2)
-            >>> save_file({"model.embed_tokens.weight": table}, f"{folder}/model.safetensors")
-            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
-            >>> emb = ParallelVocabEmbedding.from_table(folder, mesh=mesh, padded_vocab_size="even")
-            >>> bool((np.asarray(emb.weight)[:10] == table).all())
-            True
-        """
-        table = open_table(path, tensor_name, vocab_size)
-        if dtype is None:
-            if table.dtype not in DTYPES:
-                raise ValueError(f"dtype must say what to cast a table of {table.dtype} to, such as jnp.bfloat16")
-            dtype = DTYPES[table.dtype]
-        mesh = resolve_mesh(mesh, axis_name)  # type: ignore[assignment]
-        if not isinstance(mesh, Mesh):
-            raise ValueError(f"mesh must be a Mesh of devices, got {type(mesh).__name__}; inside jit pass mesh=")
-        empty = cls.abstract(table.vocab_size, table.emb_size, mesh, axis_name, dtype=dtype, **options)
-        weight = array_from_table(table, empty.config.partition, empty._sharding, empty.weight.dtype)
-        return jax.tree.unflatten(jax.tree.structure(empty), [weight])
-
-    @classmethod
-    def from_embedding(
-        cls, table: jax.Array | np.ndarray, mesh: Mesh | None = None, axis_name: str = "tp", **options: Any
-    ) -> Self:
-        """Build a layer from a whole table in memory.
-
-        Args:
-            table: ``[v, e]``, from JAX or NumPy, in a dtype that is legal for a layer.
-            mesh, axis_name, **options: as for ``from_table``.
-
-        Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: ``table`` does not have two dimensions, or an argument is out of range.
-
-        Example:
-            >>> import jax, numpy as np
-            >>> from jax_impl import ParallelVocabEmbedding
-            >>> table = np.arange(20.0, dtype=np.float32).reshape(10, 2)
-            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
-            >>> emb = ParallelVocabEmbedding.from_embedding(table, mesh, padded_vocab_size="even")
-            >>> bool((np.asarray(emb.weight)[:10] == table).all())
-            True
-        """
-        if not isinstance(table, (jax.Array, np.ndarray)):
-            raise TypeError(f"table must be a JAX or NumPy array, got {type(table).__name__}")
-        if table.ndim != 2:
-            raise ValueError(f"table must be [v, e], got {list(table.shape)}")
-        empty = cls.abstract(*table.shape, mesh, axis_name, dtype=table.dtype, **options)
-        if rows := empty.config.partition.padding_rows:
-            table = (np if isinstance(table, np.ndarray) else jnp).pad(table, ((0, rows), (0, 0)))
-        return jax.tree.unflatten(jax.tree.structure(empty), [jax.device_put(table, empty._sharding)])
-
-    def save_table(self, path: str | Path, tensor_name: str = "embed_tokens.weight", *, force: bool = False) -> None:
-        """Write the table without padding to one new safetensors file.
-
-        All processes call this; each writes the rows of its devices and reads them back. The file replaces an old one
-        atomically. A killed process leaves its temporary file ``.NAME.*.tmp`` beside it.
-
-        Args:
-            path: the file, named ``*.safetensors``, in a folder that all processes see.
-            tensor_name: name of the tensor.
-            force: replace an existing file.
-
-        Raises:
-            ValueError: in every process: the file exists and ``force`` is False, or it cannot be written.
-
-        Example:
-            >>> import tempfile, jax
-            >>> from jax_impl import ParallelVocabEmbedding
-            >>> mesh = jax.make_mesh((jax.device_count(),), ("tp",))
-            >>> emb = ParallelVocabEmbedding(10, 4, mesh, padded_vocab_size="even")
-            >>> path = f"{tempfile.mkdtemp()}/table.safetensors"
-            >>> emb.save_table(path)
-            >>> again = ParallelVocabEmbedding.from_table(path, mesh=mesh, padded_vocab_size="even")
-            >>> bool((again.weight == emb.weight).all())
-            True
-        """
-        if not isinstance(self.weight, jax.Array) or isinstance(self.weight, jax.core.Tracer):
-            raise ValueError(f"the table must be an array to be saved, outside jit, got {type(self.weight).__name__}")
-        write_table(self.weight, self.config.partition, path, tensor_name, force)
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], _Static]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], Static]:
         leaf = (jax.tree_util.GetAttrKey("weight"), self.weight)
-        return (leaf,), _Static(self.config, self.mesh, self.axis_name)
+        return (leaf,), Static(self.config, self.mesh, self.axis_name)
 
     @classmethod
-    def tree_unflatten(cls, static: _Static, leaves: tuple[Any]) -> Self:
+    def tree_unflatten(cls, static: Static, leaves: tuple[Any]) -> Self:
         self = object.__new__(cls)
         self.config, self.mesh, self.axis_name = static
         (self.weight,) = leaves
@@ -371,10 +228,6 @@ class ParallelVocabEmbedding:
             )
         mesh = describe_mesh(self.mesh)
         return _unpickle, (type(self), self.config, mesh, self.axis_name, np.asarray(self.weight))
-
-    @property
-    def _sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(self.axis_name, None))
 
     def with_weight(self, weight: jax.Array | np.ndarray) -> Self:
         """Return this layer with another table.
@@ -455,7 +308,7 @@ class ParallelVocabEmbedding:
         if ids.size == 0 and not any(isinstance(each, jax.core.Tracer) for each in (ids, self.weight)):
             return self._empty(ids.shape)
         try:
-            return _lookup(_Static(config, self.mesh, self.axis_name), split, self.weight, ids)
+            return lookup_over_mesh(Static(config, self.mesh, self.axis_name), split, self.weight, ids)
         except ValueError as error:
             if "incompatible devices" not in str(error):  # JAX has no class for this error
                 raise
@@ -495,94 +348,8 @@ for _name in ("partition", *OPTIONS):
 def _unpickle(
     cls: type[ParallelVocabEmbedding], config: EmbeddingConfig, mesh: MeshValues, axis_name: str, weight: np.ndarray
 ) -> ParallelVocabEmbedding:
-    static = _Static(config, find_mesh(mesh), axis_name)
+    static = Static(config, find_mesh(mesh), axis_name)
     return cls.tree_unflatten(static, (weight,)).with_weight(weight)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _lookup(
-    static: _Static,
-    split: PartitionSpec,
-    weight: jax.Array,
-    ids: jax.Array,
-) -> jax.Array:
-    """Look ids up; ``split`` is their known split over the mesh."""
-    if static.config.reduction in ("reduce_scatter", "all_to_all"):
-        split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
-    return _hidden_from_checkify(static, split, False, weight, ids)
-
-
-@_lookup.defjvp
-def _(
-    static: _Static,
-    split: PartitionSpec,
-    primals: tuple[jax.Array, jax.Array],
-    tangents: tuple[jax.Array, Any],
-) -> tuple[jax.Array, jax.Array]:
-    weight, ids = primals
-    likely = likely_split(ids, split, static.mesh, static.axis_name, static.config)
-    tangent = _hidden_from_checkify(static, likely, True, tangents[0], ids)
-    return _lookup(static, split, weight, ids), tangent
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _on_each_rank(
-    static: _Static,
-    split: PartitionSpec,
-    linear: bool,
-    weight: jax.Array,
-    ids: jax.Array,
-) -> jax.Array:
-    """Run the ranks' lookups under one shard_map; ``linear``: the map to transpose."""
-    config, mesh, axis_name = static
-    free = free_axes(mesh, axis_name)
-    manual = free & (explicit_axes(mesh) | axes_of(split)) | {axis_name}
-    rows, tokens = PartitionSpec(axis_name, None), restricted(split, manual - {axis_name})
-    if config.reduction == "all_to_all":  # the ranks' own ids are concatenated along the first dimension
-        tokens = PartitionSpec(*split_further(tokens, ids.ndim, 0, axis_name)[: ids.ndim])
-
-    def on_each_rank(weight: jax.Array, ids: jax.Array) -> jax.Array:
-        if config.reduction == "none":
-            return (linear_lookup if linear else lookup)(weight, ids, config, axis_name)[None]
-        return (linear_reduced_lookup if linear else reduced_lookup)(weight, ids, config, axis_name)
-
-    if config.reduction == "none":
-        output = PartitionSpec(axis_name, *tokens, None)
-    elif config.reduction in ("all_reduce", "all_to_all"):
-        output = PartitionSpec(*tokens, None)
-    else:
-        output = split_further(tokens, ids.ndim, config.seq_dim, axis_name)
-    mapped = jax.shard_map(
-        on_each_rank,
-        mesh=mesh if free == set(mesh.axis_names) else None,
-        in_specs=(rows, tokens),
-        out_specs=output,
-        axis_names=manual,
-    )
-    return mapped(lay_out(weight, mesh, rows), lay_out(ids, mesh, tokens))
-
-
-def _hidden_from_checkify(
-    static: _Static,
-    split: PartitionSpec,
-    linear: bool,
-    weight: jax.Array,
-    ids: jax.Array,
-) -> jax.Array:
-    """Run ``_on_each_rank``; where checkify may be applied, hide it in a linear_call.
-
-    checkify rewrites every shard_map, even one without checks, and fails if a mesh is set or has further axes (jax 0.10.2).
-    It does not look into linear_call, which has derivatives of any order but no vmap.
-    """
-    config, run = static.config, functools.partial(_on_each_rank, static, split, linear)
-    if config.invalid_ids != "error" or not isinstance(ids, jax.core.Tracer):
-        return run(weight, ids)
-
-    def transpose(ids: jax.Array, cotangent: jax.Array) -> jax.Array:
-        table = jax.ShapeDtypeStruct((config.padded_vocab_size, config.emb_size), cotangent.dtype)
-        return jax.linear_transpose(lambda weight: run(weight, ids), table)(cotangent)[0]
-
-    return jax.custom_derivatives.linear_call(lambda ids, weight: run(weight, ids), transpose, ids, weight)
 
 
 def _table_dtype(dtype: DTypeLike) -> np.dtype[Any]:
