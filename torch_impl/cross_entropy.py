@@ -7,6 +7,8 @@ Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the r
 P groups and pieces of blocks, W ranks.
 """
 
+from __future__ import annotations  # in torch 2.6 schemas of operators take types in text only
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -5,6 +5,8 @@ are rounded once.
 Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block.
 """
 
+from __future__ import annotations  # in torch 2.6 schemas of operators take types in text only
+
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
