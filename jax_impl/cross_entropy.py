@@ -1,7 +1,7 @@
 """Cross entropy over a split vocabulary, from logits or hidden states.
 
 Three *statistics* of a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum
-of the logits. The loss is plain JAX on them. The logits' gradient follows from theirs, block by block.
+of the logits. The loss is plain JAX on them. The logits' gradient follows from the statistics' gradients, block by block.
 Shape suffixes: S statistics, T tokens, K chunks of C tokens, E hidden columns, N rows of the rank's table, B columns of a
 block.
 """
@@ -301,7 +301,7 @@ def finite_shift(maximum: jax.Array) -> jax.Array:
 
 
 def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
-    """Leaves from statistics ``[S, groups * pieces, *]``, padded with empty ones."""
+    """Leaves of the tree from statistics ``[S, groups * pieces, *]``, padded."""
     rest = statistics.shape[2:]
     by_group = statistics.reshape(len(statistics), blocks.groups, blocks.pieces, *rest)
     widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]

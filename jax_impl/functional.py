@@ -171,7 +171,7 @@ def check_rows(weight: jax.Array, partition: VocabPartition, axis_name: str) -> 
 
 
 def check_axis(partition: VocabPartition, axis_name: str) -> None:
-    """Validate the axis's size and the ``check_vma`` of the shard_map around."""
+    """Validate the axis's size and the ``check_vma`` of the enclosing shard_map."""
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
     check_size_for_int32(partition)

@@ -1,8 +1,8 @@
 """Cross entropy over a split vocabulary, from logits or hidden states.
 
 Three numbers a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum of
-the logits. One operator computes them over all ranks; the loss applies stock operations to them. Its transpose computes
-the logits' gradient from theirs, block by block.
+the logits. One operator computes these statistics over all ranks; the loss applies stock operations to them. Its
+backward computes the logits' gradient from the statistics' gradients, block by block.
 Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block, G and
 P groups and pieces of blocks, W ranks.
 """
@@ -237,7 +237,7 @@ def _statistics(
 ) -> Tensor:
     """Logsumexp, target's logit and, if ``smoothed``, logits' sum: ``[2 or 3, T]``.
 
-    They are those of all ranks' columns. ``block(tokens, columns)`` returns logits, which are overwritten.
+    They cover all ranks' columns. ``block(tokens, columns)`` returns logits, which are overwritten.
     """
     start, owned = partition.start(rank), owned_columns(partition, rank)
     blocks = ColumnBlocks.of(partition)
@@ -303,7 +303,7 @@ def _merge(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Gradients:
-    """Logits' gradients from those of the statistics, block by block."""
+    """Gradient of the logits from those of the statistics, block by block."""
 
     def __init__(self, grads: Tensor, statistics: Tensor, targets_T: Tensor, start: int) -> None:
         self.lse_T1 = statistics[0].unsqueeze(1)

@@ -99,8 +99,8 @@ def parallel_sample(
 ) -> Tensor:
     """Draw one id a token from the distribution of its logits.
 
-    Probabilities are summed in float64, in the order of ids. Two numbers and then one id a token travel. The host waits
-    for the device to check ``uniform``.
+    Probabilities are summed in float64, in the order of ids. Each rank sends two numbers, then one id, for each token.
+    The host waits for the device to check ``uniform``.
 
     Args:
         logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Divide them by the temperature

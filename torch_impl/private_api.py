@@ -65,7 +65,7 @@ all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single",
 def distribute_rows(weight: Tensor, mesh: DeviceMesh, style: ParallelStyle) -> DTensor:
     """Split rows over a mesh, from the rank that ``style`` names.
 
-    The styles of torch 2.6 name none: it takes the first rank's.
+    The styles of torch 2.6 name none: the first rank's rows are taken.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 
