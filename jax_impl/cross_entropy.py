@@ -91,13 +91,13 @@ def parallel_cross_entropy(
         The loss, float32 (float64 for float64 logits), not varying over ``axis_name``: 0-d, or ``[*]`` for
         ``reduction="none"``.
 
-    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an impossible id: as a target
+    Forward is one all-gather of a few numbers per token; backward is local. A logit of -inf is an impossible id: as a target
     it gives inf, as does any target with label smoothing. Logits with NaN or +inf, or all -inf, give NaN. A token without an
     upstream gradient has a gradient of exactly 0. Reverse mode only.
 
     Raises:
         TypeError: logits are not floating, targets are not integers, or an option has the wrong type.
-        ValueError: logits do not have one rank's width, there is not one target a token, targets vary over the axis, or an
+        ValueError: logits do not have one rank's width, there is not one target per token, targets vary over the axis, or an
             option is out of range.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); label smoothing as in PyTorch's ``F.cross_entropy``;
@@ -167,7 +167,7 @@ def linear_cross_entropy(
         ``reduction="none"``. With ``returns``, a tuple of the loss and those results in that order; ``lse`` and
         ``logprobs`` are ``[*]`` and differentiable, ``count`` is int32.
 
-    Forward is one all-gather of a few numbers a token, and keeps nothing of the vocabulary's size. Backward recomputes the
+    Forward is one all-gather of a few numbers per token, and keeps nothing of the vocabulary's size. Backward recomputes the
     logits block by block. It sums the gradient of ``hidden`` over the ranks once, in float32; the table's gradient is local.
     Products and sums are float32 for 16-bit inputs. Gradients are rounded once, after the sum over data axes. Loss, ``lse``
     and the table's gradient do not depend on the number of ranks, within the limits of ``shared.head.ColumnBlocks``. On

@@ -32,7 +32,7 @@ def partial_lookup(
 
     Args:
         weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype, the same on all ranks. No dtype wraps. Ids outside
+        ids: global ids, any shape, any integer dtype, the same on all ranks. Ids never wrap. Ids outside
             ``[0, vocab_size)``, negative ones included, give zero rows on every rank.
         partition: ownership of the rows; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis that splits the vocabulary.
@@ -90,7 +90,7 @@ def reduced_lookup(
 
     Args:
         weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype. No dtype wraps. The same on all ranks, except for ``"all_to_all"``:
+        ids: global ids, any shape, any integer dtype. Ids never wrap. The same on all ranks, except for ``"all_to_all"``:
             there each rank passes its own, of one shape.
         partition: ownership of the rows; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis that splits the vocabulary.

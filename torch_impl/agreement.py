@@ -1,4 +1,4 @@
-"""Failed collectives, and ranks that compute different things."""
+"""Errors of failed collectives, and checks that ranks agree."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
