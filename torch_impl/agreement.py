@@ -100,7 +100,7 @@ def _same_rows(first: list[bytes | None], second: list[bytes | None]) -> bool:
 
 
 def agreed_ids(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group_name: str) -> Tensor:
-    """Check agreement as an operator of a graph; return the ids.
+    """Check agreement in a custom operator; return the ids.
 
     Raises:
         ValueError: as ``check_agreement``.

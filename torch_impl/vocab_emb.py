@@ -76,8 +76,8 @@ class ParallelVocabEmbedding(TableInFiles):
             so a lambda fails. None leaves rows uninitialised, for loading. Callables and None do not use
             ``init_mean``, ``init_std`` and ``init_base_seed``. Padding and the row of ``padding_idx`` are always zero.
         check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
-            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a
-            few hundred bytes; the host waits for the device.
+            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an all-gather of
+            a few hundred bytes; the host waits for the device.
         gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to ``weight.grad``
             if there is no such tensor. A micro-batch then costs as much as its tokens, not as the table. The sums are those
             of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype, float32 or a wider
