@@ -130,7 +130,7 @@ def tables() -> dict[str, str]:
     ]
     best = [_found(exchange, "torch", Case(reduction, 4, "zipf")) for reduction in ("reduce_scatter", "all_reduce")]
     three = [
-        [f"one rank's lookup of 8, {dtype}", torch[number]["ours"], torch[number]["Megatron's form"], None]
+        [f"one of 8 ranks, no reduction, {dtype}", torch[number]["ours"], torch[number]["Megatron's form"], None]
         for number, dtype in ((3, "bfloat16"),)
     ] + [
         [f"{reduction} over 4 ranks, float32", found["ours, auto"], found["Megatron-core"], found["DTensor"]]

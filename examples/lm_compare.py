@@ -25,17 +25,17 @@ RUNS = {
     "JAX w=4": [HERE / "lm_jax.py", "--devices", "4"],
 }
 UNIT = 2.0**-23  # float32's spacing at 1
-# All runs compute the same formulas; products and sums round in another order, each by at most 2**-24. The largest
-# difference measured is 2.7 units, and this leaves room for other processors' roundings.
+# All runs compute the same formulas, but sum in different orders; each operation rounds by at most 2**-24. The largest
+# difference measured is 2.7 units. The bound leaves room for other processors.
 BOUND = 16
 
 
 def train(folder: Path) -> dict[str, np.ndarray]:
-    """The losses of each run, which its script writes to a file of the folder."""
+    """Run each script and return its losses, read from a file in the folder."""
     losses = {}
     for name, command in RUNS.items():
         path = folder / f"{name}.jsonl"
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # each: the ranks share the processor
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # per process: the ranks share the processor
         subprocess.run([sys.executable, *command, "--json", path], check=True, env=one_thread)
         losses[name] = np.array([json.loads(line)["loss"] for line in path.read_text().splitlines()])
     return losses
@@ -47,7 +47,7 @@ def difference(losses: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def draw(losses: dict[str, np.ndarray], path: Path) -> None:
-    """Draw the four curves, which lie on each other, and below how far they are apart."""
+    """Draw the four curves, which nearly coincide, and their differences below."""
     import matplotlib as mpl
 
     mpl.use("Agg")

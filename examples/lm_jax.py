@@ -1,4 +1,4 @@
-"""Train a small language model whose one table, over all devices, is both its embedding and its output head.
+"""Train a small language model whose embedding and output head share one table, split over all devices.
 
 Run: python examples/lm_jax.py --devices 4
 """
@@ -59,10 +59,10 @@ def train_step(model, state, ids, targets):
 
 def train(mesh) -> Iterator[float]:
     weights = initial_weights()
-    # The head needs the hidden states of all tokens on every device, so the embedding hands out all of them.
+    # The head needs the hidden states of all tokens on every device, hence all_reduce.
     emb = ParallelVocabEmbedding(VOCAB, EMB, mesh, reduction="all_reduce", init=None)
     emb = emb.with_weight(weights.pop("emb.weight"))
-    model = emb, jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))  # all but the table on every device
+    model = emb, jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))  # replicated, unlike the table
     state = optimizer.init(model)
     for ids in batches():
         loss, model, state = train_step(model, state, ids[:, :-1], ids[:, 1:])

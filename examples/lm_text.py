@@ -1,4 +1,4 @@
-"""What both language models start from: real text, the same initial weights, and a record of the losses."""
+"""Text, initial weights and loss record of both language models."""
 
 import argparse
 import json
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 VOCAB, EMB, HEADS, LAYERS = 32000, 128, 4, 2
 BATCH, LENGTH, STEPS = 4, 64, 40
 EPS = 1e-6  # of the RMS norms
-# Of Adam, whose eps is 1e-8 by default in torch and optax. At a rate of 3e-3 training is unstable: differences of 1e-7
+# Adam's; its eps is 1e-8 by default in torch and optax. At a rate of 3e-3 training is unstable: differences of 1e-7
 # between the runs grew to 3e-3. With 0.999 for the second beta the frameworks were 2e-6 apart: 1 - beta**step, which optax
 # computes in float32, loses digits.
 RATE, BETAS = 1e-3, (0.9, 0.95)
 
 
 def batches() -> np.ndarray:
-    """Python's own help texts as ids, ``[STEPS, BATCH, LENGTH + 1]``: inputs, and one further on, targets."""
+    """Python's help texts as ids, ``[STEPS, BATCH, LENGTH + 1]``; targets are inputs shifted by one."""
     path = distribution("wordllama").locate_file("wordllama/tokenizers/l2_supercat_tokenizer_config.json")
     ids = Tokenizer.from_file(str(path)).encode("".join(topics.values())[:60_000]).ids
     return np.array(ids[: STEPS * BATCH * (LENGTH + 1)]).reshape(STEPS, BATCH, LENGTH + 1)
@@ -48,7 +48,7 @@ def initial_weights() -> dict[str, np.ndarray]:
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """The option that both scripts have."""
+    """Parser with the option that both scripts have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write each step's loss as a line of JSON")
     return parser

@@ -1,4 +1,4 @@
-"""Train a small language model whose one table, over all ranks, is both its embedding and its output head.
+"""Train a small language model whose embedding and output head share one table, split over all ranks.
 
 Run: python examples/lm_torch.py, or over 4 ranks: torchrun --standalone --nproc-per-node 4 examples/lm_torch.py
 """
@@ -37,7 +37,7 @@ class Layer(nn.Module):
 class LanguageModel(nn.Module):
     def __init__(self, process_group):
         super().__init__()
-        # The head needs the hidden states of all tokens on every rank, so the embedding hands out all of them.
+        # The head needs the hidden states of all tokens on every rank, hence all_reduce.
         self.emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=process_group, reduction="all_reduce", init=None)
         self.positions = nn.Parameter(torch.empty(LENGTH, EMB))
         self.layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))

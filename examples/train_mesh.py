@@ -38,7 +38,7 @@ torch.manual_seed(0)
 with torch.device(mesh.device_type):
     model = Model(mesh["tp"])
     ids = torch.randint(0, 32000, (4, 129))  # the same on all ranks
-fully_shard([model.embedding, model.head], mesh=mesh["dp"])  # whole while either is used
+fully_shard([model.embedding, model.head], mesh=mesh["dp"])  # the table is gathered while either is used
 fully_shard(model, mesh=mesh["dp"])
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
@@ -61,6 +61,6 @@ for _ in range(3):
     if dist.get_rank() == 0:
         print(f"loss {loss.item():.3f}, norm {norm.item():.3f}, dp x tp = {mesh['dp'].size()} x {tp}")
 dcp.save(state(), checkpoint_id=folder)
-last = dist.barrier(async_op=True)  # kept: a thread of gloo that frees it while Python exits aborts (torch 2.13)
+last = dist.barrier(async_op=True)  # kept: gloo aborts if its thread frees it at exit (torch 2.13)
 last.wait()
 dist.destroy_process_group()

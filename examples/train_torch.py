@@ -31,7 +31,7 @@ for step in range(5):
     hidden = emb(ids)  # [s / w, b, e]: this rank's part of the sequence
     loss = (head(hidden) - 1).square().sum() / ids.numel()
     optimizer.zero_grad()
-    loss.backward()  # emb.weight.grad is complete: it came from all parts
+    loss.backward()  # emb.weight.grad is complete: it sums all parts
     for parameter in head.parameters():
         dist.all_reduce(parameter.grad)
     optimizer.step()

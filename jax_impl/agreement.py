@@ -1,4 +1,4 @@
-"""Checks that all processes compute the same."""
+"""Comparison of ids and options across processes."""
 
 import json
 from collections.abc import Mapping

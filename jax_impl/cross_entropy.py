@@ -1,7 +1,7 @@
 """Cross entropy over a split vocabulary, from logits or hidden states.
 
 Three *statistics* of a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum
-of the logits. The loss is plain JAX on them. The logits' gradient follows from theirs, block by block.
+of the logits. The loss is plain JAX on them. The logits' gradient follows from the statistics' gradients, block by block.
 Shape suffixes: S statistics, T tokens, K chunks of C tokens, E hidden columns, N rows of the rank's table, B columns of a
 block.
 """
@@ -91,13 +91,13 @@ def parallel_cross_entropy(
         The loss, float32 (float64 for float64 logits), not varying over ``axis_name``: 0-d, or ``[*]`` for
         ``reduction="none"``.
 
-    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an impossible id: as a target
+    Forward is one all-gather of a few numbers per token; backward is local. A logit of -inf is an impossible id: as a target
     it gives inf, as does any target with label smoothing. Logits with NaN or +inf, or all -inf, give NaN. A token without an
     upstream gradient has a gradient of exactly 0. Reverse mode only.
 
     Raises:
         TypeError: logits are not floating, targets are not integers, or an option has the wrong type.
-        ValueError: logits do not have one rank's width, there is not one target a token, targets vary over the axis, or an
+        ValueError: logits do not have one rank's width, there is not one target per token, targets vary over the axis, or an
             option is out of range.
 
     Source: Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053); label smoothing as in PyTorch's ``F.cross_entropy``;
@@ -167,7 +167,7 @@ def linear_cross_entropy(
         ``reduction="none"``. With ``returns``, a tuple of the loss and those results in that order; ``lse`` and
         ``logprobs`` are ``[*]`` and differentiable, ``count`` is int32.
 
-    Forward is one all-gather of a few numbers a token, and keeps nothing of the vocabulary's size. Backward recomputes the
+    Forward is one all-gather of a few numbers per token, and keeps nothing of the vocabulary's size. Backward recomputes the
     logits block by block. It sums the gradient of ``hidden`` over the ranks once, in float32; the table's gradient is local.
     Products and sums are float32 for 16-bit inputs. Gradients are rounded once, after the sum over data axes. Loss, ``lse``
     and the table's gradient do not depend on the number of ranks, within the limits of ``shared.head.ColumnBlocks``. On
@@ -301,7 +301,7 @@ def finite_shift(maximum: jax.Array) -> jax.Array:
 
 
 def as_leaves(statistics: jax.Array, blocks: ColumnBlocks) -> list[jax.Array]:
-    """Leaves from statistics ``[S, groups * pieces, *]``, padded with empty ones."""
+    """Leaves of the tree from statistics ``[S, groups * pieces, *]``, padded."""
     rest = statistics.shape[2:]
     by_group = statistics.reshape(len(statistics), blocks.groups, blocks.pieces, *rest)
     widths = [(0, 0), (0, tree_size(blocks.pieces) - blocks.pieces), *[(0, 0)] * len(rest)]

@@ -77,7 +77,7 @@ def parallel_top_k(
         ``(values, ids)``, both ``[*, k]``, not varying over ``axis_name``: values in the dtype of ``logits``, -0.0 as 0.0
         and every NaN the same; global ids, int32. Of equal logits the lower id comes first. NaN precedes all numbers.
 
-    Each rank contributes ``min(k, rows_per_rank)`` candidates a token, gathered as logits and ids. There is no gradient.
+    Each rank contributes ``min(k, rows_per_rank)`` candidates per token, gathered as logits and ids. There is no gradient.
 
     Raises:
         TypeError: logits are not floating, or ``k`` is not an integer.
@@ -117,7 +117,7 @@ def parallel_top_k(
 def parallel_sample(
     logits: jax.Array, partition: VocabPartition, axis_name: str = "tp", *, uniform: jax.Array
 ) -> jax.Array:
-    """Draw one id a token, with probabilities ``softmax(logits)``.
+    """Draw one id per token, with probabilities ``softmax(logits)``.
 
     Call it inside a ``jax.shard_map`` that is manual over ``axis_name``. The position along that axis is the rank.
 
@@ -126,14 +126,14 @@ def parallel_sample(
             by the temperature. Padding columns are ignored.
         partition: ownership of the columns; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis that splits the vocabulary.
-        uniform: one random number in [0, 1) a token, ``[*]``, the same on all ranks.
+        uniform: one random number in [0, 1) per token, ``[*]``, the same on all ranks.
 
     Returns:
         Global ids, int32 ``[*]``, not varying over ``axis_name``: the smallest id whose cumulative probability exceeds
         ``uniform``. It is -1 where logits hold NaN or +inf or are all -inf, or ``uniform`` is outside [0, 1).
 
     Probabilities are summed in float32 (float64 for float64 logits), in the order of a fixed tree: ids do not depend on the
-    number of ranks. A rank sends two numbers, then one id a token. There is no gradient.
+    number of ranks. A rank sends two numbers, then one id per token. There is no gradient.
 
     Raises:
         TypeError: ``logits`` or ``uniform`` are not floating.

@@ -51,7 +51,7 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> jax.Array:
 def array_from_dlpack(shards: Sequence[Any], sharding: NamedSharding, *, copy: bool | None = None) -> jax.Array:
     """Assemble a global array, such as a table, from the ranks' parts.
 
-    All CPU devices, and so replicas over further mesh axes, share one memory: nothing is copied for them.
+    All CPU devices share one memory, so replicas over further mesh axes are not copied.
 
     Args:
         shards: the parts in rank order, as ``from_dlpack`` takes them, of one shape and dtype. Each process passes the parts

@@ -70,7 +70,7 @@ def linear_reduced_lookup(weight: jax.Array, ids: jax.Array, config: EmbeddingCo
     def dense() -> jax.Array:
         return _collective(ids, config, axis_name)(linear_lookup(weight, ids, config, axis_name))
 
-    # Rounded once, 16-bit gradients would be routed as float32 sums: no fewer bytes than dense.
+    # To be rounded once, 16-bit gradients would travel as float32 sums: no fewer bytes than dense.
     direct = weight.dtype.itemsize < 4 or config.world_size == 1
     if config.reduction == "all_reduce" or config.exchange != "routed" or direct:
         return dense()
@@ -92,7 +92,7 @@ def _of_own_ids(
 
 
 def _nothing(weight: jax.Array, ids: jax.Array, config: EmbeddingConfig, axis_name: str) -> jax.Array:
-    """Embedding of no ids."""
+    """Return the empty embedding of no ids."""
     varying, shape = varying_axes(ids) | (varying_axes(weight) - {axis_name}), ids.shape
     if config.reduction == "reduce_scatter":
         varying, shape = varying | {axis_name}, chunk_shape(shape, config.seq_dim, config.world_size)

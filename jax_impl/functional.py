@@ -32,7 +32,7 @@ def partial_lookup(
 
     Args:
         weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype, the same on all ranks. No dtype wraps. Ids outside
+        ids: global ids, any shape, any integer dtype, the same on all ranks. Ids never wrap. Ids outside
             ``[0, vocab_size)``, negative ones included, give zero rows on every rank.
         partition: ownership of the rows; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis that splits the vocabulary.
@@ -90,7 +90,7 @@ def reduced_lookup(
 
     Args:
         weight: the rank's rows, ``[partition.rows_per_rank, emb_size]``, float16, bfloat16, float32 or float64.
-        ids: global ids, any shape, any integer dtype. No dtype wraps. The same on all ranks, except for ``"all_to_all"``:
+        ids: global ids, any shape, any integer dtype. Ids never wrap. The same on all ranks, except for ``"all_to_all"``:
             there each rank passes its own, of one shape.
         partition: ownership of the rows; its ``world_size`` is the size of the axis.
         axis_name: the mesh axis that splits the vocabulary.
@@ -171,7 +171,7 @@ def check_rows(weight: jax.Array, partition: VocabPartition, axis_name: str) -> 
 
 
 def check_axis(partition: VocabPartition, axis_name: str) -> None:
-    """Validate the axis's size and the ``check_vma`` of the shard_map around."""
+    """Validate the axis's size and the ``check_vma`` of the enclosing shard_map."""
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string, the name of one mesh axis, got {axis_name!r}")
     check_size_for_int32(partition)

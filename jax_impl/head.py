@@ -61,13 +61,13 @@ class Plan(NamedTuple):
 class Block(NamedTuple):
     """A block of the rank's columns.
 
-    All blocks are equally wide: a narrower one starts with columns of the block before it. Blocks are written in reverse
-    order, so that the block before overwrites these.
+    All blocks are equally wide: a narrower one begins with columns of the previous block. Blocks are written in reverse
+    order, so that the previous block overwrites these.
 
     Attributes:
         at: first column.
         columns_B: column numbers.
-        owned_B: False for columns of the block before, and for padding.
+        owned_B: False for columns of the previous block, and for padding.
     """
 
     at: jax.Array
@@ -193,7 +193,7 @@ def part_of(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
     The barrier makes the array seem to depend on the iteration. Without it XLA:CPU, which computes with 16-bit floats as
     float32, widens the whole array before the loop: 512 MiB for a table of 131072 x 1024. The TPU's compiler drops the
-    barrier late. At the default precision of products it still narrows a float32 table before the loop (jax 0.10.2).
+    barrier in a late pass. At the default matmul precision it still narrows a float32 table before the loop (jax 0.10.2).
     """
     array, start = jax.lax.optimization_barrier((array, start))
     return jax.lax.dynamic_slice_in_dim(array, start, size)

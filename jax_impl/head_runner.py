@@ -21,7 +21,7 @@ def run(case: HeadCase, record: HeadWriter, progress: Callable[[str, int, int], 
     """Record every rank's loss, log-probabilities, gradients and argmax.
 
     Raises:
-        RuntimeError: the platform has fewer devices than the case has ranks. CPUs are made up to be enough.
+        RuntimeError: the platform has fewer devices than the case has ranks. CPU devices are created as needed.
     """
     mesh = make_mesh(case)
     progress("table", 0, 3)
@@ -29,7 +29,7 @@ def run(case: HeadCase, record: HeadWriter, progress: Callable[[str, int, int], 
         case.weights, case.tensor, mesh, vocab_size=case.vocab_size, **case.config.changes()
     )
     targets = case.batch_array("targets")
-    # If tied, zeros to add to what is looked up: their gradient is that of the hidden states.
+    # If tied, zeros that are added to the looked-up rows: their gradient is the hidden states'.
     given = np.zeros((*targets.shape, case.emb_size), DTYPES[case.dtype]) if case.tied else case.batch_array("hidden")
     replicated = NamedSharding(mesh, PartitionSpec())
     given = jax.device_put(given, replicated)

@@ -62,7 +62,7 @@ class ParallelLMHead:
         embedding: the layer.
         options: the ``shared.head.LossOptions``.
 
-    Tokens stay split over further mesh axes. Inside ``jit`` the batch is assumed to be split over all Auto ones.
+    Tokens stay split over further mesh axes. Inside ``jit`` the batch is assumed to be split over all further Auto axes.
 
     Raises:
         TypeError: ``embedding`` is not a ``ParallelVocabEmbedding``, or an option has the wrong type.

@@ -88,7 +88,7 @@ def first_row(index: Any) -> int:
 
 
 def free_axes(mesh: Mesh | AbstractMesh, axis_name: str) -> frozenset[str]:
-    """Axes of the mesh that no shard_map around makes manual.
+    """Mesh axes that no enclosing shard_map makes manual.
 
     Raises:
         ValueError: ``axis_name`` is manual already, or another mesh is set with ``jax.set_mesh``.

@@ -1,6 +1,6 @@
 """Private JAX APIs, and differences between JAX versions from 0.8.2 on.
 
-A test uses each of them, so that a release that moves one fails loudly.
+A test uses each one and fails when a release moves it.
 
 - ``typeof(x).manual_axis_type.varying`` (``.vma`` before jax 0.10): mesh axes over which an array varies inside a shard_map.
   ``jax.lax.pcast`` takes only the missing ones, and ids must not vary over the table's axis. No public name is proposed.

@@ -20,7 +20,7 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
     """Record what every rank returns and its gradient, and the whole embedding.
 
     Raises:
-        RuntimeError: the platform has fewer devices than the case has ranks. CPUs are made up to be enough.
+        RuntimeError: the platform has fewer devices than the case has ranks. CPU devices are created as needed.
     """
     mesh = make_mesh(case)
     progress("table", 0, 4)
@@ -32,7 +32,7 @@ def run(case: Case, record: RecordWriter, progress: Callable[[str, int, int], No
         **case.config.changes(),
     )
     ids, grad_output = case.batch_array("ids"), case.batch_array("grad_output")
-    if case.reduction == "all_to_all":  # each rank its own: one after the other along the first dimension
+    if case.reduction == "all_to_all":  # each rank's own ids, concatenated along the first dimension
         ids, grad_output = (
             np.concatenate([case.part_of(each, rank) for rank in range(case.world_size)]) for each in (ids, grad_output)
         )

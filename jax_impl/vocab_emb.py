@@ -49,8 +49,7 @@ class ParallelVocabEmbedding(TableInFiles):
         vocab_size: rows of the whole table, divisible by the size of the axis unless padded.
         emb_size: columns of the table.
         mesh: a ``jax.sharding.Mesh`` with Auto or Explicit axes. None: the one set with ``jax.set_mesh``. Inside ``jit`` or
-            ``eval_shape`` pass the mesh: None finds only its shape there, and layers of a shape and of a mesh are different
-            pytrees.
+            ``eval_shape`` pass the mesh: None finds only an AbstractMesh there, which makes another pytree.
         axis_name: the mesh axis that splits the vocabulary. Over further axes the table is replicated, and ids stay split.
         init_mean: mean of the initial normal distribution.
         init_std: its standard deviation.
@@ -70,8 +69,8 @@ class ParallelVocabEmbedding(TableInFiles):
         padding_idx: a global id whose row starts as zero and gets no gradient from lookups.
         padded_vocab_size: rows including padding, divisible by the size of the axis, or ``"even"`` for the least such size
             (``shared.pad_vocab_size`` computes others); at most ``2**31 - 1``, on one rank ``2**31 - 2``. None: no padding.
-            Padding rows come last, are zero, belong to no id and are never written to a file. Lookups give them no gradient,
-            a tied head of your own does: see ``zero_padding_grad``.
+            Padding rows come last, are zero, belong to no id and are never written to a file. Lookups give them no gradient;
+            for a tied head of your own see ``zero_padding_grad``.
         init: ``"per_rank"``, as ``init_base_seed`` describes; ``"global"``, row i is a function of ``init_base_seed`` and i
             alone, computed on the host, with the same bits in both frameworks, on any mesh and with any padding. A callable
             is traced: on each device it receives the global numbers ``[n]`` of the device's rows, int32, and returns the
@@ -288,7 +287,7 @@ class ParallelVocabEmbedding(TableInFiles):
                 disagree.
         """
         config = self.config
-        free_axes(self.mesh, self.axis_name)  # before the shape: in a shard_map of the caller's the table is one rank's
+        free_axes(self.mesh, self.axis_name)  # before the shape: in the caller's shard_map the table is one rank's
         if self.weight.shape != (config.padded_vocab_size, config.emb_size):
             raise ValueError(
                 f"weight must be [{config.padded_vocab_size}, {config.emb_size}], got {list(self.weight.shape)}: "
@@ -319,7 +318,7 @@ class ParallelVocabEmbedding(TableInFiles):
             ) from error
 
     def _empty(self, shape: tuple[int, ...]) -> jax.Array:
-        """Embedding of no ids."""
+        """Return the empty embedding of no ids."""
         # jit would return empty arrays whose shards have the whole shape, which NumPy refuses.
         spec = PartitionSpec()
         if self.config.reduction == "none":

@@ -52,9 +52,10 @@ def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _rounded_to_odd(values: np.ndarray) -> np.ndarray:
-    """Cast float64 to float32, rounding to odd; a second rounding is exact.
+    """Cast float64 to float32, rounding to odd.
 
-    Source: Boldo and Melquiond, Emulation of a FMA and correctly rounded sums (2008).
+    Rounding the result again gives the bits of a single rounding. Source: Boldo and Melquiond, Emulation of a FMA and
+    correctly rounded sums (2008).
     """
     nearest = np.ascontiguousarray(values.astype(np.float32))
     back, bits = nearest.astype(np.float64), nearest.view(np.uint32)

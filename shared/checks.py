@@ -34,7 +34,7 @@ SEED_LIMIT = 2**63
 """Seeds lie in ``[-SEED_LIMIT, SEED_LIMIT)``: what both frameworks' generators take."""
 
 REDUCTIONS = ("none", "all_reduce", "reduce_scatter", "all_to_all")
-"""Results of a lookup: the rank's incomplete embedding, the embedding, its chunk of it, or that of the rank's own ids."""
+"""Results of a lookup: the incomplete embedding, the embedding, the rank's chunk of it, or that of the rank's own ids."""
 
 EXCHANGES = ("auto", "dense", "routed")
 """How rows travel: as the layer chooses, by a dense collective, or from their owner to the ranks that need them."""

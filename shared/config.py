@@ -37,7 +37,7 @@ class EmbeddingConfig:
             padding.
         reduction: result of a lookup, one of ``shared.checks.REDUCTIONS``.
         exchange: how rows travel between ranks, one of ``shared.checks.EXCHANGES``.
-        seq_dim: the dimension of the ids that ``"reduce_scatter"`` and ``"all_to_all"`` split.
+        seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits; for ``pve`` also ``"all_to_all"``.
         invalid_ids: result for an id outside the vocabulary, one of ``shared.checks.INVALID_IDS``.
         padding_idx: global id whose row is zero at first and gets no gradient; or None.
         sparse: make the gradient a sparse tensor (PyTorch).

@@ -16,7 +16,7 @@ from shared.checks import SEED_LIMIT, as_int, check_size
 
 __all__ = ["normal_rows"]
 
-_TAG = 0x70766520  # upper half of the Philox key: a plain Philox stream of the same seed is another stream
+_TAG = 0x70766520  # upper half of the Philox key, so that streams differ from plain Philox streams of the same seed
 _PAIRS = 65536  # per block; with smaller ones threads wait for the interpreter (25 against 45 million numbers a second)
 
 # Taylor coefficients, correctly rounded. Against mpmath, over thousands of arguments, log is off by at most 1.5 ulp, sine

@@ -61,9 +61,9 @@ class ColumnBlocks:
     vocabulary if that is less. The result is a *group*. A group wider than the limit is cut into pieces of ``columns``
     columns; its last piece may be narrower.
 
-    For 1, 2, 4 and 8 ranks, blocks and order of merging are the same. So they are for more ranks by powers of two, as long
-    as each rank holds a whole group. For other world sizes, and for a vocabulary padded to another size, results agree
-    within rounding.
+    For 1, 2, 4 and 8 ranks, blocks and order of merging are the same. Larger powers of two share them as long as each
+    rank holds a whole group. For other world sizes, and for a vocabulary padded to another size, results agree within
+    rounding.
 
     Example:
         >>> from shared import VocabPartition

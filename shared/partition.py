@@ -113,7 +113,7 @@ class VocabPartition:
         return min(start, self.vocab_size), min(start + self.rows_per_rank, self.vocab_size)
 
     def start(self, rank: IdsT) -> IdsT:
-        """First row of ``rank``; only a number is range-checked."""
+        """First row of ``rank``; an array or tracer is not range-checked."""
         number: Any = rank
         if isinstance(number, np.generic) or not hasattr(number, "dtype"):
             number = check_rank(number, self.world_size)

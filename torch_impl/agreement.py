@@ -1,4 +1,4 @@
-"""Failed collectives, and ranks that compute different things."""
+"""Errors of failed collectives, and checks that ranks agree."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[N
     """Name the operation, rank and group size in a collective's error.
 
     Raises:
-        RuntimeError: a rank has ended, exceeds the group's timeout, or sent another size.
+        RuntimeError: a rank has ended, exceeds the group's timeout, or sent data of another size.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def naming_the_operation(operation: str, group: dist.ProcessGroup) -> Iterator[N
 def check_agreement(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group: dist.ProcessGroup) -> None:
     """Compare what the ranks are about to compute, before any row travels.
 
-    Illegal ids are compared too, so that no rank is left waiting. Eight rows of ``weight`` are compared.
+    Invalid ids are compared too, so that no rank is left waiting. Eight rows of ``weight`` are compared.
 
     Raises:
         ValueError: on every rank. It names the first difference and the ranks on each side, or two ranks with equal rows.
@@ -100,7 +100,7 @@ def _same_rows(first: list[bytes | None], second: list[bytes | None]) -> bool:
 
 
 def agreed_ids(ids: Tensor, weight: Tensor, config: EmbeddingConfig, group_name: str) -> Tensor:
-    """Check agreement as an operator of a graph; return the ids.
+    """Check agreement in a custom operator; return the ids.
 
     Raises:
         ValueError: as ``check_agreement``.

@@ -31,7 +31,7 @@ def sharded_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
 
     Raises:
         ValueError: the state dict has no table of the model, or names parameters by numbers; an optimizer's state of a
-            table is neither one number nor one entry a row; a table is on the meta device.
+            table is neither one number nor one entry per row; a table is on the meta device.
 
     Example:
         >>> import tempfile, torch, torch.distributed.checkpoint as dcp

@@ -1,8 +1,8 @@
 """Cross entropy over a split vocabulary, from logits or hidden states.
 
-Three numbers a token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum of
-the logits. One operator computes them over all ranks; the loss applies stock operations to them. Its transpose computes
-the logits' gradient from theirs, block by block.
+Three numbers per token depend on the vocabulary: the logsumexp, the target's logit and, for label smoothing, the sum of
+the logits. One operator computes these statistics over all ranks; the loss applies stock operations to them. Its
+backward computes the logits' gradient from the statistics' gradients, block by block.
 Shape suffixes: T tokens, C tokens of a chunk, E hidden columns, N rows of the rank's table, B columns of a block, G and
 P groups and pieces of blocks, W ranks.
 """
@@ -80,13 +80,13 @@ def parallel_cross_entropy(
     Returns:
         The loss, float32 (float64 for float64 logits): 0-d, or ``[*]`` for ``reduction="none"``.
 
-    Forward is one all-gather of a few numbers a token; backward is local. A logit of -inf is an impossible id: as a
+    Forward is one all-gather of a few numbers per token; backward is local. A logit of -inf is an impossible id: as a
     target it gives inf, as does any target with label smoothing. Logits with NaN or +inf, or all -inf, give NaN. A
     token without an upstream gradient has a gradient of exactly 0. The gradient cannot be differentiated again.
 
     Raises:
         TypeError: logits are not floating, targets are not integers, or an option has the wrong type.
-        ValueError: logits do not have one rank's width, there is not one target a token, or an option is out of range.
+        ValueError: logits do not have one rank's width, there is not one target per token, or an option is out of range.
         IndexError: with ``invalid_targets="error"``; names the first invalid target, its position and the legal range.
         RuntimeError: a collective failed; the message names it.
 
@@ -151,7 +151,7 @@ def linear_cross_entropy(
         tuple of the loss and these results in the given order. ``lse`` and ``logprobs`` are ``[*]`` and differentiable,
         ``count`` is int64.
 
-    Forward is one all-gather of a few numbers a token and keeps nothing of the vocabulary's size. Backward recomputes
+    Forward is one all-gather of a few numbers per token and keeps nothing of the vocabulary's size. Backward recomputes
     the logits block by block. It sums hidden's gradient over the ranks once, in float32; the table's gradient needs no
     communication. Loss, ``lse`` and the table's gradient do not depend on the number of ranks
     (``shared.head.ColumnBlocks`` says for which numbers). For 16-bit inputs products and sums are float32, and
@@ -239,7 +239,7 @@ def _statistics(
 ) -> Tensor:
     """Logsumexp, target's logit and, if ``smoothed``, logits' sum: ``[2 or 3, T]``.
 
-    They are those of all ranks' columns. ``block(tokens, columns)`` returns logits, which are overwritten.
+    They cover all ranks' columns. ``block(tokens, columns)`` returns logits, which are overwritten.
     """
     start, owned = partition.start(rank), owned_columns(partition, rank)
     blocks = ColumnBlocks.of(partition)
@@ -305,7 +305,7 @@ def _merge(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Gradients:
-    """Logits' gradients from those of the statistics, block by block."""
+    """Gradient of the logits from those of the statistics, block by block."""
 
     def __init__(self, grads: Tensor, statistics: Tensor, targets_T: Tensor, start: int) -> None:
         self.lse_T1 = statistics[0].unsqueeze(1)

@@ -21,7 +21,7 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_further_split(weight: DTensor, layer: TableInFiles) -> None:
-    """Refuse a new table split over the layer's own ranks by ``fully_shard``.
+    """Refuse ``fully_shard`` of a table over the layer's own ranks.
 
     Raises:
         ValueError: the DTensor's mesh holds other ranks of the layer, whose rows ``fully_shard`` would take for copies.
@@ -38,8 +38,8 @@ def check_further_split(weight: DTensor, layer: TableInFiles) -> None:
 def active_data_parallel_problem() -> str | None:
     """Describe how a running DistributedDataParallel mixes ranks' rows; else None.
 
-    DistributedDataParallel overwrites the rows with those of its first rank when it is built, and no public API announces
-    that. Each one is checked once.
+    When it is built, DistributedDataParallel overwrites the rows with those of its first rank; no public API reports
+    that. Each instance is checked once.
     """
     wrapper: Any = active_data_parallel()
     if wrapper is None or wrapper in _checked:

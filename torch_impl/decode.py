@@ -53,7 +53,7 @@ def parallel_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Find each token's k greatest logits, in descending order, and their ids.
 
-    Each rank contributes ``min(k, rows_per_rank)`` candidates of eight bytes a token to one all-gather. There is no
+    Each rank contributes ``min(k, rows_per_rank)`` candidates of eight bytes per token to one all-gather. There is no
     gradient.
 
     Args:
@@ -97,16 +97,16 @@ def parallel_top_k(
 def parallel_sample(
     logits: Tensor, partition: VocabPartition, process_group: dist.ProcessGroup | None, *, uniform: Tensor
 ) -> Tensor:
-    """Draw one id a token from the distribution of its logits.
+    """Draw one id per token from the distribution of its logits.
 
-    Probabilities are summed in float64, in the order of ids. Two numbers and then one id a token travel. The host waits
-    for the device to check ``uniform``.
+    Probabilities are summed in float64, in the order of ids. Each rank sends two numbers, then one id, per token.
+    The host waits for the device to check ``uniform``.
 
     Args:
         logits: this rank's columns, ``[*, partition.rows_per_rank]``, any floating dtype. Divide them by the temperature
             first. Padding columns are ignored.
         partition, process_group: as in ``parallel_top_k``.
-        uniform: a random number in [0, 1) a token, ``[*]``, the same on all ranks.
+        uniform: a random number in [0, 1) per token, ``[*]``, the same on all ranks.
 
     Returns:
         Global ids, int64 ``[*]``, the same on all ranks: the smallest id whose cumulative probability exceeds

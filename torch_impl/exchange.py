@@ -1,6 +1,6 @@
 """Lookups over all ranks' rows: all_reduce, reduce_scatter and all_to_all.
 
-Each reduction is one operator with its transpose. Every rank knows or gathers all ids, from which it computes what it
+Each reduction is one operator with its transpose. Every rank knows or gathers all ids, and computes from them what it
 sends and receives. Rows travel bit for bit.
 Shape suffixes: W ranks, C tokens of a chunk, T tokens in all, E columns, K distinct rows. With all_to_all a chunk is
 one rank's ids, padded with -1 to the longest.

@@ -91,7 +91,7 @@ class TableInFiles(ModuleWithTable):
         Args:
             path: a safetensors file, a Hugging Face ``*.index.json``, a folder that holds one of these, or
                 Megatron-style parts (``shared.tables.find_table.open_table``).
-            tensor_name: the tensor. Default: the one named like an input embedding.
+            tensor_name: the tensor. Default: the one named like an input embedding, or the only table.
             rank, world_size, process_group: as for the class.
             vocab_size: rows that are not padding; only Megatron-style parts need it.
             dtype: dtype of the layer; rows are rounded once. Default: the stored dtype, which must be one that a layer
@@ -103,7 +103,7 @@ class TableInFiles(ModuleWithTable):
             TypeError: an argument has the wrong type.
             ValueError: there is no such table, the choice is ambiguous, a file is damaged, or an argument is out of range.
 
-        Damaged or hostile files are refused; nothing is unpickled. Source: the safetensors format.
+        Nothing is unpickled. Source: the safetensors format.
 
         Example:
             >>> import tempfile, torch

@@ -89,7 +89,7 @@ def _without_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> Ten
 
 @torch.library.custom_op("pve::check_targets", mutates_args=())
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """``checked_targets`` as an operator of a graph."""
+    """``checked_targets`` as a custom operator."""
     known = _without_ignored(targets, vocab_size, ignore_index)
     if ((known < 0) & (widen(targets) != ignore_index)).any():
         check_targets_valid(targets.cpu().numpy(), vocab_size, ignore_index)
@@ -103,7 +103,7 @@ def _(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
 
 @torch.library.custom_op("pve::check_ids", mutates_args=())
 def _check_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """Range check of ids as an operator of a graph."""
+    """Range check of ids as a custom operator."""
     wide = widen(ids)
     if ((wide < 0) | (wide >= vocab_size)).any():
         check_ids_valid(ids.cpu().numpy(), vocab_size)

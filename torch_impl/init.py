@@ -38,7 +38,7 @@ def fill_table(rows: Tensor, first: int, config: EmbeddingConfig, rank: int) -> 
         generator = torch.Generator(rows.device).manual_seed(seed + rank)
         if len(rows) == partition.rows_per_rank:
             nn.init.normal_(rows, mean, std, generator=generator)
-        else:  # a part has the numbers that it has within the whole
+        else:  # a part gets its numbers of the whole
             whole = torch.empty(partition.rows_per_rank, rows.shape[1], dtype=rows.dtype, device=rows.device)
             rows.copy_(nn.init.normal_(whole, mean, std, generator=generator)[first : first + len(rows)])
     elif config.init == "global":

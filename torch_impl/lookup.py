@@ -105,8 +105,8 @@ def gather(
 ) -> Tensor:
     """Copy the table's row for each key; key ``num_rows`` gives +0.0.
 
-    A table of ``num_rows + 1`` rows ends with the row of zeros. Without it, bits are multiplied by one or zero as
-    integers: floating-point numbers would keep NaN. That was the fastest way to clear rows in eager mode.
+    A table of ``num_rows + 1`` rows ends with the row of zeros. Without it, foreign rows' bits are
+    multiplied by zero as integers: a floating-point product would keep NaN. That was the fastest way in eager mode.
 
     Args:
         table: ``[num_rows, E]`` or ``[num_rows + 1, E]``.
@@ -120,7 +120,7 @@ def gather(
     if table.shape[0] > num_rows:
         return take(table, keys)
     rows, owned = keys.clamp(max=num_rows - 1), (keys < num_rows).unsqueeze(-1)
-    # Differentiated and mapped over as it is; inductor may change a NaN's payload here.
+    # This form has derivatives and a vmap rule. Inductor may change a NaN's payload here.
     if function_is_inlined() or integers_cannot_be_viewed():
         return torch.where(owned, take(table, rows), 0)
     output = take(table, rows)
@@ -182,7 +182,7 @@ class _Lookup(torch.autograd.Function):
         sparse: bool,
     ) -> Tensor:
         output = gather(weight if zero_padded is None else zero_padded, keys, num_rows)
-        if grad_keys is not None and function_is_inlined():  # no backward is left to skip padding_idx
+        if grad_keys is not None and function_is_inlined():  # backward is dropped and cannot skip padding_idx
             output = torch.where((grad_keys < num_rows).unsqueeze(-1), output, output.detach())
         return output
 
@@ -261,7 +261,7 @@ def _scatter_add_batch(
         _batch_first(each, dim, info.batch_size) for each, dim in zip((grad_TE, keys_T), in_dims[:2], strict=True)
     )
     size = info.batch_size
-    # One call: table b has the rows from b * num_rows on. The key of no row must stay behind the last table.
+    # One call: table b has the rows from b * num_rows on. The key of foreign ids moves behind the last table.
     keys = torch.where(keys < num_rows, _in_stacked_table(keys, num_rows), size * num_rows)
     sums = torch.ops.pve.scatter_add(grads.flatten(0, 1), keys.flatten(), size * num_rows)
     return sums.unflatten(0, (size, num_rows)), 0

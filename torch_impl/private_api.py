@@ -3,8 +3,7 @@
 ``dist.reduce_scatter_single`` and ``dist.all_gather_single`` are torch 2.13's names for ``reduce_scatter_tensor`` and
 ``all_gather_into_tensor``.
 
-Each private API has its reason below, and what would remove the need. A test uses each one, so that a release that moves it
-fails.
+Each has its reason below, and what would remove the need. A test uses each one and fails when a release moves it.
 
 - ``_resolve_process_group``: compiled graphs, copies and pickles hold a group by name. Not needed once operators take a
   ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
@@ -65,7 +64,7 @@ all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single",
 def distribute_rows(weight: Tensor, mesh: DeviceMesh, style: ParallelStyle) -> DTensor:
     """Split rows over a mesh, from the rank that ``style`` names.
 
-    The styles of torch 2.6 name none: it takes the first rank's.
+    The styles of torch 2.6 name none: the first rank's rows are taken.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -16,7 +16,7 @@ def resolve_rank(
 
     Raises:
         TypeError: a number is not an integer, or ``process_group`` is not a ``torch.distributed.ProcessGroup``.
-        ValueError: a number is out of range or disagrees with the group; the rank of several is not given.
+        ValueError: a number is out of range or disagrees with the group; with several ranks, ``rank`` is not given.
     """
     if process_group is None:
         size = 1 if world_size is None else check_size("world_size", world_size)

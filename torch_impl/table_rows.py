@@ -23,7 +23,7 @@ class TableRows(Tensor):
 
     The shape is that of the whole, unpadded table, so that any number of ranks with any padding can load it. The
     storage is the rank's rows, which loading overwrites. The class follows the protocol by which DTensor describes its
-    chunks to that library. A DTensor itself would have to hold ``ceil(vocab_size / world_size)`` rows a rank.
+    chunks to that library. A DTensor itself would have to hold ``ceil(vocab_size / world_size)`` rows per rank.
 
     Args:
         rows: the rank's rows, ``[n, ...]``, padding included; shared, not copied. ``fully_shard`` may have split them

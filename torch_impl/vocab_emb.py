@@ -54,13 +54,13 @@ class ParallelVocabEmbedding(TableInFiles):
         device_mesh: a one-dimensional ``DeviceMesh``, such as ``mesh["tp"]``, instead of ``process_group``. ``weight``
             is then a DTensor, ``Shard(0)``, which ``torch.nn.utils.clip_grad_norm_``, ``torch.distributed.checkpoint``,
             optimizers and ``fully_shard`` over another mesh dimension understand. Backward takes 0.2 ms more.
-            ``vocab_size`` need not divide: the last ranks have fewer rows, or none.
+            The number of ranks need not divide ``vocab_size``: the last ranks have fewer rows, or none.
         reduction: ``"none"``, the incomplete embedding ``Er``; ``"all_reduce"``, the embedding ``E`` on every rank;
             ``"reduce_scatter"``, this rank's ``1 / world_size`` of ``E`` along the sequence; ``"all_to_all"``, the
             embedding of this rank's own ids. With several ranks the last three need ``process_group`` or ``device_mesh``.
         exchange: ``"dense"``, a collective sums incomplete embeddings; ``"routed"``, owners send each distinct row to
-            the ranks that need it; ``"auto"``, routed on CPUs and dense on accelerators. On a CPU values and gradients
-            have the same bits.
+            the ranks that need it; ``"auto"``, routed on CPUs and dense on accelerators. On a CPU both give the same
+            bits, gradients included.
         seq_dim: the dimension of the ids that ``"reduce_scatter"`` splits: the last one; 0 for ids of ``[s, b]``.
         invalid_ids: result for ids outside ``[0, vocab_size)``, negative ones included, on every rank: ``"zero"``, a
             zero row; ``"error"``, an IndexError.
@@ -73,11 +73,11 @@ class ParallelVocabEmbedding(TableInFiles):
             and i alone, computed on the host, with the same bits in both frameworks and for any number of ranks. A
             callable receives the global numbers ``[k]`` of this process's rows without padding, int64 on the table's
             device, and returns the rows ``[k, emb_size]``; k may be 0. Pickling a layer pickles the callable by name,
-            so a lambda cannot be. None leaves rows uninitialised, for loading. Callables and None do not use
+            so a lambda fails. None leaves rows uninitialised, for loading. Callables and None do not use
             ``init_mean``, ``init_std`` and ``init_base_seed``. Padding and the row of ``padding_idx`` are always zero.
         check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
-            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an exchange of a
-            few hundred bytes; the host waits for the device.
+            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an all-gather of
+            a few hundred bytes; the host waits for the device.
         gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to ``weight.grad``
             if there is no such tensor. A micro-batch then costs as much as its tokens, not as the table. The sums are those
             of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype, float32 or a wider
@@ -247,7 +247,8 @@ class ParallelVocabEmbedding(TableInFiles):
         rank: int | Tensor = self.rank
         zero_padded = None
         if being_traced():
-            # The rank is data, so that ranks share a graph. Compilers fuse the mask; the longer memory would be a constant.
+            # The rank is a tensor, so that ranks share a graph. Compilers fuse the mask; the padded table would be a
+            # constant.
             rank = self._rank_tensor
         else:
             zero_padded = self.zero_padded(weight)

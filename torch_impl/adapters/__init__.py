@@ -1,4 +1,4 @@
-"""The layer for other libraries, which are imported on use."""
+"""Adapters to other libraries, which are imported on use."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ class VocabParallelEmbedding(ParallelVocabEmbedding):
     """Vocabulary-parallel embedding with Megatron-core's constructor and checkpoints.
 
     It replaces ``megatron.core.tensor_parallel.VocabParallelEmbedding``. The parameter has the same name, shape,
-    device, numbers and attributes. ``sharded_state_dict`` has the same entry, so that either class loads the other's
-    checkpoints. Invalid ids give zero rows, also on one rank.
+    device, initial values and attributes. ``sharded_state_dict`` has the same entry, so that either class loads the
+    other's checkpoints. Invalid ids give zero rows, also on one rank.
 
     The gradient reaches ``weight.main_grad`` through the hooks of Megatron's DistributedDataParallel, as with
     Megatron's class: ``config.gradient_accumulation_fusion`` concerns matrix products. Sums have a fixed order,

@@ -1,3 +1,3 @@
-"""Bodies of the layer's operators, one file per kind of device."""
+"""Implementations of the layer's operators, one file per kind of device."""
 
 __all__: list[str] = []

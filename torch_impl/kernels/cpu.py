@@ -1,4 +1,4 @@
-"""Bodies of the operators in stock PyTorch operations, for CPUs.
+"""Operators in stock PyTorch operations, for CPUs.
 
 They are correct on every device; on an accelerator the host waits for the number of rows.
 Shape suffixes: N rows of the table, E columns, T tokens, K distinct rows.
@@ -15,20 +15,21 @@ from torch.utils.dlpack import from_dlpack
 __all__ = ["LARGE_BYTES", "accumulation_dtype", "empty", "gather", "scatter_add", "spread", "sum_rows"]
 
 LARGE_BYTES = 2**25
-"""Size from which the C library maps fresh pages for every tensor: NumPy allocates outputs, zeros are mapped.
+"""Bytes from which eager lookups use NumPy's memory and gradients use mapped zeros.
 
-A lookup of 32 MiB in float32 on 2 cores took 2.1 ms instead of 12.9, one of 8 MiB in one process 0.32 instead of 0.14.
-Writing 180 rows of 512 bytes into 16 MiB of zeros took 0.13 ms with cleared memory, 0.26 with mapped memory.
+From here the C library maps fresh pages for every tensor. With NumPy's memory a lookup of 32 MiB in float32 on 2 cores
+took 2.1 ms instead of 12.9; one of 8 MiB in one process took 0.32 instead of 0.14. Writing 180 rows of 512 bytes into
+16 MiB of zeros took 0.13 ms with cleared memory, 0.26 with mapped memory.
 """
 
 _HUGE_PAGE_BYTES = 2**22
-"""Size from which NumPy asks for huge pages, which cost few page faults.
+"""Bytes from which NumPy asks for huge pages, which cost fewer page faults.
 
 Allocating the 8 MiB of rows of an exchange in each of four gloo processes took 1.3 ms instead of 11.
 """
 
 _SMALL_TABLE = 2**16
-"""Elements of a table up to which its gradient is summed without finding the rows that occur.
+"""Elements of a table up to which gradients are summed without finding the occurring rows.
 
 64 tokens on a table of 64 x 16 in bfloat16 took 20 us instead of 91.
 """
@@ -50,8 +51,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate zeros; large CPU tensors are mapped and cleared on first use.
 
-    Pages are small, because a huge page is cleared as a whole for a single row. Forward and backward of an all_reduce
-    over Zipf ids in float32, in four gloo processes, took 60 to 90 ms; with NumPy's huge pages 80 to 400.
+    Pages are small: writing a single row would clear a whole huge page. Forward and backward of an all_reduce over Zipf
+    ids in float32, in four gloo processes, took 60 to 90 ms; with NumPy's huge pages 80 to 400.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes < LARGE_BYTES:
@@ -106,7 +107,7 @@ def scatter_add(grad_TE: Tensor, keys_T: Tensor, num_rows: int) -> Tensor:
     """
     if num_rows * grad_TE.shape[1] <= _SMALL_TABLE and grad_TE.device.type == "cpu":
         wide = grad_TE.to(accumulation_dtype(grad_TE.dtype))
-        # It adds in the order of the tokens too, and skips the key of no row.
+        # It also adds in the order of the tokens, and skips key ``num_rows``.
         sums = torch.ops.aten.embedding_dense_backward(wide, keys_T, num_rows, num_rows, False)
         return sums.to(grad_TE.dtype)
     return spread(*sum_rows(grad_TE, keys_T, num_rows), num_rows)

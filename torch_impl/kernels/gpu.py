@@ -1,7 +1,7 @@
-"""Body of ``scatter_add`` as Triton kernels, for CUDA and ROCm.
+"""``scatter_add`` as Triton kernels, for CUDA and ROCm.
 
 Tokens are sorted by row, then each row's gradients are summed in that order. The host does not wait, and gradients of
-foreign tokens are not read. The rank's range is data, so all ranks run the same binary.
+foreign tokens are not read. The rank's range is an argument, so all ranks run the same binary.
 Shape suffixes: N rows of the rank's table, E columns, T tokens.
 """
 
