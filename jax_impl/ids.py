@@ -65,7 +65,8 @@ def check_size_for_int32(partition: VocabPartition) -> None:
     """Validate that int32 can number the rows and the foreign key."""
     size, limit = partition.padded_vocab_size, "2**31" if partition.world_size > 1 else "2**31 - 1"
     if size >= 2**31 or partition.rows_per_rank >= 2**31 - 1:
-        raise ValueError(f"vocab_size must fit JAX's int32 indices, below {limit}, got {size}")
+        name = "padded_vocab_size" if partition.padding_rows else "vocab_size"
+        raise ValueError(f"{name} must fit JAX's int32 indices, below {limit}, got {size}")
 
 
 def check_ids(ids: ArrayLike, vocab_size: int) -> None:

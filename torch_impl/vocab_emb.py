@@ -52,8 +52,8 @@ class ParallelVocabEmbedding(TableInFiles):
         device: where the table lives. Default: PyTorch's default device. ``"meta"`` allocates no storage: call
             ``to_empty`` and ``reset_parameters`` later.
         device_mesh: a one-dimensional ``DeviceMesh``, such as ``mesh["tp"]``, instead of ``process_group``. ``weight``
-            is then a DTensor, ``Shard(0)``, which ``torch.nn.utils.clip_grad_norm_``, ``torch.distributed.checkpoint``,
-            optimizers and ``fully_shard`` over another mesh dimension understand. Backward takes 0.2 ms more.
+            is then a DTensor, ``Shard(0)``, which ``torch.distributed.checkpoint``, optimizers, gradient clipping and
+            ``fully_shard`` over another mesh dimension understand.
             The number of ranks need not divide ``vocab_size``: the last ranks have fewer rows, or none.
         reduction: ``"none"``, the incomplete embedding ``Er``; ``"all_reduce"``, the embedding ``E`` on every rank;
             ``"reduce_scatter"``, this rank's ``1 / world_size`` of ``E`` along the sequence; ``"all_to_all"``, the
@@ -76,8 +76,8 @@ class ParallelVocabEmbedding(TableInFiles):
             so a lambda fails. None leaves rows uninitialised, for loading. Callables and None do not use
             ``init_mean``, ``init_std`` and ``init_base_seed``. Padding and the row of ``padding_idx`` are always zero.
         check: compare in every forward what the ranks are about to compute. All ranks raise if they disagree, or if two
-            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same. It costs an all-gather of
-            a few hundred bytes; the host waits for the device.
+            ranks hold the same rows. The environment variable ``PVE_CHECK=1`` does the same for every layer that has a
+            group. It costs an all-gather of a few hundred bytes; the host waits for the device.
         gradient_accumulation_fusion: backward adds rows' gradients straight to ``weight.main_grad``, or to ``weight.grad``
             if there is no such tensor. A micro-batch then costs as much as its tokens, not as the table. The sums are those
             of ``main_grad.add_(grad)``. ``main_grad`` has the table's shape and device, and its dtype, float32 or a wider
