@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import types
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, Pipe
 from pathlib import Path
 
 import numpy as np
@@ -137,11 +137,11 @@ class World:
 def world(tmp_path_factory):
     """``world(w)``: a ``World`` of w ranks, kept for the next test that asks for one."""
     worlds: dict[int, World] = {}
-    socket = str(tmp_path_factory.mktemp("worlds") / "socket")
-    with Listener(socket, "AF_UNIX") as listener:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("rank.py")), socket]
-        process = subprocess.Popen(command, start_new_session=True)
-        server = listener.accept()
+    server, its_end = Pipe()
+    command = [sys.executable, "-P", str(Path(__file__).with_name("rank.py")), str(its_end.fileno())]
+    process = subprocess.Popen(command, start_new_session=True, pass_fds=[its_end.fileno()])
+    its_end.close()
+    server.recv()  # an EOFError if it has ended: its own error is on standard error
 
     def of_size(world_size):
         if world_size not in worlds or worlds[world_size].broken:

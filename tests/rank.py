@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest  # noqa: F401
@@ -43,7 +43,8 @@ def main():
     """Fork the ranks of each world that is asked for, until this process is killed."""
     torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(2))  # imports what ranks would import
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ranks that end leave nothing behind
-    with Client(sys.argv[1], "AF_UNIX") as pipe:
+    with Connection(int(sys.argv[1])) as pipe:
+        pipe.send("ready")
         while True:
             world_size, *ends = pipe.recv()
             for rank in range(world_size):
