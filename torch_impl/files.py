@@ -13,8 +13,8 @@ from shared.bits import DTYPES
 from shared.config import EmbeddingConfig
 from shared.partition import VocabPartition
 from shared.tables.find_table import Paths, open_table
-from shared.tables.table_file import TableFile
-from shared.tables.table_writer import TableSpec, write_table
+from shared.tables.table_file import TableFile, TableSpec
+from shared.tables.table_writer import write_table
 from torch_impl.agreement import gather_objects
 from torch_impl.further_split import rows_here
 from torch_impl.host_rows import fill_rows, memory_of

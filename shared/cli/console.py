@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from shared.checks import printable
 
-__all__ = ["SCHEMA_VERSION", "Steps", "fail", "in_words_of", "output", "print_json", "progress_steps"]
+__all__ = ["SCHEMA_VERSION", "Steps", "fail", "in_words_of", "output", "print_json", "progress_steps", "say"]
 
 SCHEMA_VERSION = 1
 """Version of the output of ``--json``; a removed or redefined field raises it, an added field does not."""
@@ -27,6 +28,11 @@ _ALIASES = {"tensor_name": "tensor"}
 def output() -> Console:
     """Console on standard output, 110 columns wide if not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False, emoji=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a line of text as it is, however long."""
+    output().print(Text(text, style), soft_wrap=True)
 
 
 def print_json(command: str, value: Mapping[str, object]) -> None:
@@ -68,12 +74,8 @@ def in_words_of(options: argparse.Namespace, message: str) -> str:
 def progress_steps() -> Iterator[Steps]:
     """Show a progress bar per step, while standard error is a terminal."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.fields[name]:>10}"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
+    name, what = TextColumn("{task.fields[name]:>10}"), TextColumn("{task.description}")
+    columns = name, BarColumn(), what, TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def begin(name: str) -> Callable[[str, int, int], None]:

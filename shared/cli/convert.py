@@ -8,7 +8,7 @@ from rich.filesize import decimal
 
 from shared.bits import STORED_DTYPES
 from shared.cli.case_arguments import Commands, add_command, dtype_name
-from shared.cli.console import output, print_json, progress_steps
+from shared.cli.console import print_json, progress_steps, say
 from shared.padding_rules import RULE_HELP, padded_by_rule
 from shared.partition import VocabPartition
 from shared.tables.find_table import open_table
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         "dtype": options.dtype or table.dtype,
         "vocab_size": table.vocab_size,
         "emb_size": table.emb_size,
-        "world_size": None if partition is None else partition.world_size,
+        "world_size": options.world_size,
         "padded_vocab_size": None if partition is None else partition.padded_vocab_size,
         "bytes": size,
     }
@@ -92,10 +92,8 @@ def _run(options: argparse.Namespace) -> int:
     if partition is not None:
         padding = f" padded to {partition.padded_vocab_size}" if partition.padding_rows else ""
         parts = f",{padding} in {len(files)} parts"
-    output().print(
+    say(
         f"{options.output}: {table.tensor}, {table.vocab_size} x {table.emb_size} {facts['dtype']}{parts}, "
-        f"{decimal(size)} ({time.perf_counter() - started:.1f} s)",
-        markup=False,
-        soft_wrap=True,
+        f"{decimal(size)} ({time.perf_counter() - started:.1f} s)"
     )
     return 0

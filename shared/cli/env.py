@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 import shared
 from shared.cli.case_arguments import Commands, add_command
-from shared.cli.console import output, print_json
+from shared.cli.console import print_json, say
 from shared.proof.launch import FRAMEWORKS, is_installed
 
 __all__ = ["add_parser", "version"]
@@ -78,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
         lines[f"{name} sees"] = "; ".join(backend["devices"]) or str(backend["error"])
     width = max(map(len, lines))
     for name, value in lines.items():
-        output().print(Text(f"{name:{width}}  {value}"), soft_wrap=True)
+        say(f"{name:{width}}  {value}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """``pve plan``."""
 
 import argparse
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.filesize import decimal
@@ -10,7 +9,7 @@ from rich.table import Table
 from shared.bits import DTYPES, dtype_named
 from shared.checks import check_size
 from shared.cli.case_arguments import Commands, add_command, dtype_name
-from shared.cli.console import output, print_json
+from shared.cli.console import output, print_json, say
 from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
 from shared.partition import VocabPartition
 
@@ -46,33 +45,30 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    vocab_size = check_size("vocab_size", options.vocab_size)
-    world_size = check_size("world_size", options.world_size)
+    vocab_size, world_size = options.vocab_size, options.world_size
+    rules = {rule: padded_by_rule(rule, vocab_size, world_size) or 0 for rule in RULES}
     padded = padded_by_rule(options.padded_vocab_size, vocab_size, world_size)
     over = vocab_size % world_size if padded is None else 0
     partition = None if over else VocabPartition(vocab_size, world_size, padded)
     row_bytes = None
     if options.emb_size is not None:
         row_bytes = check_size("emb_size", options.emb_size) * dtype_named(options.dtype).itemsize
-    rules = {rule: padded_by_rule(rule, vocab_size, world_size) or 0 for rule in RULES}
     if options.json:
         print_json(options.command, _as_dict(options, partition, rules, row_bytes))
         return 0
-    console = output()
     if partition is not None:
-        console.print(_ranks(partition, row_bytes))
+        _print_ranks(partition, row_bytes)
     else:
-        console.print(f"{vocab_size} rows over {world_size} ranks leave {over} over: pad with --padded-vocab-size.")
+        say(f"{vocab_size} rows over {world_size} ranks leave {over} over: pad with --padded-vocab-size.")
     if row_bytes:
         whole = decimal(vocab_size * row_bytes)
-        console.print(f"{options.emb_size} columns of {options.dtype}: the whole table is {whole}.", markup=False)
-    padding = {rule: size - vocab_size for rule, size in rules.items()}
-    rows = [
-        [rule, size, size // world_size, padding[rule], *([decimal(padding[rule] * row_bytes)] if row_bytes else [])]
-        for rule, size in rules.items()
-    ]
-    header = ["--padded-vocab-size", "rows in all", "each rank", "padding", *(["padding is"] if row_bytes else [])]
-    console.print(_table("padded by the rules in use", header, rows))
+        say(f"{options.emb_size} columns of {options.dtype}: the whole table is {whole}.")
+    rows = []
+    for rule, size in rules.items():
+        padding = size - vocab_size
+        row = {"--padded-vocab-size": rule, "rows in all": size, "each rank": size // world_size, "padding": padding}
+        rows.append({**row, "padding is": decimal(padding * row_bytes)} if row_bytes else row)
+    _print_table("padded by the rules in use", rows)
     return 0
 
 
@@ -95,24 +91,26 @@ def _as_dict(
     return plan
 
 
-def _ranks(partition: VocabPartition, row_bytes: int | None) -> Table:
-    n = partition.rows_per_rank
-    padded = f", padded to {partition.padded_vocab_size}," if partition.padding_rows else ""
-    title = f"{partition.vocab_size} rows{padded} over {partition.world_size} ranks, {n} each"
-    header = ["rank", "first id", "last id", "rows", *(["padding"] if partition.padding_rows else [])]
-    rows = []
+def _print_ranks(partition: VocabPartition, row_bytes: int | None) -> None:
+    n, padded, rows = partition.rows_per_rank, "", []
+    if partition.padding_rows:
+        padded = f", padded to {partition.padded_vocab_size},"
     for rank in range(partition.world_size):
         start, stop = partition.owned_range(rank)
-        edges = [start, stop - 1] if start < stop else ["none", "none"]
-        padding = [n - stop + start] if partition.padding_rows else []
-        rows.append([rank, *edges, stop - start, *padding, *([decimal(n * row_bytes)] * 2 if row_bytes else [])])
-    return _table(title, [*header, *(["table", "dense gradient"] if row_bytes else [])], rows)
+        first, last = (start, stop - 1) if start < stop else ("none", "none")
+        row = {"rank": rank, "first id": first, "last id": last, "rows": stop - start}
+        if padded:
+            row["padding"] = n - stop + start
+        if row_bytes:
+            row |= dict.fromkeys(("table", "dense gradient"), decimal(n * row_bytes))
+        rows.append(row)
+    _print_table(f"{partition.vocab_size} rows{padded} over {partition.world_size} ranks, {n} each", rows)
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
-    for column in header:
+    for column in rows[0]:
         table.add_column(column, justify="left" if column.startswith("--") else "right")
     for row in rows:
-        table.add_row(*map(str, row))
-    return table
+        table.add_row(*map(str, row.values()))
+    output().print(table)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from shared.cli.case_arguments import Commands, add_case_arguments, add_command, case_options
-from shared.cli.console import output, print_json, progress_steps
+from shared.cli.console import print_json, progress_steps, say
 from shared.proof.case import build_case
 from shared.proof.launch import BACKENDS, is_installed, record_backend
 from shared.proof.record import writable_file
@@ -53,10 +53,8 @@ def _run(options: argparse.Namespace) -> int:
         facts = ("backend", "versions", "vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape")
         print_json("record", {"record": str(options.output), **{name: getattr(record, name) for name in facts}})
     else:
-        output().print(
+        say(
             f"{options.output}: {record.backend}, {record.vocab_size} x {record.emb_size} {record.dtype} over "
-            f"{record.world_size} ranks, ids {'x'.join(map(str, record.ids_shape))}",
-            markup=False,
-            soft_wrap=True,
+            f"{record.world_size} ranks, ids {'x'.join(map(str, record.ids_shape))}"
         )
     return 0

@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.cli.console import output, print_json
+from shared.cli.console import output, print_json, say
 from shared.proof.comparison import Comparison, number
 from shared.proof.html_report import as_html
 from shared.proof.markdown_report import as_markdown
@@ -46,25 +45,21 @@ def show_result(report: Report, options: argparse.Namespace) -> int:
     elif options.markdown:
         print(as_markdown(report))
     else:
-        _print_report(output(), report)
+        _print_report(report)
     return int(bool(report.different))
 
 
-def _print_report(console: Console, report: Report) -> None:
+def _print_report(report: Report) -> None:
     """Print title, notes, results per rank, differing rows and verdict."""
-
-    def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style), soft_wrap=True)
-
     say(report.title, "bold")
     for note in report.notes:
         say(note)
     for name, facts in report.side_lines.items():
         say(f"  {name}: {facts}", "dim")
-    console.print(_overview(report))
+    output().print(_overview(report))
     for part in report.different:
         say(f"{report.heading(part)}: {part.counts}{_distances(part)}", "bold")
-        console.print(_rows(part))
+        output().print(_rows(part))
     for kind, meaning in report.meanings.items():
         say(f"{kind}: {meaning}", "dim")
     for line in report.advice:

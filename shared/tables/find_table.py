@@ -1,7 +1,7 @@
 """Search for a vocabulary table in safetensors files, checkpoints and Megatron-style parts."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from shared.checks import check_size, printable
@@ -68,19 +68,26 @@ def open_table(
 
 
 def _open(path: Paths, tensor_name: str | None, vocab_size: int | None, with_padding: bool) -> TableFile:
-    if not isinstance(path, (str, Path, list, tuple)):
+    found: Path | list[Path]
+    if isinstance(path, (str, Path)):
+        source = Path(path)
+        found = _what_is_at(source)
+    elif isinstance(path, (list, tuple)):
+        found = [Path(part) for part in path]
+        if not found:
+            raise ValueError("path must name at least one file, got an empty list")
+        source = found[0]
+    else:
         raise TypeError(f"path must be a path or a list of paths, got {type(path).__name__}")
-    found = _what_is_at(Path(path)) if isinstance(path, (str, Path)) else [Path(part) for part in path]
     if isinstance(found, list):
-        source = Path(path) if isinstance(path, (str, Path)) else Path(*found[:1])
         return _megatron_parts(found, source, tensor_name, vocab_size, with_padding)
     if found.name.endswith(".json"):
         found, tensor_name = _in_index(found, tensor_name)
-    tensor, place = _choose(found, tensor_name)
+    tensor, place = _in_file(found, tensor_name)
     rows, columns = place.shape
     if vocab_size not in (None, rows):
         raise ValueError(f"vocab_size must be that of the table: asked for {vocab_size}, {path} has {rows}")
-    return TableFile(found, tensor, str(place.dtype), columns, [Segment(found, place.offset, 0, rows)])
+    return TableFile(tensor, str(place.dtype), rows, columns, found, [Segment(found, place.offset, 0, rows)])
 
 
 def _what_is_at(path: Path) -> Path | list[Path]:
@@ -88,28 +95,14 @@ def _what_is_at(path: Path) -> Path | list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return _no_pickle(path)
+        return path
     for choices in ([path / "model.safetensors.index.json"], list(path.glob("*.safetensors.index.json"))):
         if len(choices) == 1 and choices[0].is_file():
             return choices[0]
-    parts = sorted(p for p in path.iterdir() if p.is_dir() and _PART.fullmatch(p.name))
-    if parts:
-        return [_only_file(part) for part in _in_rank_order(parts)]
-    return _only_file(path)
-
-
-def _no_pickle(path: Path) -> Path:
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
-    return path
-
-
-def _in_rank_order(parts: list[Path]) -> list[Path]:
-    ranks = {int(_PART.fullmatch(part.name)[1]): part for part in parts}  # type: ignore[index]
-    missing = sorted(set(range(len(parts))) - set(ranks))
-    if missing:
-        raise ValueError(f"{parts[0].parent}: the part of rank {missing[0]} is missing; there are {len(parts)} parts")
-    return [ranks[rank] for rank in range(len(parts))]
+    parts = sorted((int(found[1]), p) for p in path.iterdir() if p.is_dir() and (found := _PART.fullmatch(p.name)))
+    if missing := sorted({*range(len(parts))} - {rank for rank, _ in parts}):
+        raise ValueError(f"{path}: the part of rank {missing[0]} is missing; there are {len(parts)} parts")
+    return [_only_file(part) for _, part in parts] or _only_file(path)
 
 
 def _only_file(folder: Path) -> Path:
@@ -133,58 +126,55 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
     names = parse_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path}: not an index of a checkpoint, it has no weight_map of file names")
-    if tensor_name is None:
-        looks_like = [name for name in names if _INPUT_EMBEDDING.search(name) and not _ANOTHER_TABLE.search(name)]
-        tensor_name = _the_one(looks_like, names, path)
-    if tensor_name not in names:
-        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(names)}")
-    file: str = names[tensor_name]
+    tensor = _choose(path, tensor_name, names, names)
+    file: str = names[tensor]
     parts = PurePosixPath(file).parts
     if not file or ".." in parts or PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor or "\\" in file:
-        raise ValueError(f"{path}: the file of {tensor_name!r} must lie in the index's folder, got {file!r}")
-    return _no_pickle(path.parent / file), tensor_name
+        raise ValueError(f"{path}: the file of {tensor!r} must lie in the index's folder, got {file!r}")
+    return path.parent / file, tensor
 
 
-def _choose(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
+def _in_file(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
+    """Look up the table in a safetensors file; return its name and place."""
+    if path.suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
     places = read_header(path)
-    if tensor_name is None:
-        tables = [name for name, place in places.items() if place.is_table]
-        possible = [name for name in tables if not _ANOTHER_TABLE.search(name)]
-        looks_like = [name for name in possible if _INPUT_EMBEDDING.search(name)]
-        tensor_name = _the_one(looks_like or (possible if len(tables) == 1 else []), tables, path)
-    if tensor_name not in places:
-        raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(places)}")
-    place = places[tensor_name]
+    tensor = _choose(path, tensor_name, places, [name for name, place in places.items() if place.is_table])
+    place = places[tensor]
     if not place.is_table:
         raise ValueError(
-            f"{path}: tensor {tensor_name!r} must be a 2-D table of {', '.join(STORAGE_CODES)}, "
+            f"{path}: tensor {tensor!r} must be a 2-D table of {', '.join(STORAGE_CODES)}, "
             f"got {place.code} {list(place.shape)}"
         )
-    return tensor_name, place
+    return tensor, place
 
 
-def _the_one(looks_like: list[str], candidates: Iterable[str], path: Path) -> str:
-    if len(looks_like) == 1:
-        return looks_like[0]
-    if looks_like:
-        raise ValueError(f"{path}: pass tensor_name; several look like an input embedding: {_listed(looks_like)}")
-    raise ValueError(
-        f"{path}: pass tensor_name; none looks like an input embedding. Tensors in it: {_listed(candidates)}"
-    )
+def _choose(path: Path, tensor_name: str | None, names: Collection[str], tables: Collection[str]) -> str:
+    """Choose the tensor of a name, the one named like an input embedding, or the only one of ``tables``."""
+    if tensor_name is not None:
+        if tensor_name not in names:
+            raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(names)}")
+        return tensor_name
+    possible = [name for name in tables if not _ANOTHER_TABLE.search(name)]
+    looks_like = [name for name in possible if _INPUT_EMBEDDING.search(name)]
+    chosen = looks_like or (possible if len(tables) == 1 else [])
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        raise ValueError(f"{path}: pass tensor_name; several look like an input embedding: {_listed(chosen)}")
+    raise ValueError(f"{path}: pass tensor_name; none looks like an input embedding. Tensors in it: {_listed(tables)}")
 
 
-def _listed(candidates: Iterable[str]) -> str:
-    names = list(candidates)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join([*names][:20]) + more or "none"
 
 
 def _megatron_parts(
     paths: list[Path], source: Path, tensor_name: str | None, vocab_size: int | None, with_padding: bool
 ) -> TableFile:
     """Open equal parts in rank order; the last rows are padding."""
-    if not paths:
-        raise ValueError("path must name at least one file, got an empty list")
-    found = [_choose(_no_pickle(path), tensor_name) for path in paths]
+    found = [_in_file(path, tensor_name) for path in paths]
     tensor, first = found[0]
     for path, (name, place) in zip(paths, found, strict=True):
         if (name, place.code, place.shape) != (tensor, first.code, first.shape):
@@ -202,9 +192,8 @@ def _megatron_parts(
     if vocab_size > total:
         raise ValueError(f"vocab_size must be at most the {total} rows that the parts have, got {vocab_size}")
     partition = VocabPartition(vocab_size, len(paths), total)
-    segments = []
-    for rank, (path, (_, place)) in enumerate(zip(paths, found, strict=True)):
-        start, stop = partition.owned_range(rank)
-        if start < stop:
-            segments.append(Segment(path, place.offset, start, stop))
-    return TableFile(source, tensor, str(first.dtype), first.shape[1], segments, partition)
+    segments = [
+        Segment(path, place.offset, *partition.owned_range(rank))
+        for rank, (path, (_, place)) in enumerate(zip(paths, found, strict=True))
+    ]
+    return TableFile(tensor, str(first.dtype), vocab_size, first.shape[1], source, segments, partition)

@@ -1,6 +1,5 @@
 """Vocabulary tables in files, read by ranges of rows."""
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -12,12 +11,37 @@ import numpy as np
 
 from shared.bits import STORED_DTYPES, cast, row_hashes
 from shared.partition import VocabPartition
-from shared.tables.tensor_file import read_exactly
 
-__all__ = ["Segment", "TableFile"]
+__all__ = ["Segment", "TableFile", "TableSpec"]
 
 _ALIGNMENT = 64
 _CAST_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """Tensor name, stored dtype and unpadded shape of a table."""
+
+    tensor: str
+    dtype: str
+    vocab_size: int
+    emb_size: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of one row."""
+        return self.emb_size * STORED_DTYPES[self.dtype].itemsize
+
+    def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+        """Split rows ``[start, stop)`` into ranges of at most ``size`` bytes, or of one row."""
+        step = max(1, size // self.row_bytes)
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
 
 @dataclass(frozen=True)
@@ -31,33 +55,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class TableFile:
+class TableFile(TableSpec):
     """A table in files, read on demand; made by ``open_table``.
 
     ``segments`` are its rows in order, ``partition`` the split into Megatron-style parts; None for one file.
     """
 
     path: Path
-    tensor: str
-    dtype: str
-    emb_size: int
     segments: Sequence[Segment]
     partition: VocabPartition | None = None
-
-    @property
-    def files(self) -> list[Path]:
-        """Files that hold rows other than padding."""
-        return [segment.path for segment in self.segments]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows, padding excluded."""
-        return self.segments[-1].stop
-
-    @property
-    def row_bytes(self) -> int:
-        """Stored bytes of one row."""
-        return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows ``[start, stop)``, and only these, in the stored dtype.
@@ -68,7 +74,7 @@ class TableFile:
         """
         self._check_range(start, stop)
         rows = np.empty((stop - start, self.emb_size), STORED_DTYPES[self.dtype])
-        self._read_into(start, rows)
+        self.read_rows(start, rows)
         return rows
 
     def read_rows(self, start: int, out: np.ndarray) -> None:
@@ -79,40 +85,33 @@ class TableFile:
         """
         if out.ndim != 2 or out.shape[1] != self.emb_size or not out.flags.c_contiguous:
             raise ValueError(f"out must be C-contiguous [rows, {self.emb_size}], got {list(out.shape)}")
-        self._check_range(start, start + len(out))
-        if out.dtype == STORED_DTYPES[self.dtype]:
-            self._read_into(start, out)
+        stop = start + len(out)
+        self._check_range(start, stop)
+        if out.dtype != STORED_DTYPES[self.dtype]:
+            for first, last in self.pieces(start, stop, _CAST_BYTES):
+                out[first - start : last - start] = cast(self.rows(first, last), out.dtype)
             return
-        step = max(1, _CAST_BYTES // self.row_bytes)
-        for first in range(0, len(out), step):
-            part = out[first : first + step]
-            part[...] = cast(self.rows(start + first, start + first + len(part)), out.dtype)
-
-    def _read_into(self, start: int, out: np.ndarray) -> None:
-        buffer, width, stop = out.reshape(-1).view(np.uint8).data, self.row_bytes, start + len(out)
+        buffer, width = out.reshape(-1).view(np.uint8).data, self.row_bytes
         for segment in self.segments:
             first, last = max(start, segment.start), min(stop, segment.stop)
-            if first >= last:
-                continue
-            part = buffer[(first - start) * width : (last - start) * width]
-            with _open_regular(segment.path) as descriptor:
-                read_exactly(descriptor, part, segment.offset + (first - segment.start) * width, segment.path)
+            if first < last:
+                part = buffer[(first - start) * width : (last - start) * width]
+                _read(segment.path, segment.offset + (first - segment.start) * width, part)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.vocab_size:
             raise IndexError(f"rows [{start}, {stop}) leave the table's [0, {self.vocab_size})")
 
-    def chunks(self, megabytes: int = 64) -> Iterator[np.ndarray]:
-        """Yield all rows in order, in chunks."""
-        step = max(1, (megabytes << 20) // self.row_bytes)
-        for start in range(0, self.vocab_size, step):
-            yield self.rows(start, min(start + step, self.vocab_size))
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield all rows in order, in chunks of 64 MiB."""
+        for start, stop in self.pieces(0, self.vocab_size, _CHUNK_BYTES):
+            yield self.rows(start, stop)
 
     def fingerprint(self) -> tuple[str, np.ndarray]:
         """SHA-256 of the tensor's bytes, and a hash of each row."""
         digest, hashes = hashlib.sha256(), []
         for chunk in self.chunks():
-            digest.update(np.ascontiguousarray(chunk).view(np.uint8).data)
+            digest.update(chunk.view(np.uint8).data)
             hashes.append(row_hashes(chunk))
         return digest.hexdigest(), np.concatenate(hashes)
 
@@ -128,16 +127,22 @@ class TableFile:
         return rows
 
 
-@contextlib.contextmanager
-def _open_regular(path: Path) -> Iterator[int]:
-    """Open a regular file; without blocking if a pipe has replaced it."""
+def _read(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill the buffer from byte ``offset`` of a file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open_regular) as file:
+            file.seek(offset)
+            missing = len(buffer) - file.readinto(buffer)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path}: not a file any more")
-        yield descriptor
-    finally:
+    if missing:
+        raise ValueError(f"{path}: truncated, it ends {missing} bytes early")
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a regular file; without blocking if a pipe has replaced it."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise ValueError(f"{path}: not a file any more")
+    return descriptor

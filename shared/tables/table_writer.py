@@ -1,10 +1,11 @@
 """Atomic writes of a table, by one or many processes."""
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from shared.agreement import disagreement
 from shared.bits import STORED_DTYPES, cast
 from shared.partition import VocabPartition
 from shared.tables.find_table import PICKLE_SUFFIXES, open_table
-from shared.tables.table_file import TableFile
-from shared.tables.tensor_file import header_bytes, read_exactly, write_exactly
+from shared.tables.table_file import TableFile, TableSpec
+from shared.tables.tensor_file import header_bytes
 
-__all__ = ["Exchange", "TableSpec", "convert_table", "write_parts", "write_table"]
+__all__ = ["Exchange", "convert_table", "write_table"]
 
 Rows = Callable[[int, int], np.ndarray]
 """Returns rows ``[start, stop)`` of the table, ``[stop - start, e]``, in the dtype to be stored."""
@@ -30,29 +31,6 @@ Progress = Callable[[int], None]
 
 _PIECE_BYTES = 1 << 24
 _PART = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """Tensor name, stored dtype and unpadded shape of a table to write."""
-
-    tensor: str
-    dtype: str
-    vocab_size: int
-    emb_size: int
-
-    def __post_init__(self) -> None:
-        if self.dtype not in STORED_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {self.dtype!r}")
-
-    def header(self, rows: int) -> bytes:
-        """First bytes of a file of ``rows`` rows."""
-        return header_bytes(self.tensor, self.dtype, (rows, self.emb_size), {"format": "pt"})
-
-    @property
-    def row_bytes(self) -> int:
-        """Stored bytes of one row."""
-        return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
 
 def write_table(
@@ -94,64 +72,20 @@ def write_table(
     _check_cover([tuple(each) for mine in everyones for each in mine["ranges"]], spec.vocab_size)
     target = path.resolve() if path.is_symlink() else path  # a link stays a link
     temporary = target.with_name(f".{target.name}.{everyones[0]['token']}.tmp")
-
-    def create() -> None:
-        if process == 0:
-            _check_target(path, target, force)
-            _create(temporary, spec, spec.vocab_size)
-
-    def write() -> None:
-        _fill(temporary, spec, range(spec.vocab_size), ranges, rows, progress)
-
-    def rename() -> None:
-        if process == 0:
-            open_table(temporary, spec.tensor)
-            _rename(temporary, target, path, force)
-
     try:
-        for step in (create, write, rename):
-            _in_step(step, exchange)
+        with _in_every_process(exchange):
+            if process == 0:
+                _check_target(path, target, force)
+                _create(temporary, spec)
+        with _in_every_process(exchange):
+            _fill(temporary, spec, 0, ranges, rows, progress)
+        with _in_every_process(exchange):
+            if process == 0:
+                _rename(temporary, target, path, force)
     finally:
         if process == 0:
             temporary.unlink(missing_ok=True)
     return path
-
-
-def write_parts(
-    folder: str | Path, spec: TableSpec, partition: VocabPartition, rows: Rows, progress: Progress = lambda count: None
-) -> list[Path]:
-    """Write Megatron-style parts: one safetensors file per rank, padding rows zero.
-
-    The parts are ``mp_rank_00/model.safetensors`` and so on, in a temporary folder that is renamed to ``folder`` at the
-    end. A folder that is not empty is never replaced.
-
-    Returns:
-        The files, in rank order.
-
-    Raises:
-        ValueError: the folder exists and is not empty, or it cannot be written.
-    """
-    folder = Path(folder)
-    _check_parent(folder)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-    names = [f"mp_rank_{rank:02d}" for rank in range(partition.world_size)]
-    try:
-        _refuse_full(folder)
-        temporary.mkdir()
-        for rank, name in enumerate(names):
-            path, held = temporary / name / _PART, range(partition.start(rank), partition.stop(rank))
-            path.parent.mkdir()
-            _create(path, spec, len(held))
-            _fill(path, spec, held, [partition.owned_range(rank)], rows, progress)
-            _sync_folder(path.parent)
-        open_table([temporary / name / _PART for name in names], spec.tensor, spec.vocab_size)
-        _refuse_full(folder)  # later than this, rename() itself refuses a folder that is not empty
-        _sync_folder(temporary)
-        os.rename(temporary, folder)
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return [folder / name / _PART for name in names]
 
 
 def convert_table(
@@ -159,15 +93,15 @@ def convert_table(
     target: str | Path,
     partition: VocabPartition | None = None,
     *,
-    tensor: str | None = None,
     dtype: str | None = None,
     force: bool = False,
     progress: Progress = lambda count: None,
 ) -> list[Path]:
     """Copy a table to one file or Megatron-style parts, in bounded memory.
 
-    With ``partition``, ``target`` is a folder to create, with one part per rank; otherwise it is a file. ``tensor`` renames
-    the tensor, ``dtype`` casts it, rounding once. ``force`` replaces an existing file.
+    Without ``partition``, ``target`` is a file; ``force`` replaces an existing one. With it, ``target`` is a folder to
+    create of ``mp_rank_00/model.safetensors`` and so on, one part per rank, padding rows zero. A folder that is not empty
+    is never replaced. ``dtype`` casts the table, rounding once.
 
     Returns:
         The files written.
@@ -176,7 +110,7 @@ def convert_table(
         ValueError: the target exists or cannot be written, the partition has another ``vocab_size``, or the source is
             damaged.
     """
-    spec = TableSpec(tensor or table.tensor, dtype or table.dtype, table.vocab_size, table.emb_size)
+    spec = TableSpec(table.tensor, dtype or table.dtype, table.vocab_size, table.emb_size)
 
     def rows(start: int, stop: int) -> np.ndarray:
         return cast(table.rows(start, stop), STORED_DTYPES[spec.dtype])
@@ -187,31 +121,56 @@ def convert_table(
         raise ValueError(
             f"partition must be of the table's {table.vocab_size} rows, got one of vocab_size={partition.vocab_size}"
         )
-    return write_parts(target, spec, partition, rows, progress)
+    return _write_parts(Path(target), spec, partition, rows, progress)
 
 
-def _create(path: Path, spec: TableSpec, count: int) -> None:
-    header = spec.header(count)
-    with open(path, "xb", buffering=0) as file:
-        os.truncate(file.fileno(), len(header) + count * spec.row_bytes)
-        write_exactly(file.fileno(), header, 0)
+def _write_parts(
+    folder: Path, spec: TableSpec, partition: VocabPartition, rows: Rows, progress: Progress
+) -> list[Path]:
+    """Write one file per rank into a temporary folder, and rename that."""
+    _check_parent(folder)
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ValueError(f"{folder}: exists; parts are written to a new folder: choose another name or remove it first")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    names = [f"mp_rank_{rank:02d}" for rank in range(partition.world_size)]
+    try:
+        temporary.mkdir()
+        for rank, name in enumerate(names):
+            path = temporary / name / _PART
+            path.parent.mkdir()
+            _create(path, replace(spec, vocab_size=partition.rows_per_rank))
+            _fill(path, spec, partition.start(rank), [partition.owned_range(rank)], rows, progress)
+            _sync_folder(path.parent)
+        _sync_folder(temporary)
+        os.rename(temporary, folder)  # refuses a folder that is not empty
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [folder / name / _PART for name in names]
+
+
+def _create(path: Path, spec: TableSpec) -> None:
+    header = header_bytes(spec.tensor, spec.dtype, (spec.vocab_size, spec.emb_size), {"format": "pt"})
+    with open(path, "xb") as file:
+        file.write(header)
+        file.truncate(len(header) + spec.vocab_size * spec.row_bytes)
 
 
 def _fill(
-    path: Path, spec: TableSpec, held: range, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
+    path: Path, spec: TableSpec, held: int, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
 ) -> None:
-    """Write ranges of a file's rows, read them back, and sync them."""
-    step, offset = max(1, _PIECE_BYTES // spec.row_bytes), len(spec.header(len(held)))
-    pieces = ((first, min(first + step, stop)) for start, stop in ranges for first in range(start, stop, step))
-    with open(path, "rb+", buffering=0) as file:
-        for first, last in pieces:
-            data = np.ascontiguousarray(rows(first, last)).view(np.uint8).reshape(-1)
-            again, at = np.empty_like(data), offset + (first - held.start) * spec.row_bytes
-            write_exactly(file.fileno(), data.data, at)
-            read_exactly(file.fileno(), again.data, at, path)
-            if not np.array_equal(data, again):
-                raise ValueError(f"{path}: rows {first} to {last - 1} of the table are not there as written")
-            progress(last - first)
+    """Write ranges of rows to a file that begins with row ``held``, read them back, and sync them."""
+    written = open_table(path, spec.tensor)
+    pieces = (piece for start, stop in ranges for piece in spec.pieces(start, stop, _PIECE_BYTES))
+    with open(path, "rb+") as file:
+        for start, stop in pieces:
+            data = np.ascontiguousarray(rows(start, stop)).view(np.uint8)
+            file.seek(written.segments[0].offset + (start - held) * spec.row_bytes)
+            file.write(data.data)
+            file.flush()
+            if not np.array_equal(data, written.rows(start - held, stop - held).view(np.uint8)):
+                raise ValueError(f"{path}: rows {start} to {stop - 1} of the table are not there as written")
+            progress(stop - start)
         os.fsync(file.fileno())
 
 
@@ -234,11 +193,6 @@ def _check_target(path: Path, target: Path, force: bool) -> None:
 
 def _exists(path: Path) -> str:
     return f"{path}: exists; pass --force (force=True) to replace it"
-
-
-def _refuse_full(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ValueError(f"{folder}: exists; parts are written to a new folder: choose another name or remove it first")
 
 
 def _rename(temporary: Path, target: Path, path: Path, force: bool) -> None:
@@ -264,11 +218,12 @@ def _check_cover(ranges: Sequence[tuple[int, int]], vocab_size: int) -> None:
         row = stop
 
 
-def _in_step(work: Callable[[], None], exchange: Exchange) -> None:
-    """Do the work; raise in every process if it failed in one."""
+@contextlib.contextmanager
+def _in_every_process(exchange: Exchange) -> Iterator[None]:
+    """Do a step in every process; raise in all of them if it failed in one."""
     failure: Exception | None = None
     try:
-        work()
+        yield
     except Exception as error:
         failure = error
     problems = exchange(None if failure is None else str(failure))

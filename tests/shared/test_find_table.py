@@ -24,26 +24,10 @@ def values(rng):
     return any_bits(rng, 24, 5, np.float32)
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """What is read of rows: each time the file, the first byte and the one past the last."""
-    done, preadv = [], os.preadv
-
-    def noted(descriptor, buffers, offset):
-        count = preadv(descriptor, buffers, offset)
-        done.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, offset, offset + count))
-        return count
-
-    monkeypatch.setattr(os, "preadv", noted)
-    return done
-
-
 # Paths
-
 
 RIGHT, WRONG, OTHER = "the table", "another table of its name", "wpe.weight"
 FORMS = [
-    ("table.safetensors", {"table.safetensors": RIGHT}),
     ("weights.2024", {"weights.2024": RIGHT}),
     ("\udcff.safetensors", {"\udcff.safetensors": RIGHT}),  # a name that is not UTF-8
     ("any.index.json", {"any.index.json": {"a.safetensors": OTHER, "b.safetensors": RIGHT}}),
@@ -80,13 +64,23 @@ def made(tmp_path, values):
 
 
 def assert_opens(path, values, monkeypatch):
-    for given in (path, str(path), Path(path.name), f"./{path.name}", os.path.relpath(path, "/usr")):
-        monkeypatch.chdir("/usr" if str(given).startswith("..") else path.parent)
+    monkeypatch.chdir(path.parent)
+    for given in (path, str(path), Path(path.name)):
         table = open_table(given)
         assert (table.tensor, table.dtype, table.vocab_size, table.emb_size) == ("wte.weight", "float32", 24, 5)
-        assert table.row_bytes == 20
         assert_same(table.rows(0, 24), values)
-        assert_same(open_table(given, "wte.weight", 24).rows(7, 9), values[7:9])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: ascii([form[0], *form[1]]))
+def test_every_form_of_path_opens_the_table(made, values, form, monkeypatch):
+    path = made(form)
+    assert_opens(path, values, monkeypatch)
+    assert_same(open_table(path, "wte.weight", 24).rows(7, 9), values[7:9])
+    with pytest.raises(ValueError, match="vocab_size must be that of the table: asked for 25, .* has 24"):
+        open_table(path, vocab_size=25)
+    for name in ("WTE.weight", ""):
+        with pytest.raises(ValueError, match=f"no tensor '{name}' in it; there are: .*wte.weight"):
+            open_table(path, name)
 
 
 def test_a_cache_of_links_opens(made, values, tmp_path, monkeypatch):
@@ -99,30 +93,16 @@ def test_a_cache_of_links_opens(made, values, tmp_path, monkeypatch):
     assert_opens(tmp_path / "snapshot", values, monkeypatch)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: ascii([form[0], *form[1]]))
-def test_every_form_of_path_opens_the_table(made, values, form, monkeypatch):
-    path = made(form)
-    assert_opens(path, values, monkeypatch)
-    for size in (1, 23, 25, 40, 2**62):
-        with pytest.raises(ValueError, match=f"vocab_size must be that of the table: asked for {size}, .* has 24"):
-            open_table(path, vocab_size=size)
-    for name in ("wte", "wte.weight ", "WTE.weight", ""):
-        with pytest.raises(ValueError, match=f"no tensor '{name}' in it; there (is|are): .*wte.weight"):
-            open_table(path, name)
-
-
 def test_missing_bad_or_ambiguous_path_is_named(tmp_path, values):
     for folder in ("empty", "two"):
         (tmp_path / folder).mkdir()
     for name in ("a.safetensors", "b.safetensors"):
         save(tmp_path / "two" / name, {"wte.weight": values})
     (tmp_path / "text").write_text("a text that is no table at all")
-    (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / "config.json").write_text("{}")
     for name, match in {
         "nothing": "no such file or folder",
         "text/below": "no such file or folder",
-        "broken": "no such file or folder",
         "a\0b": "no such file or folder",
         "x" * 300: "",
         "empty": "no safetensors file in it",
@@ -134,53 +114,43 @@ def test_missing_bad_or_ambiguous_path_is_named(tmp_path, values):
             open_table(tmp_path / name)
 
 
-def test_arguments_of_another_kind_are_refused(tmp_path, values):
-    path = save(tmp_path / "t", {"wte.weight": values})
-    for wrong in (None, 3, 3.0, b"table", {"path": 1}, {"a"}, True):
-        with pytest.raises(TypeError, match="path must be a path or a list of paths, got "):
-            open_table(wrong)
-    for wrong in ([3], [None], [b"x"], [["x"]]):
-        with pytest.raises(TypeError):
-            open_table(wrong, vocab_size=3)
-    with pytest.raises(ValueError, match="path must name at least one file, got an empty list"):
-        open_table([], vocab_size=3)
-    for name in (3, b"wte.weight", ["wte.weight"]):
-        with pytest.raises(TypeError, match="tensor_name must be a string or None"):
-            open_table(path, name)
-    for size in (24.0, "24", True, [24]):
-        with pytest.raises(TypeError, match="vocab_size must be an integer"):
-            open_table(path, vocab_size=size)
-    for size in (0, -24):
-        with pytest.raises(ValueError, match="vocab_size must be at least 1"):
-            open_table(path, vocab_size=size)
-    assert open_table(path, vocab_size=np.int32(24)).vocab_size == 24
+@pytest.mark.parametrize(
+    ("error", "match", "path", "options"),
+    [
+        (TypeError, "path must be a path or a list of paths, got NoneType", None, {}),
+        (TypeError, "path must be a path or a list of paths, got bytes", b"t", {}),
+        (TypeError, "int", [3], {"vocab_size": 3}),
+        (ValueError, "path must name at least one file, got an empty list", [], {"vocab_size": 3}),
+        (TypeError, "tensor_name must be a string or None", "t", {"tensor_name": b"wte.weight"}),
+        (TypeError, "vocab_size must be an integer", "t", {"vocab_size": 24.0}),
+        (ValueError, "vocab_size must be at least 1", "t", {"vocab_size": 0}),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, values, monkeypatch, error, match, path, options):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "t", {"wte.weight": values})
+    with pytest.raises(error, match=match):
+        open_table(path, **options)
 
 
 # Tensors
 
 # fmt: off
 INPUT_EMBEDDINGS = (
-    "model.embed_tokens.weight", "wte.weight", "transformer.wte.weight", "bert.embeddings.word_embeddings.weight",
-    "shared.weight", "gpt_neox.embed_in.weight", "embedder.input_embedding", "token_embedder.embedding",
-    "tok_embeddings.weight", "embedding.weight", "model.decoder.embed_tokens.weight", "token_embd.weight",
-    "transformer.word_embeddings.weight", "transformer.word_embedding.weight", "params/Embed_0/embedding",
-    "embedding.word_embeddings.weight", "text_model.embeddings.token_embedding.weight", "backbone.embeddings.weight",
-    "language_model.model.embed_tokens.weight", "deberta.embeddings.word_embeddings.weight",
+    "model.embed_tokens.weight", "transformer.wte.weight", "bert.embeddings.word_embeddings.weight", "shared.weight",
+    "gpt_neox.embed_in.weight", "embedder.input_embedding", "token_embedder.embedding", "tok_embeddings.weight",
+    "embedding.weight", "token_embd.weight", "transformer.word_embedding.weight", "params/Embed_0/embedding",
+    "text_model.embeddings.token_embedding.weight", "backbone.embeddings.weight",
 )
 OTHERS = (
-    "lm_head.weight", "output.weight", "output_layer.weight", "embed_out.weight", "decoder.logits_dense.kernel",
-    "cls.predictions.decoder.weight", "model.decoder.fc.weight", "mask_predictions.dense.weight", "wpe.weight",
-    "transformer.wpe.weight", "bert.embeddings.position_embeddings.weight", "bert.embeddings.position_ids",
-    "bert.embeddings.token_type_embeddings.weight", "deberta.encoder.rel_embeddings.weight",
-    "model.decoder.embed_positions.weight", "decoder.position_embedder.embedding", "params/Dense_0/kernel",
-    "text_model.embeddings.position_embedding.weight", "embedding.position_embeddings.weight",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "layer_0.mlp.linear",
-    "model.layers.0.self_attn.q_proj.weight", "h.0.attn.c_attn.weight", "blk.0.attn_q.weight", "ln_f.weight:1",
-    "model.layers.0.input_layernorm.weight:1", "transformer.word_embeddings_layernorm.weight:1", "norm.weight:1",
-    "deberta.embeddings.LayerNorm.weight:1", "cls.predictions.bias:1", "final_norm.scale:1", "h.0.attn.bias:4",
-    "vision_tower.vision_model.embeddings.position_embedding.weight", "transformer.mask_emb:3",
-    "vision_tower.vision_model.embeddings.class_embedding:1", "transformer.layer.0.rel_attn.q:3",
-    "vision_tower.vision_model.embeddings.patch_embedding.weight:4", "layer_0.attn.q_einsum.w:3",
+    "lm_head.weight", "output_layer.weight", "embed_out.weight", "decoder.logits_dense.kernel", "wpe.weight",
+    "cls.predictions.decoder.weight", "bert.embeddings.position_ids", "bert.embeddings.token_type_embeddings.weight",
+    "deberta.encoder.rel_embeddings.weight", "model.decoder.embed_positions.weight", "params/Dense_0/kernel",
+    "decoder.position_embedder.embedding", "embedding.position_embeddings.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "model.layers.0.self_attn.q_proj.weight",
+    "transformer.word_embeddings_layernorm.weight:1", "deberta.embeddings.LayerNorm.weight:1", "h.0.attn.bias:4",
+    "cls.predictions.bias:1", "transformer.mask_emb:3", "vision_model.embeddings.class_embedding:1",
+    "vision_model.embeddings.patch_embedding.weight:4",
 )
 # fmt: on
 
@@ -196,34 +166,30 @@ def test_input_embedding_of_known_models_is_found(tmp_path, values, name):
     """Among tensors of all of them; 2-D ones where no number of dimensions is given."""
     sizes = (other.partition(":") for other in OTHERS)
     others = {other: np.ones((2, 3, 4, 5)[: int(ndim or 2)], np.float32) for other, _, ndim in sizes}
-    for tensors in ({**others, name: values}, {name: values, **others}):
-        for path in saved_both_ways(tmp_path, tensors):
-            table = open_table(path)
-            assert table.tensor == name
-            assert_same(table.rows(0, 24), values)
+    for path in saved_both_ways(tmp_path, {**others, name: values}):
+        assert open_table(path).tensor == name
+        assert_same(open_table(path).rows(0, 24), values)
 
 
 def test_several_candidates_are_listed_and_can_be_named(tmp_path, values):
     """BART's three, one of which is meant."""
     three = ["model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"]
-    others = ["model.encoder.embed_positions.weight", "model.encoder.layers.0.fc1.weight"]
-    tensors = {name: values + np.float32(number) for number, name in enumerate([*three, *others])}
+    tensors = {name: values + np.float32(n) for n, name in enumerate([*three, "model.encoder.layers.0.fc1.weight"])}
     for path in saved_both_ways(tmp_path, tensors):
         says = f"pass tensor_name; several look like an input embedding: {', '.join(three)}$"
         with pytest.raises(ValueError, match=says):
             open_table(path)
         for name in tensors:
-            assert open_table(path, name).tensor == name
             assert_same(open_table(path, name).rows(0, 24), tensors[name])
 
 
-def test_without_a_candidate_the_tables_are_listed(tmp_path, values):
-    """An output head is a table of the same shape, and the wrong one."""
-    for others in ([], ["lm_head.bias"], ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]):
+def test_the_only_table_is_found_unless_it_is_a_head(tmp_path, values):
+    for path in saved_both_ways(tmp_path, {"anything": values}):
+        assert open_table(path).tensor == "anything"
+    for others in ([], ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"]):
         for path in saved_both_ways(tmp_path, {"lm_head.weight": values, **dict.fromkeys(others, values)}):
             with pytest.raises(ValueError, match="pass tensor_name; none looks like .* in it: .*lm_head.weight"):
                 open_table(path)
-            assert_same(open_table(path, "lm_head.weight").rows(0, 24), values)
 
 
 def test_long_lists_of_candidates_are_cut(tmp_path):
@@ -233,28 +199,23 @@ def test_long_lists_of_candidates_are_cut(tmp_path):
                 open_table(path, name)
 
 
-def test_tensor_that_is_no_table_is_refused(tmp_path):
-    float32 = np.dtype(np.float32)
-    shapes = [((6,), float32), ((1, 2, 3), float32), ((), float32), ((0, 3), float32), ((3, 0), float32)]
-    shapes += [((2, 3), np.dtype(np.int64)), ((2, 3), np.dtype(np.uint8))]
-    wrong = {f"{dtype} {list(shape)}": np.ones(shape, dtype) for shape, dtype in shapes}
-    for path in saved_both_ways(tmp_path, wrong):
-        for name, tensor in wrong.items():
-            says = rf"tensor '{re.escape(name)}' must be a 2-D table of float16, .*, got \w+ "
-            with pytest.raises(ValueError, match=says + re.escape(f"{list(tensor.shape)}") + "$"):
-                open_table(path, name)
-    for tensor in wrong.values():
-        with pytest.raises(ValueError, match="none looks like an input embedding. .* in it: none$"):
-            open_table(save(tmp_path / "one", {"wte.weight": tensor}))
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((6,), "f4"), ((1, 2, 3), "f4"), ((), "f4"), ((0, 3), "f4"), ((3, 0), "f4"), ((2, 3), "i8")]
+)
+def test_tensor_that_is_no_table_is_refused(tmp_path, shape, dtype):
+    path = save(tmp_path / "t", {"wte.weight": np.ones(shape, dtype)})
+    says = r"tensor 'wte.weight' must be a 2-D table of float16, .*, got \w+ "
+    with pytest.raises(ValueError, match=says + re.escape(f"{list(shape)}") + "$"):
+        open_table(path, "wte.weight")
+    with pytest.raises(ValueError, match="none looks like an input embedding. .* in it: none$"):
+        open_table(path)
 
 
 def test_tensors_of_an_index_come_from_their_own_files(tmp_path, values):
     files = {f"{n}.safetensors": {f"t{n}": values + np.float32(n), "copy": values} for n in range(3)}
     path = save_index(tmp_path / "i.json", files)
     for number in range(3):
-        table = open_table(path, f"t{number}")
-        assert table.files == [tmp_path / f"{number}.safetensors"]
-        assert_same(table.rows(0, 24), values + np.float32(number))
+        assert_same(open_table(path, f"t{number}").rows(0, 24), values + np.float32(number))
     save(tmp_path / "1.safetensors", {"wpe.weight": values})
     with pytest.raises(ValueError, match=r"1.safetensors: no tensor 't1' in it; there are: wpe.weight$"):
         open_table(path, "t1")
@@ -269,20 +230,13 @@ def test_tensors_of_an_index_come_from_their_own_files(tmp_path, values):
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_every_dtype_bit_for_bit_from_any_byte_on(tmp_path, rng, dtype):
     values = any_bits(rng, 40, 7, STORED_DTYPES[dtype])
-    if values.itemsize < 4:  # every number that there is
-        every = np.arange(256**values.itemsize, dtype=f"u{values.itemsize}").view(values.dtype)
-        values = np.concatenate([values, np.resize(every, (-(-len(every) // 7), 7))])
     for before in range(9):
         tensors = {"mask": np.ones(before, np.uint8), "wte.weight": values, "wpe.weight": values[::-1].copy()}
         path = save(tmp_path / "t", tensors)
         table = open_table(path)
-        assert table.dtype == dtype
-        assert_same(table.rows(0, len(values)), values)
+        assert (table.dtype, table.row_bytes) == (dtype, 7 * values.itemsize)
+        assert_same(table.rows(0, 40), values)
         assert_same(open_table(path, "wpe.weight").rows(1, 5), values[::-1][1:5])
-        for kind in (values.dtype, np.dtype(np.float64)):
-            out = np.zeros((len(values), 7), kind)
-            table.read_rows(0, out)
-            assert_same(out, cast(values, kind))
         if not dtype.startswith("float8"):  # which safetensors does not hand to NumPy
             assert_same(load_file(path)["wte.weight"], values)
 
@@ -303,26 +257,22 @@ def test_any_range_of_rows_and_none_outside_the_table(table, values):
     for start in range(25):
         for stop in range(start, 25):
             assert_same(table.rows(start, stop), values[start:stop])
-    for start, stop in [(-1, 3), (-1, -1), (0, 25), (24, 25), (25, 25), (5, 4), (40, 41), (-(2**70), 0), (0, 2**70)]:
+    for start, stop in [(-1, 3), (0, 25), (25, 25), (5, 4), (-(2**70), 0), (0, 2**70)]:
         with pytest.raises(IndexError, match=rf"rows \[{start}, {stop}\) leave the table's \[0, 24\)"):
             table.rows(start, stop)
-        for dtype in ("float32", "float64") if 0 <= stop - start < 100 else ():
-            out = np.full((stop - start, 5), 7, STORED_DTYPES[dtype])
-            with pytest.raises(IndexError, match="leave the table"):
-                table.read_rows(start, out)
-            assert (out == 7).all()
+    out = np.full((4, 5), 7, np.float64)
+    with pytest.raises(IndexError, match="leave the table"):
+        table.read_rows(22, out)
+    assert (out == 7).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_memory_of_another_shape_or_layout_is_refused(tmp_path, table, dtype):
+def test_memory_of_another_shape_or_layout_is_refused(tmp_path, table):
     column = open_table(save(tmp_path / "column", {"wte.weight": np.ones((3, 1), np.float32)}))
-    shapes = [(4, 6), (4, 4), (4, 1), (4, 10), (2, 5, 2), (20,), (4, 5, 1), ()]
+    shapes = [(4, 6), (4, 1), (2, 5, 2), (20,), ()]
     for source, shape in [*((table, shape) for shape in shapes), (column, (3, 4))]:  # a column is not repeated
-        out = np.full(shape, 7, STORED_DTYPES[dtype])
         with pytest.raises(ValueError, match="out must "):
-            source.read_rows(0, out)
-        assert (out == 7).all()
-    for out in (np.zeros((4, 10), dtype)[:, ::2], np.zeros((5, 4), dtype).T, np.zeros((8, 5), dtype)[::2]):
+            source.read_rows(0, np.zeros(shape))
+    for out in (np.zeros((4, 10))[:, ::2], np.zeros((5, 4)).T):
         with pytest.raises(ValueError, match="out must be C-contiguous"):
             table.read_rows(0, out)
 
@@ -348,25 +298,10 @@ def test_cast_rounds_once(tmp_path):
         assert values.astype(dtype)[0, 0] == 1  # or this would test nothing
 
 
-def test_only_the_rows_asked_for_are_read(tmp_path, values, reads):
-    path = save(tmp_path / "t", {"x": np.ones(3, np.uint8), "wte.weight": values, "wpe.weight": values})
-    table = open_table(path)
-    assert reads == []
-    begin = path.stat().st_size - 2 * values.nbytes
-    for start, stop in ((0, 1), (5, 9), (23, 24), (0, 24)):
-        table.rows(start, stop)
-        assert reads == [("t", begin + start * 20, begin + stop * 20)]
-        reads.clear()
-    table.rows(24, 24)
-    table.read_rows(3, np.zeros((0, 5), np.float32))
-    assert reads == []
-    table.read_rows(3, np.zeros((2, 5)))
-    assert reads == [("t", begin + 3 * 20, begin + 5 * 20)]
-
-
 def test_table_larger_than_memory_opens(tmp_path):
+    """Of 256 GiB only the rows asked for are read."""
     rows = 2**24
-    path = save_zeros(tmp_path / "t", rows, 4096)  # 256 GiB
+    path = save_zeros(tmp_path / "t", rows, 4096)
     with open(path, "rb+") as file:
         file.seek(-4, os.SEEK_END)
         file.write(np.float32(3).tobytes())
@@ -376,26 +311,23 @@ def test_table_larger_than_memory_opens(tmp_path):
     assert not table.padded_rows(VocabPartition(rows, 2**20), 12345, np.dtype(np.float32)).any()
 
 
-@pytest.mark.parametrize("parts", [None, VocabPartition(24, 5, 40), VocabPartition(24, 64, "even")])
-def test_table_loads_under_any_partition(tmp_path, values, parts):
-    table = written(tmp_path / "t.safetensors", values, parts)
-    for world_size, padded in [(1, None), (3, 48), (5, "even"), (7, 70), (8, None), (25, "even"), (64, 128)]:
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_table_loads_under_any_partition(table, values, dtype):
+    for world_size, padded in [(1, None), (5, "even"), (7, 70), (64, 128)]:
         partition = VocabPartition(24, world_size, padded)
-        for dtype in (np.float32, ml_dtypes.bfloat16):
-            whole = np.zeros((partition.padded_vocab_size, 5), dtype)
-            whole[:24] = cast(values, np.dtype(dtype))
-            for rank in range(world_size):
-                rows = table.padded_rows(partition, rank, np.dtype(dtype))
-                assert_same(rows, whole[partition.start(rank) : partition.stop(rank)])
-                assert rows.ctypes.data % 64 == 0
+        whole = np.zeros((partition.padded_vocab_size, 5), dtype)
+        whole[:24] = cast(values, np.dtype(dtype))
+        for rank in range(world_size):
+            rows = table.padded_rows(partition, rank, np.dtype(dtype))
+            assert_same(rows, whole[partition.start(rank) : partition.stop(rank)])
+            assert rows.ctypes.data % 64 == 0
 
 
-def test_chunks_do_not_change_rows_or_fingerprint(table, values, monkeypatch):
-    assert_same(np.concatenate(list(table.chunks(megabytes=0))), values)
-    (whole,) = table.chunks()
-    assert_same(whole, values)
+def test_chunks_do_not_change_the_fingerprint(table, values, monkeypatch):
     digest, hashes = table.fingerprint()
-    monkeypatch.setattr(type(table), "chunks", lambda self: iter([values[:5], values[5:]]))
+    monkeypatch.setattr(table_file, "_CHUNK_BYTES", 1)
+    assert len([*table.chunks()]) == 24
+    assert_same(np.concatenate([*table.chunks()]), values)
     assert table.fingerprint()[0] == digest
     np.testing.assert_array_equal(table.fingerprint()[1], hashes)
 
@@ -412,7 +344,7 @@ def parts(tmp_path, values):
 
 def test_parts_are_one_table_without_padding(parts, values):
     folder, files = parts
-    for path in (folder, str(folder), files, tuple(files), [str(file) for file in files]):
+    for path in (folder, str(folder), files, tuple(map(str, files))):
         for rows in (24, 23, 9, 8, 1):
             table = open_table(path, vocab_size=rows)
             assert (table.tensor, table.vocab_size) == ("word_embeddings.weight", rows)
@@ -421,15 +353,13 @@ def test_parts_are_one_table_without_padding(parts, values):
             with pytest.raises(IndexError):
                 table.rows(rows, rows + 1)
     assert (open_table(folder, vocab_size=32).rows(24, 32) == 7).all()
-    for path in parts:
-        for size, says in (
-            (None, "vocab_size must be given for parts that may be padded: these 4 have 32 rows"),
-            (33, "vocab_size must be at most the 32 rows .*, got 33"),
-            (2**62, f"vocab_size must be at most the 32 rows .*, got {2**62}"),
-            (0, "vocab_size must be at least 1"),
-        ):
-            with pytest.raises(ValueError, match=says):
-                open_table(path, vocab_size=size)
+    assert open_table(folder, with_padding=True).vocab_size == 32
+    for size, says in (
+        (None, "vocab_size must be given for parts that may be padded: these 4 have 32 rows"),
+        (33, "vocab_size must be at most the 32 rows .*, got 33"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            open_table(folder, vocab_size=size)
 
 
 @pytest.mark.parametrize("name", ["mp_rank_{}", "mp_rank_{:02d}", "mp_rank_{:03d}"])
@@ -439,25 +369,26 @@ def test_parts_are_ordered_by_number(tmp_path, values, name):
     assert_same(open_table(tmp_path / "parts", vocab_size=24).rows(0, 24), values)
 
 
-@pytest.mark.parametrize("rank", range(1, 4))
-def test_part_unlike_the_first_is_named(parts, values, rank):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: {"word_embeddings.weight": rows[:7]},
+        lambda rows: {"word_embeddings.weight": rows[:, :4].copy()},
+        lambda rows: {"word_embeddings.weight": rows.astype(np.float64)},
+        lambda rows: {"embedding.weight": rows},
+    ],
+)
+def test_part_unlike_the_first_is_named(parts, values, change):
     _, files = parts
-    for tensors in (
-        {"word_embeddings.weight": values[:7]},
-        {"word_embeddings.weight": values[:8, :4]},
-        {"word_embeddings.weight": values[:8].astype(np.float64)},
-        {"word_embeddings.weight": values[:8].view(np.uint8)[:, ::4].copy()},
-        {"embedding.weight": values[:8]},
-        {"word_embeddings.weight": values[:8], "shared.weight": values[:8]},
-    ):
-        save(files[rank], tensors)
-        says = rf"mp_rank_0{rank}/model.safetensors: (the parts must|pass tensor_name)"
-        for path in parts:
-            with pytest.raises(ValueError, match=says):
-                open_table(path, vocab_size=24)
+    save(files[2], change(values[:8]))
+    for path in parts:
+        with pytest.raises(
+            ValueError, match="mp_rank_02/model.safetensors: the parts must be equal, but this one has "
+        ):
+            open_table(path, vocab_size=24)
 
 
-def test_doubled_or_ambiguous_part_is_named(parts):
+def test_doubled_missing_or_ambiguous_part_is_named(parts):
     folder, files = parts
 
     def refused(path, says):
@@ -472,16 +403,9 @@ def test_doubled_or_ambiguous_part_is_named(parts):
     save(files[2].with_name("a.safetensors"), {})
     save(files[2].with_name("b.safetensors"), {})
     refused(folder, "mp_rank_02: name the file to use; there are a.safetensors, b.safetensors")
-
-
-@pytest.mark.parametrize("rank", range(3))
-def test_missing_part_is_named(parts, rank):
-    folder, files = parts
-    shutil.rmtree(files[rank].parent)
-    with pytest.raises(ValueError, match=f"parts: the part of rank {rank} is missing; there are 3 parts"):
-        open_table(folder, vocab_size=8)
-    with pytest.raises(ValueError, match=f"mp_rank_0{rank}/model.safetensors: no such file"):
-        open_table(files, vocab_size=8)
+    shutil.rmtree(files[0].parent)
+    refused(folder, "parts: the part of rank 0 is missing; there are 3 parts")
+    refused(files, "mp_rank_00/model.safetensors: no such file")
 
 
 def test_tensor_of_parts_can_be_named(tmp_path, values):
