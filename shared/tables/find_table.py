@@ -135,7 +135,7 @@ def _in_index(path: Path, tensor_name: str | None) -> tuple[Path, str]:
 
 
 def _in_file(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
-    """Look up the table in a safetensors file; return its name and place."""
+    """Look up the table in a file; return its name and place."""
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
     places = read_header(path)
@@ -150,7 +150,7 @@ def _in_file(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
 
 
 def _choose(path: Path, tensor_name: str | None, names: Collection[str], tables: Collection[str]) -> str:
-    """Choose the tensor of a name, the one named like an input embedding, or the only one of ``tables``."""
+    """Choose the named tensor, an input embedding, or the only table."""
     if tensor_name is not None:
         if tensor_name not in names:
             raise ValueError(f"{path}: no tensor {tensor_name!r} in it; there are: {_listed(names)}")

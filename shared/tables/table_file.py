@@ -38,7 +38,7 @@ class TableSpec:
         return self.emb_size * STORED_DTYPES[self.dtype].itemsize
 
     def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """Split rows ``[start, stop)`` into ranges of at most ``size`` bytes, or of one row."""
+        """Split a range of rows into pieces of at most ``size`` bytes."""
         step = max(1, size // self.row_bytes)
         for first in range(start, stop, step):
             yield first, min(first + step, stop)

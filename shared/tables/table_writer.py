@@ -159,7 +159,10 @@ def _create(path: Path, spec: TableSpec) -> None:
 def _fill(
     path: Path, spec: TableSpec, held: int, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
 ) -> None:
-    """Write ranges of rows to a file that begins with row ``held``, read them back, and sync them."""
+    """Write ranges of rows, read them back and sync them.
+
+    ``held`` is the first row that the file has.
+    """
     written = open_table(path, spec.tensor)
     pieces = (piece for start, stop in ranges for piece in spec.pieces(start, stop, _PIECE_BYTES))
     with open(path, "rb+") as file:
@@ -220,7 +223,7 @@ def _check_cover(ranges: Sequence[tuple[int, int]], vocab_size: int) -> None:
 
 @contextlib.contextmanager
 def _in_every_process(exchange: Exchange) -> Iterator[None]:
-    """Do a step in every process; raise in all of them if it failed in one."""
+    """Raise in every process if the step failed in one."""
     failure: Exception | None = None
     try:
         yield
