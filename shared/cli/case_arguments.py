@@ -36,12 +36,7 @@ def dtype_name(text: str) -> str:
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of table, ids and layer to a command."""
     table = parser.add_argument_group("table (default: a made-up one of 131072 x 1024, bfloat16)")
-    table.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE",
-        help="safetensors file, or folder with a Hugging Face checkpoint",
-    )
+    table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file, checkpoint or folder of parts")
     table.add_argument("--tensor", metavar="NAME", help="tensor in it (default: the one named like an input embedding)")
     table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table")
     table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
@@ -56,7 +51,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
     layer = parser.add_argument_group("layer")
     layer.add_argument(
-        "--world-size", type=int, default=8, metavar="W", help="ranks; must divide V after padding (default 8)"
+        "--world-size", type=int, default=8, metavar="W", help="ranks (default 8); divide V after padding"
     )
     layer.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     layer.add_argument("--padding-idx", type=int, metavar="ID", help="id whose row gets no gradient")
@@ -65,21 +60,17 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*REDUCTIONS],
         default="none",
         help="what each rank returns: its incomplete embedding (none, the default), the embedding (all_reduce), its part of "
-        "the sequence (reduce_scatter), or the embedding of its own part of the ids (all_to_all). With a reduction, torch "
-        "runs one process per rank, JAX one device per rank",
+        "the sequence (reduce_scatter), or the embedding of its own part of the ids (all_to_all)",
     )
     layer.add_argument(
         "--exchange",
         choices=[*EXCHANGES],
         default="auto",
-        help="how rows travel in a reduction: by a collective of whole embeddings (dense), from their owner to the ranks "
-        "that need them (routed), or as the layer chooses (auto, the default); values are equal",
+        help="how rows travel in a reduction: by a collective (dense), from their owner to the ranks that need them "
+        "(routed), or as the layer chooses (auto, the default); values are equal",
     )
     layer.add_argument(
-        "--seq-dim",
-        type=int,
-        metavar="D",
-        help="dimension of the ids that reduce_scatter or all_to_all splits (default -1)",
+        "--seq-dim", type=int, metavar="D", help="dimension of the ids that a reduction splits (default -1)"
     )
     layer.add_argument("--seed", type=int, default=0, metavar="S", help="seed of all that is made up (default 0)")
 

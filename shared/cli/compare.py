@@ -22,22 +22,18 @@ __all__ = ["add_parser"]
 _DESCRIPTION = """\
 Prove that the PyTorch and the JAX layer compute the same.
 
-The table and the ids are written to files. Each backend reads them in its own process and splits the table over the
-ranks. It records each rank's result and gradient, and the whole embedding. An oracle in NumPy does the same. The records
-are compared bit by bit: backend against backend, and each backend against the oracle.
+Each backend reads the table and the ids from files, in its own process, and splits the table over the ranks. It records
+each rank's result and gradient, and the whole embedding. An oracle in NumPy does the same. The records are compared bit by
+bit: backend against backend, and each backend against the oracle. The sums of the gradient fed in are exact in every
+order, so no comparison needs a tolerance.
 
 With --reduction the ranks communicate: torch runs one process per rank in a gloo group, JAX one device per rank.
 
-The sums of the gradient fed in are exact in every order, so no comparison needs a tolerance.
-
 With --head the output head is compared in place of the embedding: the cross entropy of hidden states against targets, over
-the table split by rows. The ids are the targets (--ids); those outside the vocabulary do not count. An oracle in float64
-computes each rank's loss, log-probabilities, gradient of the hidden states, gradient of its rows, and argmax. Sums of
-products round, so each array but the argmax has a bound, which follows from the dtype (--json prints the formulas). What all
-ranks have must have the same bits on all of them.
-
---tied looks the ids up in the same table to get the hidden states, and the target of a token is the next id. The table's
-gradient is then the sum of both uses.
+the table split by rows. The ids are the targets (--ids); those outside the vocabulary do not count. Sums of products
+round, so each array but the argmax has a bound, which follows from the dtype (--json prints the formulas). What all ranks
+have must have the same bits on all of them. --tied gets the hidden states by looking the ids up in the same table; the
+target of a token is the next id, and the table's gradient is the sum of both uses.
 
 examples:
   pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
@@ -59,16 +55,9 @@ def add_parser(commands: Commands) -> None:
     add_case_arguments(parser)
     other = parser.add_argument_group("comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
-    other.add_argument(
-        "--head",
-        action="store_true",
-        help="compare the output head in place of the embedding (made up: a table of 32768 x 256, targets 4 x 128)",
-    )
-    other.add_argument(
-        "--tied",
-        action="store_true",
-        help="compare the head of a model whose embedding has the same table; implies --head",
-    )
+    made_up = "made up: a table of 32768 x 256, targets 4 x 128"
+    other.add_argument("--head", action="store_true", help=f"compare the output head, not the embedding ({made_up})")
+    other.add_argument("--tied", action="store_true", help="the embedding has the head's table; implies --head")
     add_result_arguments(parser)
 
 

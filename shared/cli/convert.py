@@ -40,16 +40,12 @@ def add_parser(commands: Commands) -> None:
     """Add ``pve convert`` to the commands."""
     parser = add_command(commands, "convert", "copy a table to one file or to Megatron-style parts", _DESCRIPTION, _run)
     parser.add_argument("table", type=Path, metavar="TABLE", help="safetensors file, checkpoint or folder of parts")
-    parser.add_argument(
-        "output", type=Path, metavar="OUTPUT", help="file to write; with --world-size, folder to create"
-    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file to write; with --world-size, a new folder")
     parser.add_argument("--tensor", metavar="NAME", help="tensor (default: the one named like an input embedding)")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="rows, padding excluded, of Megatron-style parts")
     parser.add_argument("--world-size", type=int, metavar="W", help="write W parts instead of one file")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
-    parser.add_argument(
-        "--dtype", type=dtype_name, choices=[*STORED_DTYPES], help="cast, rounding once (default: the stored dtype)"
-    )
+    parser.add_argument("--dtype", type=dtype_name, choices=[*STORED_DTYPES], help="cast to it (default: as stored)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -73,7 +69,6 @@ def _run(options: argparse.Namespace) -> int:
 
         force, dtype = options.force, options.dtype
         files = convert_table(table, options.output, partition, dtype=dtype, force=force, progress=progress)
-    size = sum(file.stat().st_size for file in files)
     facts = {
         "output": str(options.output),
         "files": [str(file) for file in files],
@@ -83,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         "emb_size": table.emb_size,
         "world_size": options.world_size,
         "padded_vocab_size": None if partition is None else partition.padded_vocab_size,
-        "bytes": size,
+        "bytes": sum(file.stat().st_size for file in files),
     }
     if options.json:
         print_json(options.command, facts)
@@ -94,6 +89,6 @@ def _run(options: argparse.Namespace) -> int:
         parts = f",{padding} in {len(files)} parts"
     say(
         f"{options.output}: {table.tensor}, {table.vocab_size} x {table.emb_size} {facts['dtype']}{parts}, "
-        f"{decimal(size)} ({time.perf_counter() - started:.1f} s)"
+        f"{decimal(facts['bytes'])} ({time.perf_counter() - started:.1f} s)"
     )
     return 0

@@ -45,12 +45,8 @@ def add_parser(commands: Commands) -> None:
         help="tensor in both files; given twice: in A, then in B (default: the one named like an input embedding)",
     )
     tables.add_argument("--vocab-size", type=int, metavar="V", help="rows to compare; later rows are padding")
-    tables.add_argument(
-        "--world-size",
-        type=int,
-        metavar="W",
-        help="ranks that differing rows are attributed to (default: the number of parts)",
-    )
+    ranks = "ranks that differing rows are attributed to (default: the number of parts)"
+    tables.add_argument("--world-size", type=int, metavar="W", help=ranks)
     add_result_arguments(parser)
 
 

@@ -50,9 +50,8 @@ exit status: 0"""
 
 def add_parser(commands: Commands) -> None:
     """Add ``pve env`` to the commands."""
-    parser = add_command(
-        commands, "env", "versions, platform, and the devices that each backend sees", _DESCRIPTION, _run
-    )
+    summary = "versions, platform, and the devices that each backend sees"
+    parser = add_command(commands, "env", summary, _DESCRIPTION, _run)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
