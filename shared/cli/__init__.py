@@ -8,7 +8,7 @@ from shared.cli import compare, completion, convert, diff, env, plan, record
 from shared.cli.console import fail, in_words_of
 from shared.proof.launch import BackendError
 
-__all__ = ["main"]
+__all__ = ["command_line", "main"]
 
 _DESCRIPTION = """\
 A vocabulary-parallel embedding, in PyTorch and in JAX, proven equal bit for bit.
@@ -21,7 +21,7 @@ for the others; the ranks' results sum to the embedding.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = command_line().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ValueError, TypeError, IndexError, OSError, OverflowError) as error:
@@ -35,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("interrupted")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def command_line() -> argparse.ArgumentParser:
+    """Parser of the command line; each module of a subcommand documents it."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="pve", description=_DESCRIPTION, formatter_class=form)
     version = env.version("parallel-vocab-embedding") or "of a source folder, not installed"
     parser.add_argument("--version", action="version", version=f"pve {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (compare, plan, record, diff, convert, env):
-        module.add_parser(commands)
-    completion.add_parser(commands, parser)
+    for module in (compare, plan, record, diff, convert, env, completion):
+        name, text = module.__name__.rpartition(".")[2], str(module.__doc__)
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=form)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser

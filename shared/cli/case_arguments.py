@@ -1,31 +1,16 @@
-"""Subcommands, and the options that several of them share."""
+"""Options that several subcommands share."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 from shared.bits import DTYPES
 from shared.checks import EXCHANGES, REDUCTIONS
 from shared.padding_rules import RULE_HELP
 from shared.proof.case import CaseOptions
 
-__all__ = ["Commands", "add_case_arguments", "add_command", "case_options", "dtype_name"]
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+__all__ = ["add_case_arguments", "case_options", "dtype_name"]
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-
-
-def add_command(
-    commands: Commands, name: str, summary: str, description: str, run: Callable[[argparse.Namespace], int]
-) -> argparse.ArgumentParser:
-    """Add a subcommand; ``run`` returns its exit status."""
-    parser = commands.add_parser(
-        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def dtype_name(text: str) -> str:

@@ -1,26 +1,4 @@
-"""``pve compare``."""
-
-import argparse
-import itertools
-import tempfile
-import time
-from pathlib import Path
-
-from shared.cli.case_arguments import Commands, add_case_arguments, add_command, case_options
-from shared.cli.console import Steps, fail, progress_steps
-from shared.cli.results import add_result_arguments, check_result_arguments, show_result
-from shared.proof.case import build_case
-from shared.proof.diff import compare_records
-from shared.proof.head_case import build_head_case
-from shared.proof.head_diff import HeadDiff
-from shared.proof.head_expected import Expected
-from shared.proof.launch import FRAMEWORKS, is_installed, record_backend, record_head
-from shared.proof.report import Report, case_report
-
-__all__ = ["add_parser"]
-
-_DESCRIPTION = """\
-Prove that the PyTorch and the JAX layer compute the same.
+"""Prove that both backends compute the same (start here).
 
 Each backend reads the table and the ids from files, in its own process, and splits the table over the ranks. It records
 each rank's result and gradient, and the whole embedding. An oracle in NumPy does the same. The records are compared bit by
@@ -45,13 +23,31 @@ examples:
   pve compare --weights table.safetensors --tokenizer tokenizer.json --text README.md --json
   pve compare --report compare.html --markdown >> "$GITHUB_STEP_SUMMARY"
 
-exit status: 0 equal, 1 different, 2 bad input"""
+exit status: 0 equal, 1 different, 2 bad input
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+from shared.cli.case_arguments import add_case_arguments, case_options
+from shared.cli.console import Steps, fail, progress_steps
+from shared.cli.results import add_result_arguments, check_result_arguments, show_result
+from shared.proof.case import build_case
+from shared.proof.diff import compare_records
+from shared.proof.head_case import build_head_case
+from shared.proof.head_diff import HeadDiff
+from shared.proof.head_expected import Expected
+from shared.proof.launch import FRAMEWORKS, is_installed, record_backend, record_head
+from shared.proof.report import Report, case_report
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add ``pve compare`` to the commands."""
-    summary = "run both backends on one table and prove them equal (start here)"
-    parser = add_command(commands, "compare", summary, _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve compare``."""
     add_case_arguments(parser)
     other = parser.add_argument_group("comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
@@ -61,7 +57,8 @@ def add_parser(commands: Commands) -> None:
     add_result_arguments(parser)
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     check_result_arguments(options)
     if options.backends is None:
         backends = [name for name in FRAMEWORKS if is_installed(name)]

@@ -1,38 +1,34 @@
-"""``pve completion``."""
-
-import argparse
-
-from shared.cli.case_arguments import Commands, add_command
-
-__all__ = ["add_parser"]
-
-_SHELLS = ("bash", "zsh", "fish")
-
-_DESCRIPTION = """\
-Print a script by which a shell completes commands and options of `pve`.
+"""Print a script by which a shell completes `pve`.
 
 examples:
   pve completion bash > ~/.local/share/bash-completion/completions/pve
   pve completion zsh > ~/.zfunc/_pve          with fpath+=~/.zfunc before compinit in .zshrc
   pve completion fish > ~/.config/fish/completions/pve.fish
 
-exit status: 0 done, 2 shtab is not installed"""
+exit status: 0 done, 2 shtab is not installed
+"""
+
+import argparse
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands, whole: argparse.ArgumentParser) -> None:
-    """Add ``pve completion``, which completes the parser ``whole``, to the commands."""
-    summary = "a script by which a shell completes pve"
-    parser = add_command(commands, "completion", summary, _DESCRIPTION, lambda options: _run(options, whole))
-    parser.add_argument("shell", choices=_SHELLS, help="the shell")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve completion``."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
 
 
-def _run(options: argparse.Namespace, whole: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
+    from shared.cli import command_line  # which imports this module
+
     try:
         import shtab
     except ImportError:
         raise ValueError(
             "pve completion needs the shtab package: pip install 'parallel-vocab-embedding[completion]'"
         ) from None
+    whole = command_line()
     _complete_paths(whole, shtab.FILE)
     print(shtab.complete(whole, shell=options.shell))
     return 0

@@ -1,23 +1,4 @@
-"""``pve convert``: copy a table to one file or to Megatron-style parts."""
-
-import argparse
-import time
-from pathlib import Path
-
-from rich.filesize import decimal
-
-from shared.bits import STORED_DTYPES
-from shared.cli.case_arguments import Commands, add_command, dtype_name
-from shared.cli.console import print_json, progress_steps, say
-from shared.padding_rules import RULE_HELP, padded_by_rule
-from shared.partition import VocabPartition
-from shared.tables.find_table import open_table
-from shared.tables.table_writer import convert_table
-
-__all__ = ["add_parser"]
-
-_DESCRIPTION = """\
-Copy a vocabulary table to one safetensors file or, with --world-size, to Megatron-style parts.
+"""Copy a vocabulary table to one file or to Megatron-style parts.
 
 TABLE is a safetensors file, a folder with a Hugging Face checkpoint, or a folder of parts. With --world-size W, OUTPUT is a
 new folder of W equal parts, OUTPUT/mp_rank_00/model.safetensors and so on; padding rows are zero. Without it, OUTPUT is one
@@ -33,12 +14,28 @@ examples:
   pve convert parts table.safetensors --vocab-size 50257                           (which rows are not padding)
   pve convert parts parts8 --vocab-size 50257 --world-size 8 --padded-vocab-size even
 
-exit status: 0 done, 2 bad input (nothing is changed)"""
+exit status: 0 done, 2 bad input (nothing is changed)
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from shared.bits import STORED_DTYPES
+from shared.cli.case_arguments import dtype_name
+from shared.cli.console import print_json, progress_steps, say
+from shared.padding_rules import RULE_HELP, padded_by_rule
+from shared.partition import VocabPartition
+from shared.tables.find_table import open_table
+from shared.tables.table_writer import convert_table
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add ``pve convert`` to the commands."""
-    parser = add_command(commands, "convert", "copy a table to one file or to Megatron-style parts", _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve convert``."""
     parser.add_argument("table", type=Path, metavar="TABLE", help="safetensors file, checkpoint or folder of parts")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file to write; with --world-size, a new folder")
     parser.add_argument("--tensor", metavar="NAME", help="tensor (default: the one named like an input embedding)")
@@ -50,7 +47,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     started = time.perf_counter()
     if options.padded_vocab_size is not None and options.world_size is None:
         raise ValueError("--padded-vocab-size pads parts: give their number as --world-size W")

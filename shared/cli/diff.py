@@ -1,25 +1,9 @@
-"""``pve diff``."""
+"""Compare two records, or two vocabulary tables in files, bit by bit.
 
-import argparse
-from pathlib import Path
-
-from shared.cli.case_arguments import Commands, add_command
-from shared.cli.console import progress_steps
-from shared.cli.results import add_result_arguments, check_result_arguments, show_result
-from shared.proof.diff import compare_records
-from shared.proof.record import Record, is_record
-from shared.proof.report import Report, case_report
-from shared.proof.table_diff import compare_tables
-from shared.tables.find_table import open_table
-
-__all__ = ["add_parser"]
-
-_DESCRIPTION = """\
-Compare two records of `pve record`, or two vocabulary tables in files, bit by bit.
-
-Of records, it compares every rank's result and gradient, and the sum. Of tables, it compares every row. A table is a
-safetensors file, a Hugging Face checkpoint (index or folder) or a folder of Megatron-style parts. If dtypes differ, the
-wider one is rounded to the narrower. Rows that only the taller table has are padding if they all hold the same values.
+Of two records of `pve record`, it compares every rank's result and gradient, and the sum. Of tables, it compares every row.
+A table is a safetensors file, a Hugging Face checkpoint (index or folder) or a folder of Megatron-style parts. If dtypes
+differ, the wider one is rounded to the narrower. Rows that only the taller table has are padding if they all hold the same
+values.
 
 Differing rows are counted by kind: off by one row, ranks swapped, zeroed, rounding only, sign of zero, NaN and so on.
 The first of each kind are listed with id and owner.
@@ -29,12 +13,25 @@ examples:
   pve diff model.safetensors megatron-parts --report diff.html
   pve diff checkpoint-folder export.safetensors --tensor model.embed_tokens.weight --tensor embedding --world-size 8
 
-exit status: 0 equal, 1 different, 2 bad input (another case, other columns, a truncated or foreign file)"""
+exit status: 0 equal, 1 different, 2 bad input (another case, other columns, a truncated or foreign file)
+"""
+
+import argparse
+from pathlib import Path
+
+from shared.cli.console import progress_steps
+from shared.cli.results import add_result_arguments, check_result_arguments, show_result
+from shared.proof.diff import compare_records
+from shared.proof.record import Record, is_record
+from shared.proof.report import Report, case_report
+from shared.proof.table_diff import compare_tables
+from shared.tables.find_table import open_table
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add ``pve diff`` to the commands."""
-    parser = add_command(commands, "diff", "compare two records, or two tables in files", _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve diff``."""
     parser.add_argument("left", type=Path, metavar="A", help="a record or a table")
     parser.add_argument("right", type=Path, metavar="B", help="a record of the same case, or a table")
     tables = parser.add_argument_group("tables")
@@ -50,7 +47,8 @@ def add_parser(commands: Commands) -> None:
     add_result_arguments(parser)
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     check_result_arguments(options)
     paths = options.left, options.right
     records = [path.is_file() and path.suffix != ".json" and is_record(path) for path in paths]

@@ -1,4 +1,13 @@
-"""``pve env``."""
+"""Show versions, platform, and the devices that each backend sees.
+
+Add this to a bug report.
+
+examples:
+  pve env
+  pve env --json
+
+exit status: 0
+"""
 
 import argparse
 import importlib.metadata
@@ -11,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import shared
-from shared.cli.case_arguments import Commands, add_command
 from shared.cli.console import print_json, say
 from shared.proof.launch import FRAMEWORKS, is_installed
 
-__all__ = ["add_parser", "version"]
+__all__ = ["add_arguments", "run", "version"]
 
 _PACKAGES = (
     "parallel-vocab-embedding",
@@ -38,24 +46,14 @@ _PACKAGES = (
 )
 _SECONDS = 120
 
-_DESCRIPTION = """\
-Show installed packages, the platform, and the devices that each backend sees. Add this to a bug report.
 
-examples:
-  pve env
-  pve env --json
-
-exit status: 0"""
-
-
-def add_parser(commands: Commands) -> None:
-    """Add ``pve env`` to the commands."""
-    summary = "versions, platform, and the devices that each backend sees"
-    parser = add_command(commands, "env", summary, _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve env``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "executable": sys.executable,

@@ -1,23 +1,6 @@
-"""``pve plan``."""
+"""Show which rank owns which rows, memory per rank, and padding rules.
 
-import argparse
-from typing import Any
-
-from rich.filesize import decimal
-from rich.table import Table
-
-from shared.bits import DTYPES, dtype_named
-from shared.checks import check_size
-from shared.cli.case_arguments import Commands, add_command, dtype_name
-from shared.cli.console import output, print_json, say
-from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
-from shared.partition import VocabPartition
-
-__all__ = ["add_parser"]
-
-_DESCRIPTION = """\
-Show which rank owns which rows of a vocabulary table and, with --emb-size, the memory each rank needs. A second table
-shows the vocabulary padded by the usual rules.
+Memory is shown with --emb-size. A second table shows the vocabulary padded by the usual rules.
 
 A vocabulary that W does not divide must be padded with zero rows at the end, which belong to no id. Without
 --padded-vocab-size, only the second table is shown for it.
@@ -27,13 +10,27 @@ examples:
   pve plan --vocab-size 128256 --world-size 8 --emb-size 8192 --dtype bfloat16
   pve plan --vocab-size 50257 --world-size 8 --padded-vocab-size '128*w'
 
-exit status: 0 done, 2 a size is out of range"""
+exit status: 0 done, 2 a size is out of range
+"""
+
+import argparse
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from shared.bits import DTYPES, dtype_named
+from shared.checks import check_size
+from shared.cli.case_arguments import dtype_name
+from shared.cli.console import output, print_json, say
+from shared.padding_rules import RULE_HELP, RULES, padded_by_rule
+from shared.partition import VocabPartition
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add ``pve plan`` to the commands."""
-    summary = "which rank owns which rows, memory per rank, and rules of padding"
-    parser = add_command(commands, "plan", summary, _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve plan``."""
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="rows of the whole table")
     parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks; must divide V after padding")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
@@ -44,7 +41,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     vocab_size, world_size = options.vocab_size, options.world_size
     rules = {rule: padded_by_rule(rule, vocab_size, world_size) or 0 for rule in RULES}
     padded = padded_by_rule(options.padded_vocab_size, vocab_size, world_size)

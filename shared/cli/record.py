@@ -1,20 +1,7 @@
-"""``pve record``."""
+"""Run one backend on a case and keep its results.
 
-import argparse
-import tempfile
-from pathlib import Path
-
-from shared.cli.case_arguments import Commands, add_case_arguments, add_command, case_options
-from shared.cli.console import print_json, progress_steps, say
-from shared.proof.case import build_case
-from shared.proof.launch import BACKENDS, is_installed, record_backend
-from shared.proof.record import writable_file
-
-__all__ = ["add_parser"]
-
-_DESCRIPTION = """\
-Run one backend on a case and keep its results in a file. This is the first half of `pve compare`, for backends on two
-machines. Equal options and files give an equal case on both machines, bit for bit. `pve diff` compares the two files.
+This is the first half of `pve compare`, for backends on two machines. Equal options and files give an equal case on both
+machines, bit for bit. `pve diff` compares the two files.
 
 The record is a safetensors file with the nonzero rows of every rank's result and gradient, and of the sum. Its metadata
 hold sizes, versions and SHA-256 checksums. It is written whole or not at all.
@@ -24,12 +11,24 @@ examples:
   pve record --backend jax   -o jax.record          on the other
   pve diff torch.record jax.record
 
-exit status: 0 recorded, 2 bad input"""
+exit status: 0 recorded, 2 bad input
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from shared.cli.case_arguments import add_case_arguments, case_options
+from shared.cli.console import print_json, progress_steps, say
+from shared.proof.case import build_case
+from shared.proof.launch import BACKENDS, is_installed, record_backend
+from shared.proof.record import writable_file
+
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add ``pve record`` to the commands."""
-    parser = add_command(commands, "record", "run one backend and keep what it computed", _DESCRIPTION, _run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``pve record``."""
     parser.add_argument("--backend", required=True, choices=[*BACKENDS], help="backend to run")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="RECORD", help="file to write")
     parser.add_argument("--force", action="store_true", help="replace an existing record")
@@ -37,7 +36,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit status."""
     if not is_installed(options.backend):
         raise ValueError(
             f"--backend {options.backend} is not installed: pip install 'parallel-vocab-embedding[{options.backend}]'"

@@ -139,9 +139,9 @@ def _in_file(path: Path, tensor_name: str | None) -> tuple[str, TensorPlace]:
     if path.suffix in PICKLE_SUFFIXES:
         raise ValueError(f"{path}: a pickle file, which is never loaded; save the table as safetensors first")
     places = read_header(path)
-    tensor = _choose(path, tensor_name, places, [name for name, place in places.items() if place.is_table])
+    tensor = _choose(path, tensor_name, places, [name for name, place in places.items() if place.dtype])
     place = places[tensor]
-    if not place.is_table:
+    if place.dtype is None:
         raise ValueError(
             f"{path}: tensor {tensor!r} must be a 2-D table of {', '.join(STORAGE_CODES)}, "
             f"got {place.code} {list(place.shape)}"

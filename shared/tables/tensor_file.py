@@ -90,13 +90,8 @@ class TensorPlace:
 
     @property
     def dtype(self) -> str | None:
-        """Name of the dtype; None for one that no table can have."""
-        return _DTYPES.get(self.code)
-
-    @property
-    def is_table(self) -> bool:
-        """Whether it is 2-D, floating-point and not empty."""
-        return self.dtype is not None and len(self.shape) == 2 and 0 not in self.shape
+        """Name of the dtype; None unless 2-D, floating-point and not empty."""
+        return _DTYPES.get(self.code) if len(self.shape) == 2 and 0 not in self.shape else None
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:

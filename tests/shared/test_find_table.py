@@ -98,17 +98,12 @@ def test_missing_bad_or_ambiguous_path_is_named(tmp_path, values):
         (tmp_path / folder).mkdir()
     for name in ("a.safetensors", "b.safetensors"):
         save(tmp_path / "two" / name, {"wte.weight": values})
-    (tmp_path / "text").write_text("a text that is no table at all")
-    (tmp_path / "config.json").write_text("{}")
     for name, match in {
         "nothing": "no such file or folder",
-        "text/below": "no such file or folder",
         "a\0b": "no such file or folder",
         "x" * 300: "",
         "empty": "no safetensors file in it",
         "two": "name the file to use; there are a.safetensors, b.safetensors$",
-        "text": "not a whole safetensors file",
-        "config.json": "not an index of a checkpoint, it has no weight_map",
     }.items():
         with pytest.raises(ValueError, match=f"{re.escape(printable(name))}: {match}"):
             open_table(tmp_path / name)
@@ -218,9 +213,6 @@ def test_tensors_of_an_index_come_from_their_own_files(tmp_path, values):
         assert_same(open_table(path, f"t{number}").rows(0, 24), values + np.float32(number))
     save(tmp_path / "1.safetensors", {"wpe.weight": values})
     with pytest.raises(ValueError, match=r"1.safetensors: no tensor 't1' in it; there are: wpe.weight$"):
-        open_table(path, "t1")
-    (tmp_path / "1.safetensors").unlink()
-    with pytest.raises(ValueError, match="1.safetensors: no such file"):
         open_table(path, "t1")
 
 
