@@ -29,8 +29,8 @@ PARTITION = VocabPartition(30, 4, 40)
 FORMS = {"file.safetensors": None, "parts": PARTITION}
 
 
-def rows_at(path):
-    return open_table(path, vocab_size=30).rows(0, 30)
+def rows_at(path, tensor=None):
+    return open_table(path, tensor, 30).rows(0, 30)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def exchanges(processes):
 
 
 RANGES = [[(0, 8), (16, 24)], [(8, 16)], [], [(24, 30), (30, 30)]]
-SPEC = TableSpec("wte.weight", "bfloat16", 30, 6)
+SPEC = TableSpec("lm_head.weight", "bfloat16", 30, 6)
 
 
 @pytest.fixture
@@ -281,9 +281,9 @@ def test_processes_write_a_file_together(target, values, small_pieces):
     assert together(target, np.zeros_like(values)) == [None] * 4
     refused = together(target, values)
     assert all("exists; pass --force (force=True)" in str(error) for error in refused)
-    assert not bits(rows_at(target)).any()
+    assert not bits(rows_at(target, SPEC.tensor)).any()
     assert together(target, values, force=True) == [None] * 4
-    assert_same(rows_at(target), values)
+    assert_same(rows_at(target, SPEC.tensor), values)
     assert [*target.parent.iterdir()] == [target]
 
 
@@ -311,7 +311,7 @@ def test_one_process_failing_fails_all_and_changes_nothing(target, values, monke
     ("change", "match"),
     [
         ({"path": "elsewhere.safetensors"}, "the processes disagree about path"),
-        ({"spec": TableSpec("wte.weight", "float16", 30, 6)}, "the processes disagree about table"),
+        ({"spec": TableSpec("lm_head.weight", "float16", 30, 6)}, "the processes disagree about table"),
         ({"force": True}, "the processes disagree about force"),
         ({"ranges": []}, r"rows \[8, 16\) belong to no process"),
         ({"ranges": [(4, 16)]}, r"rows \[4, 8\) belong to more than one process"),
