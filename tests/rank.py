@@ -69,7 +69,8 @@ def run_rank(address, rendezvous, rank, world_size):
         while True:
             path, name, arguments = pickle.loads(pipe.recv_bytes())
             try:
-                result = None, getattr(load(path), name)(*arguments)
+                function = getattr(load(path), name)
+                result = None, getattr(function, "on_rank", function)(*arguments)
             except BaseException:
                 result = traceback.format_exc(), None
             pipe.send_bytes(pickle.dumps(result))

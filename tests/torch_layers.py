@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import re
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -19,6 +21,24 @@ DTYPES = {
     torch.bfloat16: ml_dtypes.bfloat16,
 }
 MODES = [("all_reduce", "dense"), ("all_reduce", "routed"), ("reduce_scatter", "dense"), ("reduce_scatter", "routed")]
+
+
+def on_ranks(world_size):
+    """Make a function a test that runs on each rank of a world, with the test's fixtures and parameters."""
+
+    def decorate(function):
+        parameters = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def test(world, **arguments):
+            world(world_size)(function, *(arguments[name] for name in parameters))
+
+        of_world = inspect.Parameter("world", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        test.__signature__ = inspect.Signature([of_world, *parameters.values()])
+        test.on_rank = function
+        return test
+
+    return decorate
 
 
 def tensor_of(array):
@@ -65,9 +85,28 @@ def mesh_of(*sizes):
     return dist.init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
 
 
+def over(place, mesh):
+    """The options of a layer over a mesh: its weight is a DTensor, or with a process group padded."""
+    if place == "device_mesh":
+        return {"device_mesh": mesh}
+    return {"process_group": mesh.get_group(), "padded_vocab_size": "even"}
+
+
 def whole(tensor):
     """The tensor, or all of a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def function_of(emb):
+    """The layer as a function of a table and ids."""
+    return lambda weight, ids: torch.func.functional_call(emb, {"weight": weight}, (ids,))
+
+
+def allocated(function, *arguments):
+    """Bytes that a call allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function(*arguments)
+    return sum(max(0, event.self_cpu_memory_usage) for event in recorded.key_averages())
 
 
 class Model(nn.Module):

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch_layers import DTYPES, MODES, assert_refused
+from torch_layers import DTYPES, MODES, allocated, assert_refused, function_of, on_ranks
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -18,63 +17,48 @@ def plain_and_fused(*arguments, **options):
     return [ParallelVocabEmbedding(*arguments, **options, **more) for more in ({}, FUSED)]
 
 
-def micro_batches(vocab_size):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 9), (0,), (64,), ()]
-    return [torch.randint(-3, vocab_size + 3, shape, generator=generator) for shape in shapes]
-
-
-def backward(emb, ids, seed):
+def backward(emb, ids, seed=0):
     output = emb(ids)
     generator = torch.Generator().manual_seed(seed)
     output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_gradient_as_the_plain_way(dtype):
-    for padding_idx in (None, 13):
-        plain, fused = plain_and_fused(40, 8, 1, 4, dtype=dtype, padding_idx=padding_idx)
-        for seed, ids in enumerate(micro_batches(40)):
-            for emb in (plain, fused):
-                backward(emb, ids, seed)
-            assert torch.equal(fused.weight.grad, plain.weight.grad)
-        assert plain.weight.grad.count_nonzero() > 0
-        assert fused.weight.grad.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_into_main_grad(dtype):
-    plain, fused = plain_and_fused(40, 8, 1, 4, dtype=dtype)
-    fused.weight.main_grad, fused.weight.grad_added_to_main_grad = torch.full((10, 8), 0.25), False
-    expected = torch.full((10, 8), 0.25)
-    for seed, ids in enumerate(micro_batches(40)):
+@pytest.mark.parametrize("padding_idx", [None, 13])
+def test_micro_batches_are_summed_in_grad_or_main_grad(dtype, padding_idx):
+    options = {"dtype": dtype, "padding_idx": padding_idx}
+    plain, fused = plain_and_fused(40, 8, 1, 4, **options)
+    buffered = ParallelVocabEmbedding(40, 8, 1, 4, **options, **FUSED)
+    buffered.weight.main_grad, buffered.weight.grad_added_to_main_grad = torch.full((10, 8), 0.25), False
+    grad, main_grad = torch.zeros(10, 8, dtype=dtype), torch.full((10, 8), 0.25)
+    for seed, shape in enumerate([(2, 9), (0,), (64,), ()]):
+        ids = torch.randint(-3, 43, shape)
         plain.weight.grad = None
-        for emb in (plain, fused):
+        for emb in (plain, fused, buffered):
             backward(emb, ids, seed)
-        expected.add_(plain.weight.grad)
-    assert torch.equal(fused.weight.main_grad, expected)
-    assert fused.weight.grad is None
-    assert fused.weight.grad_added_to_main_grad is True  # Megatron's flag
+        for found, total in ((fused.weight.grad, grad), (buffered.weight.main_grad, main_grad)):
+            assert torch.equal(found, total.add_(plain.weight.grad))
+            assert found.dtype == total.dtype
+    assert grad.count_nonzero() > 0
+    assert buffered.weight.grad is None
+    assert buffered.weight.grad_added_to_main_grad is True  # Megatron's flag
 
 
-@pytest.mark.parametrize(
-    ("main_grad", "error"),
-    [
-        (torch.zeros(3, 4), ValueError),
-        (torch.zeros(24, 4), ValueError),
-        (torch.zeros(12, 3), ValueError),
-        (torch.zeros(12, 4, dtype=torch.int32), ValueError),
-        (torch.zeros(12, 4, dtype=torch.float16), ValueError),
-        (torch.zeros(12, 4, device="meta"), ValueError),
-        ([0.0], TypeError),
-    ],
-)
-def test_a_main_grad_that_does_not_fit_is_refused(main_grad, error):
-    for dtype in (torch.float32, torch.bfloat16):
-        emb = ParallelVocabEmbedding(12, 4, dtype=dtype, **FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_main_grad_that_does_not_fit_is_refused(dtype):
+    emb = ParallelVocabEmbedding(12, 4, dtype=dtype, **FUSED)
+
+    def look_up(main_grad):
         emb.weight.main_grad = main_grad
-        with pytest.raises(error, match="main_grad must be"):
-            emb(torch.tensor([1, 5]))
+        emb(torch.tensor([1, 5]))
+
+    assert_refused(
+        (ValueError, r"main_grad must be \(12, 4\) on cpu, .* got \(12, 3\)", lambda: look_up(torch.zeros(12, 3))),
+        (ValueError, "float32 or wider; got .* torch.int32", lambda: look_up(torch.zeros(12, 4, dtype=torch.int32))),
+        (ValueError, "torch.float16", lambda: look_up(torch.zeros(12, 4, dtype=torch.float16))),
+        (ValueError, "on meta", lambda: look_up(torch.zeros(12, 4, device="meta"))),
+        (TypeError, "main_grad must be a tensor like the table, got list", lambda: look_up([0.0])),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
@@ -95,26 +79,19 @@ def test_two_uses_in_one_graph_and_training_steps_are_the_same():
         for _step in range(3):
             optimizer.zero_grad()
             (emb(torch.tensor([1, 2, 2])).sum() + 2 * emb(torch.tensor([2, 5])).sum()).backward()
-            for seed, ids in enumerate(micro_batches(24)):
-                backward(emb, ids, seed)
             optimizer.step()
     assert torch.equal(fused.weight.grad, plain.weight.grad)
     assert torch.equal(fused.weight, plain.weight)
 
 
-def allocated(emb, ids):
-    """Bytes that a forward and backward allocate, a gradient being there already."""
-    backward(emb, ids, 0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        backward(emb, ids, 0)
-    return sum(max(0, event.self_cpu_memory_usage) for event in recorded.key_averages())
-
-
 def test_a_step_costs_the_tokens_not_the_table():
-    ids = torch.arange(64)
-    small, large = (allocated(ParallelVocabEmbedding(v, 8, **FUSED), ids) for v in (1000, 100_000))
+    ids, taken = torch.arange(64), []
+    for vocab_size, options in ((1000, FUSED), (100_000, FUSED), (100_000, {})):
+        emb = ParallelVocabEmbedding(vocab_size, 8, **options)
+        backward(emb, ids)  # a gradient is there already
+        taken.append(allocated(backward, emb, ids))
+    small, large, plain = taken
     assert small == large
-    plain = allocated(ParallelVocabEmbedding(100_000, 8), ids)
     assert plain - large >= 100_000 * 8 * 4 - 64 * 8 * 4 * 4  # this can fail
 
 
@@ -124,7 +101,6 @@ def test_no_gradient_where_none_is_wanted():
         assert not emb(torch.tensor([1])).requires_grad
     emb.weight.requires_grad_(False)
     assert not emb(torch.tensor([1])).requires_grad
-    assert "gradient_accumulation_fusion=True" in repr(emb)
 
 
 def test_hooks_and_what_is_not_eager_are_refused():
@@ -133,10 +109,10 @@ def test_hooks_and_what_is_not_eager_are_refused():
     batch = torch.tensor([[1, 2], [5, 2]])
     mapped = torch.func.vmap(emb)(batch)
     assert torch.equal(mapped, emb.weight[batch])
-    computed, output = {"weight": emb.weight * 2}, emb(ids).sum()
+    output = emb(ids).sum()
     assert_refused(
         (Exception, "eager mode only", lambda: torch.compile(emb, backend="eager", fullgraph=True)(ids)),
-        (ValueError, "the table is computed", lambda: torch.func.functional_call(emb, computed, (ids,))),
+        (ValueError, "the table is computed", lambda: function_of(emb)(emb.weight * 2, ids)),
         (ValueError, "differentiated again", lambda: torch.autograd.grad(output, emb.weight, create_graph=True)),
         (ValueError, "no gradient under torch.func.vmap", lambda: mapped.sum().backward()),
         (ValueError, "must be False with sparse=True", lambda: plain_and_fused(12, 4, sparse=True)),
@@ -149,7 +125,8 @@ def test_hooks_and_what_is_not_eager_are_refused():
             emb(ids)
 
 
-def check_reductions():
+@on_ranks(2)
+def test_with_reductions():
     for reduction, exchange in MODES:
         options = {"process_group": dist.group.WORLD, "reduction": reduction, "exchange": exchange}
         plain, fused = plain_and_fused(48, 8, **options)
@@ -160,12 +137,12 @@ def check_reductions():
         assert torch.equal(fused.weight.grad, plain.weight.grad), (reduction, exchange)
 
 
-def check_data_parallel():
+@on_ranks(2)
+def test_ddp_is_refused_and_fully_shard_works():
     from torch.distributed.fsdp import fully_shard
 
     ids = torch.arange(12) * 5 % 24 + dist.get_rank()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(ParallelVocabEmbedding(24, 4, **FUSED)))
         with pytest.raises(ValueError, match="DistributedDataParallel waits for the gradient"):
             wrapped(ids)
@@ -180,8 +157,3 @@ def check_data_parallel():
             gradients.append(model[0].weight.grad.full_tensor())
     assert torch.equal(*gradients)
     assert gradients[0].count_nonzero() > 0
-
-
-@pytest.mark.parametrize("check", [check_reductions, check_data_parallel])
-def test_with_reductions_and_data_parallel_wrappers(world, check):
-    world(2)(check)

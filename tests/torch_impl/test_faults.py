@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from torch_layers import equal_bits, ranks_of, whole_table
+from torch_layers import assert_refused, equal_bits, on_ranks, ranks_of, whole_table
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -15,18 +15,14 @@ IDS = torch.arange(16).view(2, 8)
 OTHER_IDS = IDS.clone()
 OTHER_IDS[1, 3] = 40
 DISAGREEMENTS = [  # what rank 1 has of its own: options, ids; and what all ranks say
-    ({}, OTHER_IDS, r"disagree about the ids: ids\[1, 3\] is 11 on ranks 0, 2, 3; 40 on rank 1"),
-    ({}, IDS.view(4, 4), r"disagree about shape of the ids: \(2, 8\) on ranks 0, 2, 3; \(4, 4\) on rank 1"),
-    ({}, IDS.float(), "disagree about dtype of the ids: torch.int64 on ranks 0, 2, 3; torch.float"),
-    ({}, [1, 2], "disagree about"),
-    ({"vocab_size": 52}, IDS, "disagree about vocab_size: 48 on ranks 0, 2, 3; 52 on rank 1"),
-    ({"emb_size": 6}, IDS, "disagree about emb_size: 4 on ranks 0, 2, 3; 6 on rank 1"),
-    ({"dtype": torch.float16}, IDS, "disagree about dtype: torch.float32 on ranks 0, 2, 3; torch.float16 on rank 1"),
-    ({"reduction": "reduce_scatter"}, IDS, "about reduction: all_reduce on ranks 0, 2, 3; reduce_scatter on rank 1"),
-    ({"reduction": "none"}, IDS, "disagree about reduction: all_reduce on ranks 0, 2, 3; none on rank 1"),
-    ({"exchange": "routed"}, IDS, "disagree about exchange: auto on ranks 0, 2, 3; routed on rank 1"),
-    ({"padding_idx": 3}, IDS, "disagree about padding_idx: None on ranks 0, 2, 3; 3 on rank 1"),
-    ({"padded_vocab_size": 52}, IDS, "disagree about padded_vocab_size: 48 on ranks 0, 2, 3; 52 on rank 1"),
+    ({}, OTHER_IDS, r"the ids: ids\[1, 3\] is 11 on ranks 0, 2, 3; 40 on rank 1"),
+    ({}, IDS.view(4, 4), r"shape of the ids: \(2, 8\) on ranks 0, 2, 3; \(4, 4\) on rank 1"),
+    ({}, IDS.float(), "dtype of the ids: torch.int64 on ranks 0, 2, 3; torch.float"),
+    ({}, [1, 2], ""),
+    ({"vocab_size": 52}, IDS, "vocab_size: 48 on ranks 0, 2, 3; 52 on rank 1"),
+    ({"emb_size": 6}, IDS, "emb_size: 4 on ranks 0, 2, 3; 6 on rank 1"),
+    ({"dtype": torch.float16}, IDS, "dtype: torch.float32 on ranks 0, 2, 3; torch.float16 on rank 1"),
+    ({"reduction": "none"}, IDS, "reduction: all_reduce on ranks 0, 2, 3; none on rank 1"),
 ]
 
 
@@ -35,12 +31,13 @@ def embedding(**options):
     return ParallelVocabEmbedding(process_group=dist.group.WORLD, **options)
 
 
-def check_disagreements():
+@on_ranks(4)
+def test_ranks_that_disagree():
     """Rank 1 differs from the others; all ranks say so, and the group works on."""
     table = whole_table(ranks_of(48, 4, 4))
     for options, ids, message in DISAGREEMENTS:
         emb, given = (embedding(**options), ids) if dist.get_rank() == 1 else (embedding(), IDS)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"disagree about {message}"):
             emb(given)
         dist.barrier()
         assert equal_bits(embedding()(IDS), table[IDS]), message
@@ -49,7 +46,8 @@ def check_disagreements():
         compiled(OTHER_IDS if dist.get_rank() == 1 else IDS)
 
 
-def check_same_rows():
+@on_ranks(4)
+def test_ranks_with_the_same_rows():
     for how, alike in (("broadcast", "0 and 1"), ("of rank 1 on rank 2", "1 and 2"), ("constant", ""), ("unused", "")):
         emb = embedding(vocab_size=46, padded_vocab_size=48)  # the last rank has two rows of padding
         if how == "broadcast":
@@ -67,12 +65,8 @@ def check_same_rows():
                 call(torch.arange(8))
 
 
-@pytest.mark.parametrize("check", [check_disagreements, check_same_rows])
-def test_ranks_that_disagree_and_ranks_with_the_same_rows(world, check):
-    world(4)(check)
-
-
-def check_without_a_gradient_and_by_the_environment():
+@on_ranks(2)
+def test_checks_without_a_gradient_and_by_the_environment():
     """No gradient leaves no check out, on ranks with padding and without; PVE_CHECK=1 checks every layer."""
     emb, ids = embedding(vocab_size=11, reduction="none", padded_vocab_size="even"), torch.arange(3)
     with torch.no_grad():
@@ -90,15 +84,12 @@ def check_without_a_gradient_and_by_the_environment():
     assert not embedding(check=False).check
 
 
-def test_without_a_gradient_and_by_the_environment(world):
-    world(2)(check_without_a_gradient_and_by_the_environment)
-
-
 def test_check_needs_a_group():
-    with pytest.raises(ValueError, match="check=True compares the ranks of a process_group: pass it"):
-        ParallelVocabEmbedding(48, 4, 0, 2, check=True)
-    with pytest.raises(TypeError, match="check must be True or False"):
-        ParallelVocabEmbedding(48, 4, check="yes")
+    message = "check=True compares the ranks of a process_group: pass it"
+    assert_refused(
+        (ValueError, message, lambda: ParallelVocabEmbedding(48, 4, 0, 2, check=True)),
+        (TypeError, "check must be True or False", lambda: ParallelVocabEmbedding(48, 4, check="yes")),
+    )
 
 
 def lose_a_rank(reduction, exchange, where):
@@ -112,24 +103,19 @@ def lose_a_rank(reduction, exchange, where):
 
 
 @pytest.mark.parametrize(
-    ("reduction", "exchange", "where", "operation"),
+    ("reduction", "exchange", "where", "operation", "named"),
     [
-        ("all_reduce", "dense", "forward", "all_reduce of the embedding's forward (dense)"),
-        ("all_reduce", "routed", "forward", "broadcast of the embedding's forward (routed all_reduce)"),
-        ("reduce_scatter", "dense", "forward", "reduce_scatter of the embedding's forward (dense)"),
-        ("reduce_scatter", "routed", "forward", "all_to_all_single of the embedding's forward (routed reduce_scatter)"),
-        ("reduce_scatter", "dense", "backward", "all_gather of the embedding's backward (dense)"),
-        (
-            "reduce_scatter",
-            "routed",
-            "backward",
-            "all_to_all_single of the embedding's backward (routed reduce_scatter)",
-        ),
+        ("all_reduce", "dense", "forward", "all_reduce", "dense"),
+        ("all_reduce", "routed", "forward", "broadcast", "routed all_reduce"),
+        ("reduce_scatter", "dense", "forward", "reduce_scatter", "dense"),
+        ("reduce_scatter", "routed", "forward", "all_to_all_single", "routed reduce_scatter"),
+        ("reduce_scatter", "dense", "backward", "all_gather", "dense"),
+        ("reduce_scatter", "routed", "backward", "all_to_all_single", "routed reduce_scatter"),
     ],
 )
-def test_a_rank_that_dies(world, reduction, exchange, where, operation):
+def test_a_rank_that_dies(world, reduction, exchange, where, operation, named):
     *told, of_the_dead = world(3).errors(lose_a_rank, reduction, exchange, where)
     assert of_the_dead == "the process has ended"
     for rank, error in enumerate(told):
-        assert f"RuntimeError: {operation} failed on rank {rank} of 3" in error
+        assert f"RuntimeError: {operation} of the embedding's {where} ({named}) failed on rank {rank} of 3" in error
         assert "A rank has ended, does not answer, or runs another operation" in error
