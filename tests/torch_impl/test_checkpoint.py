@@ -11,14 +11,10 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch_layers import assert_refused, mesh_of, ranks_of, whole
+from torch_layers import assert_refused, mesh_of, over, ranks_of, whole
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
 from torch_impl.table_rows import TableRows
-
-
-def table():
-    return ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16, init="global").weight.detach()
 
 
 def save(folder, padded):
@@ -29,7 +25,8 @@ def save(folder, padded):
 
 def test_saved_by_four_loaded_by_three_and_by_one(world, tmp_path):
     world(4)(save, str(tmp_path / "parts"), 24)  # two of the ranks have padding only
-    dcp.save({"emb.weight": table()}, checkpoint_id=tmp_path / "plain")  # a tensor of someone else's
+    table = ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16, init="global").weight.detach()
+    dcp.save({"emb.weight": table}, checkpoint_id=tmp_path / "plain")  # a tensor of someone else's
     layers = [ParallelVocabEmbedding(10, 3, dtype=torch.bfloat16)]
     for padded in ("even", 30):
         layers += ranks_of(10, 3, 3, dtype=torch.bfloat16, padded_vocab_size=padded)
@@ -38,12 +35,12 @@ def test_saved_by_four_loaded_by_three_and_by_one(world, tmp_path):
         state = {"model": layer.sharded_state_dict("emb."), "step": 0}
         dcp.load(state, checkpoint_id=tmp_path / "parts")
         assert state["step"] == 7
-        assert torch.equal(layer.weight[: stop - start], table()[start:stop])
+        assert torch.equal(layer.weight[: stop - start], table[start:stop])
         assert not layer.weight[stop - start :].any()
         assert layer.weight.requires_grad
         torch.nn.init.zeros_(layer.weight)
         dcp.load(layer.sharded_state_dict("emb."), checkpoint_id=tmp_path / "plain")
-        assert torch.equal(layer.weight[: stop - start], table()[start:stop])
+        assert torch.equal(layer.weight[: stop - start], table[start:stop])
 
 
 def test_another_vocabulary_is_refused(tmp_path):
@@ -121,21 +118,22 @@ HOWS = {  # how four ranks save; a DTensor without padding needs no conversion
     "ddp": {"sizes": (2, 2), "wrapper": "ddp"},
     "async_save": {"sizes": (4,)},
     "fully_shard": {"sizes": (2, 2), "wrapper": "fully_shard"},
-    "device_mesh": {"sizes": (4,), "by_mesh": True, "converts": False},
-    "device_mesh, fully_shard": {"sizes": (2, 2), "by_mesh": True, "wrapper": "fully_shard", "converts": False},
-    "device_mesh, padded": {"sizes": (4,), "by_mesh": True, "padded": 16},
+    "device_mesh": {"sizes": (4,), "place": "device_mesh", "converts": False},
+    "device_mesh, fully_shard": {
+        "sizes": (2, 2),
+        "place": "device_mesh",
+        "wrapper": "fully_shard",
+        "converts": False,
+    },
+    "device_mesh, padded": {"sizes": (4,), "place": "device_mesh", "padded_vocab_size": 16},
 }
 
 
-def training_of(sizes, wrapper=None, by_mesh=False, padded=None, converts=True, **options):
+def training_of(sizes, wrapper=None, place="process_group", converts=True, **options):
     mesh = mesh_of(*sizes)
-    tp = mesh["tp"] if len(sizes) > 1 else mesh
-    options |= {"device_mesh": tp} if by_mesh else {"process_group": tp.get_group()}
-    options["padded_vocab_size"] = padded if by_mesh else "even"
-    model = Tied(reduction="all_reduce", **options)
+    model = Tied(reduction="all_reduce", **over(place, mesh["tp"] if len(sizes) > 1 else mesh), **options)
     if wrapper == "ddp":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the reducer's own making
+        with warnings.catch_warnings(action="ignore"):  # of the reducer's own making
             model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         assert isinstance(sharded_state_dict(model, model.state_dict())["module.emb.weight"], TableRows)
     elif wrapper == "fully_shard":
@@ -169,7 +167,7 @@ def test_adams_moments_for_any_number_of_ranks(world, tmp_path, how):
         loaded.assert_follows(expected, 2)
     loaded.step().assert_follows(expected.step(), 3)
     if how == "ddp":
-        world(3)(load_training, str(tmp_path), {"sizes": (3,), "by_mesh": True})
+        world(3)(load_training, str(tmp_path), {"sizes": (3,), "place": "device_mesh"})
     elif "device_mesh" in how:
         world(4)(load_training, str(tmp_path), HOWS["device_mesh, fully_shard"])
 
@@ -184,17 +182,15 @@ def test_what_wraps_a_model_changes_no_name():
 
 
 def test_state_dicts_that_cannot_be_split_are_refused():
-    model = Tied(rank=1, world_size=2)
-    training = Training(model)
-    training.step()
-    with pytest.raises(ValueError, match="name parameters as the model does, got numbers"):
-        sharded_state_dict(model, training.optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"hold emb.weight or head.weight, got \['model'\]"):
-        sharded_state_dict(model, {"model": model.state_dict()})
-    training = Training(model, torch.optim.Adafactor)
-    training.step()
-    with pytest.raises(ValueError, match=r"col_var must be one number or have one entry .* 5 rows, got \[1, 3\]"):
-        training.state_dict()
-    other = ParallelVocabEmbedding(10, 3, 0, 2)
-    with pytest.raises(RuntimeError, match=r"own rows \[0, 5\) of 10, got rows \[5, 10\)"):
-        other.load_state_dict(model.emb.sharded_state_dict())
+    model, other = Tied(rank=1, world_size=2), ParallelVocabEmbedding(10, 3, 0, 2)
+    adam, adafactor = (Training(model, optimizer).step() for optimizer in (torch.optim.Adam, torch.optim.Adafactor))
+    nested, of_rank_1 = {"model": model.state_dict()}, model.emb.sharded_state_dict()
+    numbers = "name parameters as the model does, got numbers"
+    no_table = r"hold emb.weight or head.weight, got \['model'\]"
+    by_columns = r"col_var must be one number or have one entry .* 5 rows, got \[1, 3\]"
+    assert_refused(
+        (ValueError, numbers, lambda: sharded_state_dict(model, adam.optimizer.state_dict())),
+        (ValueError, no_table, lambda: sharded_state_dict(model, nested)),
+        (ValueError, by_columns, adafactor.state_dict),
+        (RuntimeError, r"own rows \[0, 5\) of 10, got rows \[5, 10\)", lambda: other.load_state_dict(of_rank_1)),
+    )

@@ -8,19 +8,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
-from torch_layers import Model, array_of, assert_refused, mesh_of, named, whole, whole_model
+from torch_layers import Model, array_of, assert_refused, mesh_of, named, on_ranks, over, whole, whole_model
 
 from torch_impl import ParallelVocabEmbedding, clip_grad_norm_
 
 VOCAB, EMB = 23, 4
 
 
-def ours(model, norm_type=2.0):
-    return clip_grad_norm_(model, 0.05, norm_type)
-
-
-def torchs_own(model, norm_type=2.0):
-    return nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type)
+CLIPS = {
+    "ours": clip_grad_norm_,
+    "torch's own": lambda model, *arguments: nn.utils.clip_grad_norm_(model.parameters(), *arguments),
+}
 
 
 def replicate(module, mesh):
@@ -39,27 +37,25 @@ def train(model, clip, norm_type):
     for ids in torch.randint(0, VOCAB, (10, 2, 8), generator=torch.Generator().manual_seed(0)):
         optimizer.zero_grad()
         model(ids).mean().backward()
-        norms.append(whole(clip(model, norm_type)))
+        norms.append(whole(CLIPS[clip](model, 0.05, norm_type)))
         optimizer.step()
     return torch.stack(norms)
 
 
-def check_training(clip, place, norm_type=2.0):
+def check_training(clip, place, norm_type):
     options = {"reduction": "all_reduce", "init": "global", "dtype": torch.float64}
     reference = whole_model(ParallelVocabEmbedding(VOCAB, EMB, **options).weight.detach())
-    expected = train(reference, torchs_own, norm_type)
+    expected = train(reference, "torch's own", norm_type)
     for split in (False, True):  # over two ranks, and by fully_shard over two more
         mesh = mesh_of(2, 2) if split else mesh_of(4)
         tp = mesh["tp"] if split else mesh
-        of_place = {"device_mesh": tp, "process_group": tp.get_group()}[place]
-        padded = None if place == "device_mesh" else "even"
-        model = Model(ParallelVocabEmbedding(VOCAB, EMB, padded_vocab_size=padded, **{place: of_place}, **options))
+        model = Model(ParallelVocabEmbedding(VOCAB, EMB, **over(place, tp), **options))
         if clip == "torch's own":
             replicate(model.out, tp)
         if split:
             fully_shard(model, mesh=mesh["dp"])
         with named("split" if split else "whole"):
-            norms = train(model, torchs_own if clip == "torch's own" else ours, norm_type)
+            norms = train(model, clip, norm_type)
             torch.testing.assert_close(norms, expected, rtol=1e-9, atol=0)
             for name, parameter in reference.named_parameters():
                 found = whole(model.get_parameter(name))
@@ -85,15 +81,12 @@ def test_training_follows_the_unsharded_model(world, clip, place, norm_type):
     assert all(weight == ranks[0] for weight in ranks)
 
 
-def check_a_rank_without_a_gradient():
+@on_ranks(2)
+def test_a_rank_without_a_gradient():
     emb = ParallelVocabEmbedding(24, EMB, process_group=dist.group.WORLD)
     if emb.rank == 0:
         emb(torch.tensor([1])).sum().backward()
     assert clip_grad_norm_(emb, 1.0) == 2.0
-
-
-def test_a_rank_without_a_gradient(world):
-    world(2)(check_a_rank_without_a_gradient)
 
 
 @pytest.mark.parametrize(("dtype", "sparse"), [(torch.bfloat16, False), (torch.float32, True)])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch_layers import MODES, Model, mesh_of, named, ranks_of, whole_model, whole_table
+from torch_layers import MODES, Model, mesh_of, named, on_ranks, ranks_of, whole_model, whole_table
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -21,7 +21,8 @@ def embedding(reduction, exchange, group, **options):
     return ParallelVocabEmbedding(VOCAB, EMB, process_group=group, reduction=reduction, exchange=exchange, **options)
 
 
-def check_checkpoint():
+@on_ranks(2)
+def test_activation_checkpointing():
     """The forward is run again in backward: the same collectives, in the same order, on every rank."""
     ids = torch.arange(32).view(4, 8) * 5 % VOCAB
     for mode in MODES:
@@ -40,7 +41,8 @@ def check_checkpoint():
             assert all(torch.equal(*pair) for pair in zip(found, gradients[0], strict=True)), mode
 
 
-def check_autocast():
+@on_ranks(2)
+def test_autocast():
     ids = torch.arange(16).view(2, 8)
     for mode, dtype in itertools.product(MODES, (torch.float32, torch.bfloat16)):
         emb = embedding(*mode, dist.group.WORLD, dtype=dtype)
@@ -50,12 +52,9 @@ def check_autocast():
         assert torch.equal(found, emb(ids)), mode
 
 
-@pytest.mark.parametrize("check", [check_checkpoint, check_autocast])
-def test_activation_checkpointing_and_autocast(world, check):
-    world(2)(check)
-
-
-def check_data_parallel(wrapper):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@on_ranks(4)
+def test_data_parallelism_over_the_other_dimension(wrapper):
     """A 2-D mesh: the table split over ``tp``, the batch over ``dp``; gradients are those of the whole, averaged."""
     mesh = mesh_of(2, 2)
     batches = [torch.arange(16).view(2, 8) * 5 % VOCAB, torch.arange(16).view(2, 8) * 7 % VOCAB]
@@ -66,8 +65,7 @@ def check_data_parallel(wrapper):
         emb = embedding(*mode, mesh.get_group("tp"))
         model = Model(emb)
         if wrapper == "ddp":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the reducer's own making
+            with warnings.catch_warnings(action="ignore"):  # of the reducer's own making
                 wrapped = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         else:
             fully_shard(emb, mesh=mesh["dp"])
@@ -78,25 +76,21 @@ def check_data_parallel(wrapper):
             if wrapper == "fsdp":
                 assert gradient.to_local().shape == (emb.partition.rows_per_rank // 2, EMB)
                 gradient = gradient.full_tensor()
-            start = emb.partition.start(emb.rank)
             # Sums of at most 16 products of order 1, in another order: some roundings of float32.
-            torch.testing.assert_close(
-                gradient, whole[start : start + emb.partition.rows_per_rank], rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(gradient, whole.chunk(2)[emb.rank], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_data_parallelism_over_the_other_dimension(world, wrapper):
-    world(4)(check_data_parallel, wrapper)
-
-
-def check_data_parallel_over_the_own_ranks(wrapper, compiled):
-    """With a group and without one; what leaves the table out works."""
-    ids = torch.arange(8)
+@pytest.mark.parametrize(
+    ("wrapper", "compiled"), [("ddp", False), pytest.param("ddp", True, marks=pytest.mark.slow), ("fsdp", False)]
+)
+@on_ranks(2)
+def test_data_parallelism_over_tensor_ranks_is_refused(wrapper, compiled):
+    """With a group and without one. What leaves the table out works, each rank with its own ids."""
+    ids = torch.arange(8) + dist.get_rank()
     for group in (dist.group.WORLD, None):
-        numbers = {} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        options = {"reduction": "all_to_all"} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         for leave_out in (False, True):
-            emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=group, **numbers)
+            emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=group, **options)
             model, before = Model(emb), emb.weight.detach().clone()
             refused = contextlib.nullcontext() if leave_out else pytest.raises(ValueError, match="hold the same rows")
             if wrapper == "ddp":
@@ -110,10 +104,3 @@ def check_data_parallel_over_the_own_ranks(wrapper, compiled):
                 with refused:
                     fully_shard(model, ignored_params={emb.weight} if leave_out else None)(ids).sum().backward()
             assert not leave_out or torch.equal(emb.weight, before)
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "compiled"), [("ddp", False), pytest.param("ddp", True, marks=pytest.mark.slow), ("fsdp", False)]
-)
-def test_data_parallelism_over_tensor_ranks_is_refused(world, wrapper, compiled):
-    world(2)(check_data_parallel_over_the_own_ranks, wrapper, compiled)

@@ -4,16 +4,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
-from torch_layers import mesh_of
+from torch_layers import mesh_of, on_ranks, over, whole
 
 from torch_impl import ParallelVocabEmbedding
 
 VOCAB, EMB = 21, 3  # over 2 ranks 11 rows each, one of padding; of these 6 and 5 over 2 again
+PLACES = {"process_group": {}, "device_mesh": {}, "device_mesh, padded": {"padded_vocab_size": 24}}
 
 
-def layer(**options):
-    options = {"padded_vocab_size": "even", "padding_idx": 13, **options}
-    return ParallelVocabEmbedding(VOCAB, EMB, process_group=mesh_of(2, 2).get_group("tp"), **options)
+def layer(place, **options):
+    options = {**over(place.partition(",")[0], mesh_of(2, 2)["tp"]), "padding_idx": 13, **PLACES[place], **options}
+    return ParallelVocabEmbedding(VOCAB, EMB, **options)
 
 
 def split(emb):
@@ -24,35 +25,34 @@ def whole_numbers(rows):
     return torch.stack([rows, rows + 1, rows + 2], 1)
 
 
-def check_numbers():
+@pytest.mark.parametrize("place", PLACES)
+@on_ranks(4)
+def test_reset_parameters_draws_the_same_numbers_and_padding_has_no_gradient(place):
     for init in ("per_rank", whole_numbers, "global"):
-        expected = layer(init=init).weight.detach().clone()
-        emb, late = split(layer(init=init)), split(layer(init=init, device="meta"))
+        expected = whole(layer(place, init=init).weight).detach().clone()
+        emb, late = split(layer(place, init=init)), split(layer(place, init=init, device="meta"))
         with torch.no_grad():
             emb.weight.zero_()
         late.to_empty(device="cpu")
         for each in (emb, late):
             each.reset_parameters()
-            assert torch.equal(each.weight.full_tensor(), expected), init
+            assert torch.equal(whole(each.weight), expected), init
     emb.weight.grad = torch.ones_like(emb.weight)
     emb.zero_padding_grad()
-    expected = torch.ones(11, EMB)
-    expected[11 - emb.rank :] = 0
-    assert torch.equal(emb.weight.grad.full_tensor(), expected)
+    start, stop = emb.partition.owned_range(emb.rank) if place == "process_group" else (0, VOCAB)
+    grad = whole(emb.weight.grad)
+    assert grad[: stop - start].all()
+    assert not grad[stop - start :].any()
 
 
-def test_reset_parameters_draws_the_same_numbers_and_padding_has_no_gradient(world):
-    world(4)(check_numbers)
-
-
-def check_checkpoints_and_files(folder):
-    emb = split(layer(init="global"))
-    expected = emb.weight.full_tensor()
+def save(place, folder):
+    emb = split(layer(place, init="global"))
+    expected = whole(emb.weight)
     dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=f"{folder}/dcp")
     with torch.no_grad():
         emb.weight.zero_()
     dcp.load(emb.sharded_state_dict("emb."), checkpoint_id=f"{folder}/dcp")
-    assert torch.equal(emb.weight.full_tensor(), expected)
+    assert torch.equal(whole(emb.weight), expected)
     path = f"{folder}/table.safetensors"
     with pytest.raises(ValueError, match="the table must not be split further, as by fully_shard, to be saved"):
         emb.save_table(path)
@@ -62,12 +62,13 @@ def check_checkpoints_and_files(folder):
     emb.reshard()
 
 
-def test_checkpoints_and_files_hold_the_right_rows(world, tmp_path):
-    world(4)(check_checkpoints_and_files, str(tmp_path))
+@pytest.mark.parametrize("place", PLACES)
+def test_checkpoints_and_files_hold_the_right_rows(world, tmp_path, place):
+    world(4)(save, place, str(tmp_path))
     table = ParallelVocabEmbedding(VOCAB, EMB, init="global", padding_idx=13).weight.detach()
     for rank, world_size in ((0, 1), (0, 3), (1, 3), (2, 3)):  # other numbers of ranks
         other = ParallelVocabEmbedding(VOCAB, EMB, rank, world_size)
-        dcp.load(other.sharded_state_dict("emb."), checkpoint_id=tmp_path / "dcp")
+        dcp.load(other.sharded_state_dict("emb."), checkpoint_id=tmp_path / "dcp", no_dist=True)
         assert torch.equal(other.weight, table[other.partition.start(rank) : other.partition.stop(rank)])
     from_file = ParallelVocabEmbedding.from_table(tmp_path / "table.safetensors")
     assert torch.equal(from_file.weight, table)

@@ -7,19 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch_layers import MODES, assert_refused, equal_bits, mesh_of
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch_layers import MODES, assert_refused, equal_bits, mesh_of, on_ranks
 
 from shared import VocabPartition
-from torch_impl import (
-    ParallelLMHead,
-    ParallelVocabEmbedding,
-    partial_lookup,
-    reduced_lookup,
-)
+from torch_impl import ParallelLMHead, ParallelVocabEmbedding, partial_lookup, reduced_lookup
 
 EMB = 4
 IDS = torch.tensor([[0, 4, 2, 6], [6, 7, -1, 3]])
@@ -38,7 +31,8 @@ def plain_layer(vocab_size, **options):
     return ParallelVocabEmbedding(vocab_size, EMB, process_group=dist.group.WORLD, **options)
 
 
-def check_weight():
+@on_ranks(4)
+def test_weight():
     """Over 4 ranks: 8 divides; 7 leaves 1 row to the last; 5 leaves 2, 2, 1, 0; 2 leaves two ranks without any."""
     mesh = mesh_of(4)
     for vocab_size, padded in ((8, None), (7, None), (5, None), (2, None), (7, "even"), (5, 16)):
@@ -59,7 +53,8 @@ def check_weight():
         assert emb.weight.grad.full_tensor().sum() == vocab_size * EMB, (vocab_size, padded)
 
 
-def check_lookups():
+@on_ranks(4)
+def test_lookups():
     """Rows, gradients and the pure functions: in every bit those of a plain layer."""
     modes = [("none", "auto"), *MODES, ("all_to_all", "dense"), ("all_to_all", "routed")]
     kinds = {"check": True}, {"padding_idx": 1, "dtype": torch.bfloat16}
@@ -86,7 +81,8 @@ def check_lookups():
         assert equal_bits(rows.grad, grad.to_local()), (vocab_size, options)
 
 
-def check_head():
+@on_ranks(4)
+def test_head_is_that_of_a_plain_layer():
     for tied, vocab_size in itertools.product((True, False), (8, 7, 5)):
         ids = IDS.clamp(0, vocab_size - 1)
         hidden = torch.randn(*ids.shape, EMB, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -104,26 +100,23 @@ def check_head():
             assert torch.equal(with_mesh, plain), (tied, vocab_size)
 
 
-@pytest.mark.parametrize("check", [check_weight, check_lookups, check_head])
-def test_weight_lookups_and_head_are_those_of_a_plain_layer(world, check):
-    world(4)(check)
+PART = VocabPartition(5, 4, "even")  # 2, 2, 1 and 0 rows
 
 
 @pytest.mark.parametrize("rank", range(4))
 def test_rows_without_padding_give_what_those_with_padding_give(rank):
-    part = VocabPartition(5, 4, "even")  # 2, 2, 1 and 0 rows
-    start, stop = part.owned_range(rank)
+    start, stop = PART.owned_range(rank)
     padded = torch.zeros(2, EMB)
     padded[: stop - start] = table_of(5)[start:stop]
     factors = torch.arange(float(IDS.numel())).view(*IDS.shape, 1)
 
     def loss(rows):
-        return (partial_lookup(rows, IDS, part, rank, padding_idx=2).pow(3) * factors).sum()
+        return (partial_lookup(rows, IDS, PART, rank, padding_idx=2).pow(3) * factors).sum()
 
     def derivatives(rows):
         first, second = torch.func.grad(loss), torch.func.grad(lambda rows: torch.func.grad(loss)(rows).sum())
         batch = torch.stack([rows, 2 * rows])
-        output = partial_lookup(rows, IDS, part, rank)
+        output = partial_lookup(rows, IDS, PART, rank)
         return [output, first(rows), second(rows), *torch.func.vmap(first)(batch)]
 
     output, *found = derivatives(padded[: stop - start])
@@ -131,10 +124,14 @@ def test_rows_without_padding_give_what_those_with_padding_give(rank):
     assert torch.equal(output, expected_output)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other[: stop - start])
+    legal = r"\[2, 4\]" + ("", "", r" or \[1, 4\] without its padding", r" or \[0, 4\] without its padding")[rank]
+    with pytest.raises(ValueError, match=rf"weight must hold the rank's own rows, {legal}, got \[3, 4\]"):
+        partial_lookup(torch.zeros(3, EMB), IDS, PART, rank)
 
 
-def check_module():
-    """Copies, state dicts, and the row of zeros, which lasts as long as the rows' memory."""
+@on_ranks(2)
+def test_copies_state_dicts_and_the_row_of_zeros():
+    """The row of zeros lasts as long as the rows' memory."""
     emb, other = (layer_of(mesh_of(2), 7, reduction="all_reduce", init_base_seed=seed) for seed in (0, 1))
     assert torch.equal(copy.deepcopy(emb)(IDS), emb(IDS))
     other.load_state_dict(emb.state_dict())
@@ -146,11 +143,22 @@ def check_module():
     assert layer_of(mesh_of(2), 7, device="meta")._longer is None
 
 
-def test_copies_state_dicts_and_the_row_of_zeros(world):
-    world(2)(check_module)
+@on_ranks(2)
+def test_tables_in_files_and_in_memory(tmp_path):
+    path, table = tmp_path / "table.safetensors", table_of(7)
+    for padded in (None, 16):
+        options = {"device_mesh": mesh_of(2), "padded_vocab_size": padded}
+        emb = ParallelVocabEmbedding.from_embedding(table, **options)
+        rows = torch.cat([table, torch.zeros(len(emb.weight) - 7, EMB)])
+        assert torch.equal(emb.weight.full_tensor(), rows)
+        emb.save_table(path, force=True)
+        assert torch.equal(ParallelVocabEmbedding.from_table(path).weight, table)
+        assert torch.equal(ParallelVocabEmbedding.from_table(path, **options).weight.full_tensor(), rows)
 
 
-def check_compiled():
+@pytest.mark.slow
+@on_ranks(2)
+def test_compiled():
     for reduction in ("none", "all_reduce", "reduce_scatter"):
         torch._dynamo.reset()
         emb = layer_of(mesh_of(2), 7, reduction=reduction)
@@ -164,12 +172,8 @@ def check_compiled():
             assert torch.equal(eager, graph), reduction
 
 
-@pytest.mark.slow
-def test_compiled(world):
-    world(2)(check_compiled)
-
-
-def check_refusals():
+@on_ranks(4)
+def test_what_is_refused():
     mesh, flat, rank = mesh_of(2, 2), mesh_of(4), dist.get_rank()
     build = partial(ParallelVocabEmbedding, 8, EMB)
     replaced = layer_of(flat, 8)
@@ -191,60 +195,21 @@ def check_refusals():
         assert_refused((ValueError, "device_mesh must hold this process", lambda: build(device_mesh=of_three)))
 
 
-def test_what_is_refused(world):
-    world(4)(check_refusals)
-    part = VocabPartition(5, 4, "even")
-    for rank, rows, rule in (
-        (0, 1, r"\[2, 4\], got"),
-        (2, 0, r"\[2, 4\] or \[1, 4\] without its padding, got \[0, 4\]"),
-    ):
-        with pytest.raises(ValueError, match="weight must hold the rank's own rows, " + rule):
-            partial_lookup(torch.zeros(rows, EMB), IDS, part, rank)
-
-
-def check_reset():
-    mesh = mesh_of(2, 2)
-    for init, vocab_size in itertools.product(("per_rank", "global"), (8, 7, 5)):
-        options = {"init": init, "padding_idx": 2}
-        expected = layer_of(mesh["tp"], vocab_size, **options).weight.full_tensor()
-        emb = layer_of(mesh["tp"], vocab_size, device="meta", **options)
-        fully_shard(emb, mesh=mesh["dp"])
-        emb.to_empty(device="cpu")
-        emb.reset_parameters()
-        assert torch.equal(emb.weight.full_tensor(), expected), (init, vocab_size)
-
-
-def test_meta_then_fully_shard_then_to_empty_then_reset(world):
-    world(4)(check_reset)
-
-
-def check_files(path, padded):
-    mesh, table = mesh_of(2, 2), table_of(7)
-    options = {"device_mesh": mesh["tp"], "padded_vocab_size": padded}
-    emb = ParallelVocabEmbedding.from_embedding(table, **options)
-    rows = table if padded is None else torch.cat([table, torch.zeros(emb.padded_vocab_size - 7, EMB)])
-    assert torch.equal(emb.weight.full_tensor(), rows)
-    if mesh.get_local_rank("dp") == 0:
-        emb.save_table(path)
-    dist.barrier()
-    assert torch.equal(ParallelVocabEmbedding.from_table(path, **options).weight.full_tensor(), rows)
-    dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=f"{path}.dcp")
-    fully_shard(emb, mesh=mesh["dp"])
-    with pytest.raises(ValueError, match="must not be split further"):
-        emb.save_table(path, force=True)
-    with torch.no_grad():
-        emb.weight.to_local().fill_(-1)
-    dcp.load(emb.sharded_state_dict("emb."), checkpoint_id=f"{path}.dcp")
-    assert torch.equal(emb.weight.full_tensor()[:7], table)
-    dcp.save(emb.sharded_state_dict("emb."), checkpoint_id=f"{path}.split")
-
-
-@pytest.mark.parametrize("padded", [None, 16])
-def test_tables_in_files_and_in_memory(world, tmp_path, padded):
-    path = str(tmp_path / "table.safetensors")
-    world(4)(check_files, path, padded)
-    assert torch.equal(ParallelVocabEmbedding.from_table(path).weight, table_of(7))
-    for folder in ("dcp", "split"):
-        plain = ParallelVocabEmbedding(7, EMB)
-        dcp.load(plain.sharded_state_dict("emb."), checkpoint_id=f"{path}.{folder}", no_dist=True)
-        assert torch.equal(plain.weight, table_of(7))
+@on_ranks(2)
+def test_dtensors_where_plain_tensors_are_meant():
+    mesh = mesh_of(2)
+    plain, checked = plain_layer(8), plain_layer(8, check=True)
+    partition, rows, ids = plain.partition, plain.weight, torch.arange(8)
+    split_ids, table = distribute_tensor(ids, mesh, [Shard(0)]), DTensor.from_local(rows.detach(), mesh, [Shard(0)])
+    of_ids = r"ids must be a plain tensor, got a DTensor \(Shard.* pass full_tensor\(\)"
+    of_table = r"weight must be a plain tensor, got a DTensor .* pass to_local\(\) of it"
+    reduced = partial(reduced_lookup, process_group=dist.group.WORLD, reduction="all_reduce")
+    assert_refused(
+        (TypeError, of_ids, lambda: plain(split_ids)),
+        (TypeError, of_ids, lambda: checked(split_ids)),
+        (TypeError, of_ids, lambda: torch.compile(plain, backend="aot_eager")(split_ids)),
+        (TypeError, of_ids, lambda: partial_lookup(rows, split_ids, partition, plain.rank)),
+        (TypeError, of_ids, lambda: reduced(rows, split_ids, partition)),
+        (TypeError, of_table, lambda: partial_lookup(table, ids, partition, plain.rank)),
+        (TypeError, of_table, lambda: reduced(table, ids, partition)),
+    )

@@ -4,19 +4,37 @@ import copy
 import itertools
 import pickle
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch_layers import DTYPES, MODES, assert_refused, equal_bits, mesh_of, ranks_of, set_rows, tensor_of, whole_table
+from torch_layers import (
+    DTYPES,
+    MODES,
+    assert_refused,
+    equal_bits,
+    mesh_of,
+    on_ranks,
+    ranks_of,
+    set_rows,
+    tensor_of,
+    whole_table,
+)
 
 from shared import VocabPartition
 from shared.proof.generate import exact_gradient, zipf_ids
 from shared.proof.oracle import partial_lookup, weight_grad
-from torch_impl import ParallelVocabEmbedding, reduced_lookup
-from torch_impl.exchange import choose_exchange
+from torch_impl import ParallelVocabEmbedding, exchange, reduced_lookup
 
+ALL_TO_ALL = [("all_to_all", "dense"), ("all_to_all", "routed")]
+OWN_SHAPES = {  # of the ids that each rank has of its own
+    "equal": [(2, 5)] * 4,
+    "unequal": [(7,), (2, 3), (), (1, 1, 4)],
+    "some empty": [(0,), (5,), (3, 0), (2,)],
+    "all empty": [(0,)] * 4,
+}
 LOPSIDED = {
     "one id": np.zeros((2, 8), np.int64),
     "all on the last rank": np.full((8,), 11),
@@ -36,8 +54,14 @@ def layer(reduction="all_reduce", exchange="auto", group=None, **options):
     return ParallelVocabEmbedding(*sizes, **options)
 
 
+def own_ids(shapes, vocab_size):
+    """Ids for each rank; some are outside the vocabulary, some occur on several ranks."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(-2, vocab_size + 3, shape) for shape in shapes]
+
+
 def chunk_of(tensor, emb):
-    if emb.reduction == "all_reduce":
+    if emb.reduction != "reduce_scatter":
         return tensor
     return tensor.tensor_split(emb.world_size, dim=emb.seq_dim if emb.seq_dim >= 0 else emb.seq_dim - 1)[emb.rank]
 
@@ -50,28 +74,36 @@ def table_of(vocab_size, emb_size, dtype):
 
 
 def check_case(name, ids, vocab_size=12, emb_size=5, dtype=torch.float32, padded=None, padding_idx=None, **options):
-    """Every rank: values and gradients by all reductions and exchanges, in every bit those of the oracle."""
+    """Every rank: values and gradients by all reductions and exchanges, in every bit those of the oracle.
+
+    A list holds each rank's own ids.
+    """
     rank, table = dist.get_rank(), table_of(vocab_size, emb_size, dtype)
     partition = VocabPartition(vocab_size, dist.get_world_size(), padded)
-    own = slice(*partition.owned_range(rank))
+    start, stop = partition.owned_range(rank)
+    everyones = ids if isinstance(ids, list) else [ids]
+    batch, ids = np.concatenate([each.reshape(-1) for each in everyones]), everyones[rank % len(everyones)]
+    first = sum(each.size for each in everyones[:rank]) if len(everyones) > 1 else 0
     whole = tensor_of(partial_lookup(table, ids, VocabPartition(vocab_size, 1), 0))
-    upstream = exact_gradient(ids, emb_size, DTYPES[dtype], 0)
-    gradient = tensor_of(weight_grad(upstream, ids, partition, rank, padding_idx))
+    upstream = exact_gradient(batch, emb_size, DTYPES[dtype], 0)
+    gradient = tensor_of(weight_grad(upstream, batch, partition, rank, padding_idx))
+    upstream = tensor_of(upstream[first : first + ids.size]).view(whole.shape)
     options |= {"dtype": dtype, "padded_vocab_size": padded, "padding_idx": padding_idx}
-    for mode in MODES:
+    for mode in MODES if len(everyones) == 1 else ALL_TO_ALL:
         emb = set_rows(layer(*mode, vocab_size=vocab_size, emb_size=emb_size, **options), table)
         given = torch.from_numpy(ids.copy())
         output = emb(given)
         assert equal_bits(output, chunk_of(whole, emb)), (name, mode)
-        output.backward(chunk_of(tensor_of(upstream), emb))
+        output.backward(chunk_of(upstream, emb))
         grad = emb.weight.grad
         assert grad.is_sparse == emb.config.sparse
-        assert not grad.is_sparse or grad._nnz() == len(np.unique(ids[(ids >= own.start) & (ids < own.stop)]))
+        assert not grad.is_sparse or grad._nnz() == len({*batch[(batch >= start) & (batch < stop)]} - {padding_idx})
         assert equal_bits(grad.to_dense(), gradient), (name, mode)
         assert np.array_equal(given.numpy(), ids), (name, mode)
 
 
-def check_bits():
+@on_ranks(4)
+def test_every_exchange_gives_the_bits_of_the_unsharded_lookup():
     ids = zipf_ids((3, 16), VocabPartition(48, dist.get_world_size()), 0)
     for dtype in DTYPES:
         check_case(str(dtype), ids, 48, 6, dtype)
@@ -88,23 +120,23 @@ def check_bits():
     check_case("rows in huge pages", ids[:, :256], 1096, 1100)
 
 
-def test_every_exchange_gives_the_bits_of_the_unsharded_lookup(world):
-    world(4)(check_bits)
-
-
-def check_lopsided_ids():
+@on_ranks(4)
+def test_lopsided_ids():
     for name, ids in LOPSIDED.items():
         check_case(name, ids)
         check_case(name, ids, emb_size=3, dtype=torch.bfloat16)
     check_case("one row a rank", np.array([0, 3, 3, 0]), 4)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_lopsided_ids(world, world_size):
-    world(world_size)(check_lopsided_ids)
+@on_ranks(4)
+def test_each_rank_its_own_ids():
+    for (name, shapes), dtype, sparse in itertools.product(OWN_SHAPES.items(), (torch.float32, torch.bfloat16), (0, 1)):
+        padding_idx = 5 if name == "unequal" else None
+        check_case(name, own_ids(shapes, 21), 21, 6, dtype, "even", padding_idx, sparse=bool(sparse))
 
 
-def check_rounding():
+@on_ranks(4)
+def test_gradients_are_accumulated_in_float32_and_do_not_show_the_exchange():
     """Inexact sums: the exchanges agree in every bit, and with the exact sum within what the dtype's rounding allows."""
     torch.manual_seed(0)
     ids = torch.randint(0, 48, (4, 64))
@@ -114,8 +146,8 @@ def check_rounding():
         exact = torch.zeros(48, 4, dtype=torch.float64).index_add_(0, ids.flatten(), upstream.double().view(-1, 4))
         exact = exact.chunk(dist.get_world_size())[dist.get_rank()]
         gradients = []
-        for exchange in ("dense", "routed"):
-            emb = layer(reduction, exchange, dtype=dtype)
+        for how in ("dense", "routed"):
+            emb = layer(reduction, how, dtype=dtype)
             emb(ids).backward(chunk_of(upstream, emb))
             gradients.append(emb.weight.grad)
         assert equal_bits(*gradients), (reduction, dtype)
@@ -133,11 +165,8 @@ def check_rounding():
             assert (emb.weight.grad[7] == torch.tensor(5000.0).to(dtype)).all(), (mode, dtype)
 
 
-def test_gradients_are_accumulated_in_float32_and_do_not_show_the_exchange(world):
-    world(4)(check_rounding)
-
-
-def check_groups():
+@on_ranks(4)
+def test_rank_and_world_size_come_from_groups_and_device_meshes():
     """Sub-groups of the world, and the group of a DeviceMesh dimension; two groups at work at once."""
     rank, mesh = dist.get_rank(), mesh_of(2, 2)
     pairs, table = [dist.new_group([0, 2]), dist.new_group([1, 3])], whole_table(ranks_of(48, 4, 2))
@@ -159,14 +188,10 @@ def check_groups():
     )
 
 
-def test_rank_and_world_size_come_from_groups_and_device_meshes(world):
-    world(4)(check_groups)
-
-
-def check_derivatives():
-    """Second derivatives go through the exchange too."""
+@on_ranks(2)
+def test_second_derivatives():
     ids, double = torch.arange(16).view(2, 8) * 3 % 48, {"dtype": torch.float64}
-    for mode in MODES:
+    for mode in [*MODES, *ALL_TO_ALL]:
         emb = layer(*mode, **double)
         output = emb(ids)
         generator = torch.Generator().manual_seed(0 if emb.reduction == "all_reduce" else emb.rank)
@@ -187,12 +212,9 @@ def check_derivatives():
         dist.barrier()
 
 
-def test_second_derivatives(world):
-    world(2)(check_derivatives)
-
-
-def check_inputs():
-    """Ids written over before backward, as in a static input buffer; one id without dimensions; no storage."""
+@on_ranks(2)
+def test_ids_written_over_one_id_and_the_meta_device():
+    """Ids may be written over before backward, as in a static input buffer."""
     table = whole_table(ranks_of(48, 4, 2))
     for mode, seq_dim in itertools.product(MODES, (0, 1)):
         gradients = []
@@ -205,9 +227,9 @@ def check_inputs():
             output.backward(torch.ones_like(output))
             gradients.append(emb.weight.grad)
         assert equal_bits(*gradients), ("written over", mode, seq_dim)
-    for exchange, number in itertools.product(("dense", "routed"), (0, 29, 47, 48, -1)):
+    for how, number in itertools.product(("dense", "routed"), (0, 29, 47, 48, -1)):
         expected = table[number] if 0 <= number < 48 else torch.zeros(4)
-        assert equal_bits(layer("all_reduce", exchange)(torch.tensor(number)), expected), ("one id", exchange, number)
+        assert equal_bits(layer("all_reduce", how)(torch.tensor(number)), expected), ("one id", how, number)
     for reduction in ("all_reduce", "reduce_scatter")[dist.get_rank() :]:  # nothing is sent: rank 1 leaves one out
         emb = layer(reduction, device="meta")
         output = emb(torch.zeros(2, 8, dtype=torch.int64, device="meta"))
@@ -217,29 +239,27 @@ def check_inputs():
         assert emb.weight.grad.shape == emb.weight.shape
 
 
-def test_ids_written_over_one_id_and_the_meta_device(world):
-    world(2)(check_inputs)
-
-
-def check_errors():
-    """What is refused, is refused on every rank, before anything is sent."""
+@on_ranks(2)
+def test_bad_arguments_are_refused_on_every_rank_before_anything_is_sent():
     ids, whole = torch.arange(10).view(2, 5), (torch.zeros(48, 2), torch.arange(10), VocabPartition(48, 1))
     scattered, reduced = partial(layer, "reduce_scatter"), partial(reduced_lookup, reduction="all_reduce")
     uneven = r"ids of shape \(2, 5\) have 5 positions along dimension 1, which leaves 1 over"
     no_dimension = r"seq_dim must name a dimension of the ids, in \[-2, 2\), got seq_dim=2"
-    strict = layer(invalid_ids="error")
+    strict, own = layer(invalid_ids="error"), layer("all_to_all", invalid_ids="error")
+    bad_on_rank_1 = torch.tensor([[1, 2], [3, 48 if dist.get_rank() == 1 else 4]])
     assert_refused(
         (ValueError, uneven, lambda: scattered()(ids)),
         (ValueError, no_dimension, lambda: scattered(seq_dim=2)(ids)),
         (ValueError, "seq_dim must name a dimension", lambda: scattered()(torch.tensor(3))),
         (IndexError, r"ids\[0, 1\] = 48 is outside the vocabulary", lambda: strict(torch.tensor([[3, 48]]))),
+        (IndexError, r"rank 1 passed, flattened: ids\[3\] = 48 is outside", lambda: own(bad_on_rank_1)),
         (TypeError, "integer dtype", lambda: layer()(torch.tensor([1.0]))),
         (ValueError, "world_size must agree with process_group", lambda: reduced(*whole, dist.group.WORLD)),
     )
 
 
-def check_copies():
-    """Modules with a group can be copied and pickled; a copy finds the group by its name."""
+@on_ranks(2)
+def test_copies_and_pickles_find_the_group_by_its_name():
     emb, ids = layer("reduce_scatter", "routed"), torch.arange(16).view(2, 8)
     expected = emb(ids)
     for other in (copy.deepcopy(emb), pickle.loads(pickle.dumps(emb))):
@@ -253,9 +273,39 @@ def check_copies():
         emb(ids)
 
 
-@pytest.mark.parametrize("check", [check_errors, check_copies])
-def test_bad_arguments_and_copies(world, check):
-    world(2)(check)
+@on_ranks(2)
+def test_own_ids_compiled_and_checked():
+    ids = torch.from_numpy(own_ids([(7,), (2, 3)], 48)[dist.get_rank()])
+    plain, compiled, checked = (layer("all_to_all", check=check) for check in (False, False, True))
+    results = []
+    for emb, call in ((plain, plain), (compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))):
+        output = call(ids)
+        output.square().sum().backward()
+        results.append((output, emb.weight.grad))
+    for expected, found in zip(*results, strict=True):
+        assert equal_bits(found, expected)
+    assert equal_bits(checked(ids), results[0][0])
+
+
+@on_ranks(2)
+def test_each_distinct_row_of_own_ids_travels_once():
+    """Two ids occur on both ranks, and each rank owns one; backward returns one sum to each owner."""
+    calls, sent = [], []
+
+    def gather(*args, **kwargs):
+        calls.append("all_gather")
+        return all_gather(*args, **kwargs)
+
+    def send(*args, **kwargs):
+        calls.append("all_to_all_single")
+        sent.append(len(args[1]))
+        return all_to_all(*args, **kwargs)
+
+    all_gather, all_to_all = exchange.all_gather, dist.all_to_all_single
+    with mock.patch.object(exchange, "all_gather", gather), mock.patch.object(dist, "all_to_all_single", send):
+        layer("all_to_all", "routed")(torch.tensor([0, 0, 0, 47, 47])).sum().backward()
+    assert calls == ["all_gather", "all_gather", "all_to_all_single"] * 2
+    assert sent == [2, 2]
 
 
 @pytest.mark.parametrize("reduction", ["all_reduce", "reduce_scatter"])
@@ -278,7 +328,6 @@ def test_one_rank_needs_no_group_and_several_do(reduction):
 
 
 def test_auto_is_routed_on_cpus_and_dense_on_accelerators():
-    assert choose_exchange("auto", "cpu") == "routed"
-    assert choose_exchange("auto", "cuda") == choose_exchange("auto", "xpu") == "dense"
-    assert choose_exchange("routed", "cuda") == "routed"
-    assert choose_exchange("dense", "cpu") == "dense"
+    choose = exchange.choose_exchange
+    assert [choose("auto", device) for device in ("cpu", "cuda", "xpu")] == ["routed", "dense", "dense"]
+    assert (choose("routed", "cuda"), choose("dense", "cpu")) == ("routed", "dense")
