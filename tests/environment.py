@@ -45,7 +45,6 @@ SINCE = [
             "torch_impl/test_clipping.py::test_training_follows_the_unsharded_model[ours-process_group-2.0]",
             "torch_impl/test_clipping.py::test_training_follows_the_unsharded_model[ours-process_group-inf]",
             "torch_impl/test_lm_head.py::test_four_ranks[check_fsdp]",
-            "torch_impl/test_mesh.py::test_meta_then_fully_shard_then_to_empty_then_reset",
             "torch_impl/test_vocab_parallel.py::test_a_model_on_the_meta_device",
         ],
     ),
@@ -65,7 +64,7 @@ SINCE = [
             "torch_impl/test_documentation.py::test_documentation",
             "torch_impl/test_mesh.py::test_tables_in_files_and_in_memory",
             "torch_impl/test_vocab_parallel.py::test_a_checkpoint_loads_in_the_plain_model",
-            "torch_impl/test_vocab_parallel.py::test_two_ranks_compute_what_the_unsharded_model_does[check_own_rows]",
+            "torch_impl/test_vocab_parallel.py::test_without_a_source_each_rank_keeps_its_own_rows",
         ],
     ),
     (

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, vmap
-from torch_layers import equal_bits
+from torch.func import grad, vmap
+from torch_layers import equal_bits, function_of
 
 from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding, partial_lookup
@@ -23,12 +23,6 @@ IDS = torch.tensor([[0, 5, 4, 12], [11, 5, -1, 7]])
 
 def layer(rank=1, emb_size=4, **options):
     return ParallelVocabEmbedding(12, emb_size, rank, 3, **options)
-
-
-def plain(weight):
-    """Rank 1's lookup in stock operations."""
-    owned = (IDS >= 4) & (IDS < 8)
-    return weight[(IDS - 4).clamp(0, 3)] * owned.unsqueeze(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,12 +84,8 @@ def test_compiled_sparse_gradients_are_refused():
 @pytest.mark.parametrize("sparse", [False, True])
 def test_mapped_over_ids_tables_and_both(sparse):
     emb = layer(sparse=sparse, padding_idx=5)
-    table = emb.weight.detach()
+    table, lookup = emb.weight.detach(), function_of(emb)
     tables = torch.stack([table, 2 * table])
-
-    def lookup(weight, ids):
-        return functional_call(emb, {"weight": weight}, (ids,))
-
     assert torch.equal(vmap(lookup, (None, 0))(table, IDS), emb(IDS))
     assert torch.equal(vmap(lookup, (None, 1), 1)(table, IDS), emb(IDS))
     assert torch.equal(vmap(lookup, (0, None))(tables, IDS), torch.stack([emb(IDS), 2 * emb(IDS)]))
@@ -106,27 +96,26 @@ def test_mapped_over_ids_tables_and_both(sparse):
 def test_mapped_over_a_large_batch(in_dims):
     """From 32 MiB on rows are copied by an operator."""
     emb, ids = layer(emb_size=1024), (torch.arange(18000) * 5 % 14).view(2, -1)
-    tables = torch.stack([emb.weight.detach(), 2 * emb.weight.detach()])
+    tables, lookup = torch.stack([emb.weight.detach(), 2 * emb.weight.detach()]), function_of(emb)
     arguments = [each[0] if dim is None else each for each, dim in zip((tables, ids), in_dims, strict=True)]
-    found = vmap(lambda weight, ids: functional_call(emb, {"weight": weight}, (ids,)), in_dims)(*arguments)
-    for i in range(2):
-        table, mine = (each if dim is None else each[i] for each, dim in zip(arguments, in_dims, strict=True))
-        assert torch.equal(found[i], functional_call(emb, {"weight": table}, (mine,)))
+    for i, found in enumerate(vmap(lookup, in_dims)(*arguments)):
+        own = (each if dim is None else each[i] for each, dim in zip(arguments, in_dims, strict=True))
+        assert torch.equal(found, lookup(*own))
 
 
 def test_per_sample_gradients_and_jacobians():
     emb = layer(padding_idx=5)
-    table = emb.weight.detach()
+    table, lookup = emb.weight.detach(), function_of(emb)
 
     def loss(weight, ids):
-        return functional_call(emb, {"weight": weight}, (ids,)).pow(3).sum()
+        return lookup(weight, ids).pow(3).sum()
 
     expected = torch.stack([grad(loss)(table, ids) for ids in IDS])
     assert torch.equal(vmap(grad(loss), (None, 0))(table, IDS), expected)
     assert torch.equal(vmap(grad(loss), (0, 0))(torch.stack([table, table]), IDS), expected)
-    emb = layer()
-    found = torch.func.jacrev(lambda weight: functional_call(emb, {"weight": weight}, (IDS,)))(table)
-    assert torch.equal(found, torch.func.jacrev(plain)(table))
+    found = torch.func.jacrev(function_of(layer()))(table, IDS)
+    owned = ((IDS >= 4) & (IDS < 8)).unsqueeze(-1)
+    assert torch.equal(found, torch.func.jacrev(lambda weight: weight[(IDS - 4).clamp(0, 3)] * owned)(table))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")  # inductor's own

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -11,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
-from torch_layers import assert_refused, mesh_of, named, whole
+from torch_layers import assert_refused, mesh_of, named, on_ranks, whole
 
 from torch_impl import ParallelVocabEmbedding
 from torch_impl.adapters import VocabParallel
@@ -77,7 +76,8 @@ def plan_of(kind, **options):
     }
 
 
-def check_plans():
+@on_ranks(2)
+def test_two_ranks_compute_what_the_unsharded_model_does():
     plans = ("replicate", True, 22), ("replicate", False, 23), ("sequence", True, 23), ("sequence", False, 22)
     for kind, use_local_output, vocab_size in plans:
         options = {"vocab_size": vocab_size, "padding_idx": 6}
@@ -102,8 +102,8 @@ def check_plans():
             assert torch.equal(whole(copy.deepcopy(emb)(IDS)), whole(emb(IDS)))
 
 
-def check_inputs():
-    """Ids split along the sequence, and ids as DTensors."""
+@on_ranks(2)
+def test_ids_split_along_the_sequence_and_ids_as_dtensors():
     mesh, reference, chunk = mesh_of(2), Model(), IDS.chunk(2, 1)[dist.get_rank()]
     model = parallelize_module(Model(), mesh, {"tok_embeddings": VocabParallel(input_layouts=Shard(1))})
     for ids in (chunk, DTensor.from_local(chunk, mesh, [Shard(1)]), DTensor.from_local(IDS, mesh, [Replicate()])):
@@ -111,16 +111,16 @@ def check_inputs():
     assert torch.equal(model.tok_embeddings(input=chunk), reference.tok_embeddings(IDS))
 
 
-def check_own_rows():
-    """Without a source each rank keeps its own rows."""
+@on_ranks(2)
+def test_without_a_source_each_rank_keeps_its_own_rows():
     emb = nn.Embedding(VOCAB, EMB)
     nn.init.constant_(emb.weight, dist.get_rank())
     parallelize_module(emb, mesh_of(2), VocabParallel(), src_data_rank=None)
     assert (emb.weight.to_local() == dist.get_rank()).all()
 
 
-def check_subclass():
-    """A class of the user's own keeps what it does."""
+@on_ranks(2)
+def test_a_class_of_the_users_own_keeps_what_it_does():
     model, reference = Model(ScaledEmbedding), Model(ScaledEmbedding)
     parallelize_module(model, mesh_of(2), plan_of("sequence"))
     assert isinstance(model.tok_embeddings, ScaledEmbedding)
@@ -129,7 +129,8 @@ def check_subclass():
     assert (model.tok_embeddings.weight.to_local() == 3).all()
 
 
-def check_refusals():
+@on_ranks(2)
+def test_what_is_refused():
     mesh, split = mesh_of(2), fully_shard(nn.Embedding(VOCAB, EMB), mesh=mesh_of(2))
     emb = parallelize_module(nn.Embedding(VOCAB, EMB), mesh, VocabParallel())
 
@@ -150,16 +151,8 @@ def check_refusals():
     assert repr(VocabParallel(output_layouts=Shard(1))) == printed
 
 
-@pytest.mark.parametrize("check", [check_plans, check_inputs, check_own_rows, check_subclass])
-def test_two_ranks_compute_what_the_unsharded_model_does(world, check):
-    world(2)(check)
-
-
-def test_what_is_refused(world):
-    world(2)(check_refusals)
-
-
-def check_meta():
+@on_ranks(4)
+def test_a_model_on_the_meta_device():
     mesh = mesh_of(2, 2)
     with torch.device("meta"):
         model = Model()
@@ -172,32 +165,33 @@ def check_meta():
     assert torch.equal(whole(model.tok_embeddings.weight), whole(expected.weight))
 
 
-def test_a_model_on_the_meta_device(world):
-    world(4)(check_meta)
+def trained(model):
+    """The optimizer of a model after a step, and the states of both."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model(IDS)).backward()
+    optimizer.step()
+    return optimizer, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
 
 
-def check_save(folder):
+def table_and_moment(model, optimizer):
+    weight = model.tok_embeddings.weight
+    return [whole(each.detach()) for each in (weight, optimizer.state[weight]["exp_avg"])]
+
+
+def save(folder):
     mesh, model = mesh_of(2, 2), Model()
     parallelize_module(model, mesh["tp"], plan_of("sequence"))
     fully_shard(model, mesh=mesh["dp"])
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model(IDS)).backward()
-    optimizer.step()
-    states = get_state_dict(model, optimizer)
-    dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
-    tensors = [model.tok_embeddings.weight, optimizer.state[model.tok_embeddings.weight]["exp_avg"]]
-    return [whole(each.detach()) for each in tensors]
+    optimizer, state = trained(model)
+    dcp.save(state, checkpoint_id=folder)
+    return table_and_moment(model, optimizer)
 
 
 def test_a_checkpoint_loads_in_the_plain_model(world, tmp_path):
-    expected = world(4)(check_save, str(tmp_path))[0]
+    expected = world(4)(save, str(tmp_path))[0]
     model = Model(seed=5)
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model(IDS)).backward()
-    optimizer.step()
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    optimizer, state = trained(model)
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    weight = model.tok_embeddings.weight
-    assert torch.equal(weight, expected[0])
-    assert torch.equal(optimizer.state[weight]["exp_avg"], expected[1])
+    for found, saved in zip(table_and_moment(model, optimizer), expected, strict=True):
+        assert torch.equal(found, saved)
