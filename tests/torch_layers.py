@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +32,8 @@ def on_ranks(world_size):
 
         @functools.wraps(function)
         def test(world, **arguments):
-            world(world_size)(function, *(arguments[name] for name in parameters))
+            named = inspect.unwrap(function)  # by its file and name a rank finds the test
+            world(world_size)(named, *(arguments[name] for name in parameters))
 
         of_world = inspect.Parameter("world", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         test.__signature__ = inspect.Signature([of_world, *parameters.values()])
@@ -126,6 +128,13 @@ class Model(nn.Module):
 def whole_model(table):
     """The model with an unsharded embedding."""
     return Model(nn.Embedding.from_pretrained(table, freeze=False))
+
+
+@contextlib.contextmanager
+def without_warnings():
+    """Ignore what a library warns of by its own doing; also a decorator."""
+    with warnings.catch_warnings(action="ignore"):
+        yield
 
 
 @contextlib.contextmanager

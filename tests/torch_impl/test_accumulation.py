@@ -1,12 +1,10 @@
 """Gradients that are added straight to where the parameter keeps them: the plain result, for the price of the tokens."""
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch_layers import DTYPES, MODES, allocated, assert_refused, function_of, on_ranks
+from torch_layers import DTYPES, MODES, allocated, assert_refused, function_of, on_ranks, without_warnings
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -138,22 +136,22 @@ def test_with_reductions():
 
 
 @on_ranks(2)
+@without_warnings()
 def test_ddp_is_refused_and_fully_shard_works():
     from torch.distributed.fsdp import fully_shard
 
     ids = torch.arange(12) * 5 % 24 + dist.get_rank()
-    with warnings.catch_warnings(action="ignore"):
-        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(ParallelVocabEmbedding(24, 4, **FUSED)))
-        with pytest.raises(ValueError, match="DistributedDataParallel waits for the gradient"):
-            wrapped(ids)
-        gradients = []
-        for emb in plain_and_fused(24, 4):
-            model = nn.Sequential(emb, nn.Linear(4, 3, bias=False))
-            nn.init.ones_(model[1].weight)
-            model = fully_shard(model)
-            for last in (False, True):
-                model.set_requires_gradient_sync(last)
-                model(ids).square().sum().backward()
-            gradients.append(model[0].weight.grad.full_tensor())
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(ParallelVocabEmbedding(24, 4, **FUSED)))
+    with pytest.raises(ValueError, match="DistributedDataParallel waits for the gradient"):
+        wrapped(ids)
+    gradients = []
+    for emb in plain_and_fused(24, 4):
+        model = nn.Sequential(emb, nn.Linear(4, 3, bias=False))
+        nn.init.ones_(model[1].weight)
+        model = fully_shard(model)
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            model(ids).square().sum().backward()
+        gradients.append(model[0].weight.grad.full_tensor())
     assert torch.equal(*gradients)
     assert gradients[0].count_nonzero() > 0

@@ -1,7 +1,6 @@
 """torch.distributed.checkpoint: what some ranks saved, others load, however they pad."""
 
 import itertools
-import warnings
 from functools import partial
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch_layers import assert_refused, mesh_of, over, ranks_of, whole
+from torch_layers import assert_refused, mesh_of, over, ranks_of, whole, without_warnings
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
 from torch_impl.table_rows import TableRows
@@ -125,7 +124,7 @@ def training_of(sizes, wrapper=None, place="process_group", converts=True, **opt
     mesh = mesh_of(*sizes)
     model = Tied(reduction="all_reduce", **over(place, mesh["tp"] if len(sizes) > 1 else mesh), **options)
     if wrapper == "ddp":
-        with warnings.catch_warnings(action="ignore"):  # of the reducer's own making
+        with without_warnings():  # of the reducer's own making
             model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         assert isinstance(sharded_state_dict(model, model.state_dict())["module.emb.weight"], TableRows)
     elif wrapper == "fully_shard":

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -10,7 +9,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch_layers import MODES, Model, mesh_of, named, on_ranks, ranks_of, whole_model, whole_table
+from torch_layers import (
+    MODES,
+    Model,
+    mesh_of,
+    named,
+    on_ranks,
+    ranks_of,
+    whole_model,
+    whole_table,
+    without_warnings,
+)
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -65,7 +74,7 @@ def test_data_parallelism_over_the_other_dimension(wrapper):
         emb = embedding(*mode, mesh.get_group("tp"))
         model = Model(emb)
         if wrapper == "ddp":
-            with warnings.catch_warnings(action="ignore"):  # of the reducer's own making
+            with without_warnings():  # of the reducer's own making
                 wrapped = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         else:
             fully_shard(emb, mesh=mesh["dp"])

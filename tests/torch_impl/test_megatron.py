@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch_layers import assert_refused, on_ranks
 
 from torch_impl.adapters.megatron import VocabParallelEmbedding
 
@@ -193,7 +194,10 @@ def build(kind, tp, vocab_size=VOCAB, reduce_scatter=False, init_method=nn.init.
     )
 
 
-def check_layers():
+@needs_megatron
+@pytest.mark.slow
+@on_ranks(2)
+def test_layers():
     """Numbers, attributes and layouts are those of Megatron's own class; initialisation is left out or put off."""
     ids = torch.randint(VOCAB, (3, SEQUENCE), generator=torch.Generator().manual_seed(0))
     kinds = itertools.product((1, 2), (False, True), ((True, torch.bfloat16), (False, torch.float32)))
@@ -226,7 +230,10 @@ def check_layers():
         assert torch.equal(layer.weight, build(VocabParallelEmbedding, 2, use_cpu_initialization=True).weight)
 
 
-def check_checkpoints(folder):
+@needs_megatron
+@pytest.mark.slow
+@on_ranks(2)
+def test_checkpoints_both_ways_across_sizes_and_paddings(tmp_path):
     from megatron.core import dist_checkpointing
 
     with megatron_on_cpu() as tensor_parallel:
@@ -239,7 +246,7 @@ def check_checkpoints(folder):
             whole = build(kinds[1], 1, use_cpu_initialization=True).weight
             table = nn.functional.pad(whole, (0, 0, 0, padded - VOCAB))
             for saved, loads in zip(layers, (kinds[1:], kinds), strict=True):
-                path = f"{folder}/{type(saved).__module__}{tp}{other_tp}"
+                path = f"{tmp_path}/{type(saved).__module__}{tp}{other_tp}"
                 if dist.get_rank() == 0:
                     os.mkdir(path)
                 dist.barrier()
@@ -251,18 +258,11 @@ def check_checkpoints(folder):
                     assert torch.equal(layer.weight, table[layer.vocab_start_index : layer.vocab_end_index])
 
 
-@needs_megatron
-@pytest.mark.slow
-def test_layers_and_checkpoints_both_ways_across_sizes_and_paddings(world, tmp_path):
-    world(2)(check_layers)
-    world(2)(check_checkpoints, str(tmp_path))
-
-
 def test_without_megatron_core_and_what_megatron_does_itself(monkeypatch):
-    with pytest.raises(TypeError, match=r"copy the rows of torch_impl\.ParallelVocabEmbedding\.from_table"):
-        VocabParallelEmbedding.from_table("folder")
-    with pytest.raises(TypeError, match="copy rows .* of the table into emb.weight"):
-        VocabParallelEmbedding.from_embedding(torch.zeros(VOCAB, EMB))
     monkeypatch.setitem(sys.modules, "megatron", None)
-    with pytest.raises(ImportError, match="pip install megatron-core"):
-        VocabParallelEmbedding(VOCAB, EMB, init_method=nn.init.normal_, config=None)
+    build, options = VocabParallelEmbedding, {"init_method": nn.init.normal_, "config": None}
+    assert_refused(
+        (TypeError, r"copy the rows of .*ParallelVocabEmbedding\.from_table", lambda: build.from_table("folder")),
+        (TypeError, "copy rows .* of the table into emb.weight", lambda: build.from_embedding(torch.zeros(VOCAB, EMB))),
+        (ImportError, "pip install megatron-core", lambda: build(VOCAB, EMB, **options)),
+    )

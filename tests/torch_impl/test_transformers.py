@@ -1,14 +1,13 @@
 """The layer in a Hugging Face model: the recipe, and what that library does with a rank's rows."""
 
 import importlib.util
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch_layers import mesh_of
+from torch_layers import assert_refused, mesh_of, on_ranks, without_warnings
 
 from torch_impl import ParallelVocabEmbedding, clip_grad_norm_
 
@@ -68,12 +67,11 @@ def new_model(kind, tied):
     return getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
 
 
-def check_model(*arguments):
-    with warnings.catch_warnings(action="ignore"):  # of the library's own
-        compare_models(*arguments)
-
-
-def compare_models(kind, tied, folder):
+@pytest.mark.slow  # to import the library takes seconds
+@pytest.mark.parametrize(("kind", "tied"), [("Llama", False), ("GPT2", True)])
+@on_ranks(2)
+@without_warnings()
+def test_a_model_split_trained_saved_and_loaded(tmp_path, kind, tied):
     mesh = mesh_of(2)
     whole, split = new_model(kind, tied), shard(new_model(kind, tied), mesh)
     whole_emb, emb = whole.get_input_embeddings(), split.get_input_embeddings()
@@ -101,55 +99,49 @@ def compare_models(kind, tied, folder):
     tokens = [model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (whole, split)]
     assert torch.equal(*tokens)
 
-    save(split, folder, mesh)
+    save(split, tmp_path, mesh)
     dist.barrier()
-    loaded = type(whole).from_pretrained(folder)
+    loaded = type(whole).from_pretrained(tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight[owned], emb.weight[:rows])
     torch.testing.assert_close(loaded(ids).logits, split(ids).logits)
     again = shard(loaded, mesh).get_input_embeddings()
-    from_file = ParallelVocabEmbedding.from_table(folder, process_group=mesh.get_group(), padded_vocab_size="even")
+    from_file = ParallelVocabEmbedding.from_table(tmp_path, process_group=mesh.get_group(), padded_vocab_size="even")
     assert torch.equal(again.weight, emb.weight)
     assert torch.equal(from_file.weight, emb.weight)
 
 
-@pytest.mark.slow  # to import the library takes seconds
-@pytest.mark.parametrize(("kind", "tied"), [("Llama", False), ("GPT2", True)])
-def test_a_model_split_trained_saved_and_loaded(world, tmp_path, kind, tied):
-    world(2)(check_model, kind, tied, str(tmp_path / "model"))
-
-
 @pytest.mark.slow
+@without_warnings()
 def test_one_rank_needs_no_recipe(tmp_path):
-    with warnings.catch_warnings(action="ignore"):
-        whole, model = new_model("Llama", True), new_model("Llama", True)
-        emb = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings())
-        model.set_input_embeddings(emb)
-        assert model.lm_head.weight is not emb.weight  # the library leaves the head with the old table
-        model.tie_weights()
-        assert model.lm_head.weight is emb.weight
-        model.save_pretrained(tmp_path)
-        state = type(model).from_pretrained(tmp_path).state_dict()
+    whole, model = new_model("Llama", True), new_model("Llama", True)
+    emb = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings())
+    model.set_input_embeddings(emb)
+    assert model.lm_head.weight is not emb.weight  # the library leaves the head with the old table
+    model.tie_weights()
+    assert model.lm_head.weight is emb.weight
+    model.save_pretrained(tmp_path)
+    state = type(model).from_pretrained(tmp_path).state_dict()
     assert state.keys() == whole.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.slow
+@without_warnings()
 def test_without_the_recipe_resizing_loading_and_labels_are_refused(tmp_path):
     """The model's input embedding is replaced by rank 0's rows of two, and nothing else is done."""
-    with warnings.catch_warnings(action="ignore"):
-        model, ids = new_model("Llama", True), torch.tensor([[1, 2]])
-        rows = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings(), 0, 2, padded_vocab_size="even")
-        model.set_input_embeddings(rows)
-        with pytest.raises(TypeError, match=r"not an instance of .*Embedding"):  # the library's own error
-            model.resize_token_embeddings(VOCAB + 4)
-        refusal = r"num_embeddings must stay 21, got 11 .*build this layer by from_embedding"
-        for options in ({"new_num_tokens": 11}, {"pad_to_multiple_of": 11}):  # as many as the rank has rows
-            with pytest.raises(ValueError, match=refusal):
-                model.resize_token_embeddings(**options)
-        assert model.config.vocab_size == VOCAB
-        model.save_pretrained(tmp_path)
-        with pytest.raises(RuntimeError, match="mismatch"):
-            type(model).from_pretrained(tmp_path)
-        model.tie_weights()
-        with pytest.raises((ValueError, RuntimeError), match="shape|size"):
-            model(ids, labels=ids)
+    model, ids = new_model("Llama", True), torch.tensor([[1, 2]])
+    rows = ParallelVocabEmbedding.from_embedding(model.get_input_embeddings(), 0, 2, padded_vocab_size="even")
+    model.set_input_embeddings(rows)
+    of_library, resize = r"not an instance of .*Embedding", model.resize_token_embeddings
+    own = r"num_embeddings must stay 21, got 11 .*build this layer by from_embedding"
+    model.save_pretrained(tmp_path)
+    assert_refused(
+        (TypeError, of_library, lambda: resize(VOCAB + 4)),
+        (ValueError, own, lambda: resize(11)),  # as many as the rank has rows
+        (ValueError, own, lambda: resize(pad_to_multiple_of=11)),
+        (RuntimeError, "mismatch", lambda: type(model).from_pretrained(tmp_path)),
+    )
+    assert model.config.vocab_size == VOCAB
+    model.tie_weights()
+    with pytest.raises((ValueError, RuntimeError), match="shape|size"):
+        model(ids, labels=ids)
