@@ -72,7 +72,6 @@ SINCE = [
         (2, 13),
         "inductor writes C++ that does not compile for a view of bfloat16 as integers",
         [
-            "torch_impl/test_transforms.py::test_compiled_forward_and_backward_are_one_graph[dtype1]",
             "torch_impl/test_transforms.py::test_compiled_rows_are_bits_and_16_bit_gradients_do_not_saturate",
         ],
     ),

@@ -33,20 +33,13 @@ def test_interpreted_sums_are_the_cpus(dtype, tokens):
         assert torch.equal(gpu.scatter_add(upstream, keys, 8), cpu.scatter_add(upstream, keys, 8))
 
 
-def test_interpreted_600_equal_ids_do_not_saturate():
+def test_interpreted_equal_ids_do_not_saturate_and_a_foreign_token_may_have_any_gradient():
     sums = gpu.scatter_add(torch.ones(600, 4, dtype=torch.bfloat16), torch.full((600,), 2), 4)
-    assert torch.equal(sums[2], torch.full((4,), 600.0).bfloat16())
-    assert not sums[[0, 1, 3]].any()
-
-
-def test_interpreted_a_foreign_token_may_have_any_gradient():
+    assert sums[:, 0].tolist() == [0, 0, torch.tensor(600.0).bfloat16(), 0]
     upstream = torch.ones(6, 5)
     upstream[[1, 4]] = float("nan")
     sums = gpu.scatter_add(upstream, torch.tensor([0, 8, 0, 7, 8, 1]), 8)
     assert sums[:, 0].tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
-
-
-def test_interpreted_nothing_to_add():
     assert not gpu.scatter_add(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), 3).any()
     assert not gpu.scatter_add(torch.ones(4, 5), torch.full((4,), 3), 3).any()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch_layers import DTYPES, MODES, allocated, assert_refused, function_of, on_ranks, without_warnings
+from torch_layers import DTYPES, allocated, assert_refused, function_of, on_ranks, without_warnings
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -121,18 +121,6 @@ def test_hooks_and_what_is_not_eager_are_refused():
         getattr(emb.weight, hook)(lambda grad: None)
         with pytest.raises(ValueError, match="must be False here: the table has gradient hooks"):
             emb(ids)
-
-
-@on_ranks(2)
-def test_with_reductions():
-    for reduction, exchange in MODES:
-        options = {"process_group": dist.group.WORLD, "reduction": reduction, "exchange": exchange}
-        plain, fused = plain_and_fused(48, 8, **options)
-        for seed in range(3):
-            ids = torch.randint(0, 48, (2, 8), generator=torch.Generator().manual_seed(seed))
-            for emb in (plain, fused):
-                backward(emb, ids, seed)
-        assert torch.equal(fused.weight.grad, plain.weight.grad), (reduction, exchange)
 
 
 @on_ranks(2)

@@ -53,7 +53,7 @@ def test_activation_checkpointing():
 @on_ranks(2)
 def test_autocast():
     ids = torch.arange(16).view(2, 8)
-    for mode, dtype in itertools.product(MODES, (torch.float32, torch.bfloat16)):
+    for mode, dtype in itertools.product([("none", "auto"), *MODES], (torch.float32, torch.bfloat16)):
         emb = embedding(*mode, dist.group.WORLD, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
             found = emb(ids)

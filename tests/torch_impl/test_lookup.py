@@ -19,14 +19,8 @@ def test_ids_of_any_memory_layout_give_contiguous_rows():
                     assert emb(view).is_contiguous()
 
 
-def test_autocast_inference_mode_and_frozen_tables():
+def test_inference_mode_and_frozen_tables():
     emb, ids = ParallelVocabEmbedding(24, 5, 1, 3), torch.arange(24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = emb(ids)
-    assert out.dtype == torch.float32
-    assert torch.equal(out, emb(ids))
-    out.sum().backward()
-    assert emb.weight.grad.dtype == torch.float32
     with torch.inference_mode():
         assert torch.equal(emb(ids)[8:16], emb.weight)
     emb.weight.requires_grad_(False)
@@ -62,19 +56,18 @@ def test_the_pure_functions_take_tables_that_no_layer_holds():
         reduced_lookup(table.to(torch.float8_e4m3fn), ids, VocabPartition(4, 1), None, reduction="all_reduce")
 
 
-def test_a_large_batch_is_the_same():
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_large_batch_is_the_same(moved):
     """From 32 MiB on the output lies in other memory."""
     ids = (torch.arange(9000) * 7 % 50).view(9, -1)
-    for moved in (False, True):
-        layer = ParallelVocabEmbedding(48, 1024, 1, 3, padding_idx=17)
-        layer.weight.data = layer.weight.data.clone() if moved else layer.weight.data
-        table = layer.weight.detach()
-        expected = torch.where(((ids >= 16) & (ids < 32)).unsqueeze(-1), table[(ids - 16).clamp(0, 15)], 0)
-        with torch.no_grad():
-            assert torch.equal(layer(ids), expected)
-        output = layer(ids)
-        assert torch.equal(output, expected)
-        output.backward(torch.ones_like(output))
-        counts = ids.flatten().bincount(minlength=50)[16:32].float()
-        counts[1] = 0
-        assert torch.equal(layer.weight.grad, counts[:, None].expand(16, 1024))
+    emb = ParallelVocabEmbedding(48, 1024, 1, 3, padding_idx=17)
+    emb.weight.data = emb.weight.data.clone() if moved else emb.weight.data
+    expected = torch.where(((ids >= 16) & (ids < 32)).unsqueeze(-1), emb.weight.detach()[(ids - 16).clamp(0, 15)], 0)
+    with torch.no_grad():
+        assert torch.equal(emb(ids), expected)
+    output = emb(ids)
+    assert torch.equal(output, expected)
+    output.backward(torch.ones_like(output))
+    counts = ids.flatten().bincount(minlength=50)[16:32].float()
+    counts[1] = 0
+    assert torch.equal(emb.weight.grad, counts[:, None].expand(16, 1024))

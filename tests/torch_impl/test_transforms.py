@@ -25,16 +25,14 @@ def layer(rank=1, emb_size=4, **options):
     return ParallelVocabEmbedding(12, emb_size, rank, 3, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_forward_and_backward_are_one_graph(dtype):
-    for rank, padding_idx in ((0, None), (1, 5)):
-        emb = layer(rank, dtype=dtype, padding_idx=padding_idx)
-        eager, traced = emb(IDS), torch.compile(emb, fullgraph=True)(IDS)
-        assert equal_bits(traced, eager)
-        grad_output = torch.randint(-7, 8, eager.shape).to(dtype)
-        (expected,) = torch.autograd.grad(eager, emb.weight, grad_output)
-        (found,) = torch.autograd.grad(traced, emb.weight, grad_output)
-        assert torch.equal(found, expected)
+@pytest.mark.parametrize(("rank", "padding_idx"), [(0, None), (1, 5)])
+def test_compiled_forward_and_backward_are_one_graph(rank, padding_idx):
+    emb = layer(rank, padding_idx=padding_idx)
+    eager, traced = emb(IDS), torch.compile(emb, fullgraph=True)(IDS)
+    assert equal_bits(traced, eager)
+    grad_output = torch.randint(-7, 8, eager.shape).float()
+    expected, found = (torch.autograd.grad(output, emb.weight, grad_output)[0] for output in (eager, traced))
+    assert torch.equal(found, expected)
 
 
 def test_compiled_graphs_are_the_same_on_every_rank():
