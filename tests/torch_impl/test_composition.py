@@ -97,7 +97,9 @@ def test_data_parallelism_over_tensor_ranks_is_refused(wrapper, compiled):
     """With a group and without one. What leaves the table out works, each rank with its own ids."""
     ids = torch.arange(8) + dist.get_rank()
     for group in (dist.group.WORLD, None):
-        options = {"reduction": "all_to_all"} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        options = (
+            {"reduction": "all_to_all"} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        )
         for leave_out in (False, True):
             emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=group, **options)
             model, before = Model(emb), emb.weight.detach().clone()

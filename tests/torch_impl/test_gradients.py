@@ -1,7 +1,5 @@
 """What only PyTorch's gradients have to answer: layouts, sparse ones, higher orders; and the order of the sums."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch

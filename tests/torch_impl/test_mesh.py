@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch_layers import MODES, assert_refused, equal_bits, mesh_of, on_ranks
+from torch_layers import MODES, assert_compiled_is_the_same, assert_refused, equal_bits, mesh_of, on_ranks
 
 from shared import VocabPartition
 from torch_impl import ParallelLMHead, ParallelVocabEmbedding, partial_lookup, reduced_lookup
@@ -161,15 +161,7 @@ def test_tables_in_files_and_in_memory(tmp_path):
 def test_compiled():
     for reduction in ("none", "all_reduce", "reduce_scatter"):
         torch._dynamo.reset()
-        emb = layer_of(mesh_of(2), 7, reduction=reduction)
-        outputs = []
-        for module in (emb, torch.compile(emb, fullgraph=True, backend="aot_eager")):
-            emb.zero_grad()
-            output = module(IDS)
-            output.square().sum().backward()
-            outputs.append((output, emb.weight.grad.to_local()))
-        for eager, graph in zip(*outputs, strict=True):
-            assert torch.equal(eager, graph), reduction
+        assert_compiled_is_the_same(layer_of(mesh_of(2), 7, reduction=reduction), IDS, backend="aot_eager")
 
 
 @on_ranks(4)

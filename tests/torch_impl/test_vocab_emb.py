@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch_layers import DTYPES, assert_refused, ranks_of, whole_table
+from torch_layers import DTYPES, assert_compiled_is_the_same, assert_refused, ranks_of, whole_table
 
 from shared import VocabPartition
 from torch_impl import ParallelVocabEmbedding
@@ -165,8 +165,7 @@ def test_a_callable_is_asked_for_the_ranks_rows(world_size, padded):
     nn.init.zeros_(copied.weight)
     copied.reset_parameters()
     assert torch.equal(copied.weight, expected[: len(copied.weight)])
-    compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(torch.arange(2)), copied(torch.arange(2)))
+    assert_compiled_is_the_same(copied, torch.arange(2), backend="aot_eager")
 
 
 def test_a_layer_is_pickled_with_the_name_of_its_callable():
