@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,30 +44,56 @@ def test_each_rank_draws_from_its_own_seed_and_leaves_the_callers_state(dtype):
 
 
 def test_what_it_holds():
-    emb = ParallelVocabEmbedding(24, 5, 1, 3, padding_idx=3)
+    emb = ParallelVocabEmbedding(20, 5, 1, 3, padding_idx=3, padded_vocab_size=24)
     assert isinstance(emb.weight, nn.Parameter)
     assert emb.weight.shape == (8, 5)
-    assert emb.partition == VocabPartition(24, 3)
-    assert (emb.rank, emb.world_size, emb.vocab_size, emb.emb_size) == (1, 3, 24, 5)
+    assert emb.partition == VocabPartition(20, 3, 24)
+    assert (emb.rank, emb.world_size, emb.vocab_size, emb.padded_vocab_size, emb.emb_size) == (1, 3, 20, 24, 5)
     assert list(emb.state_dict()) == ["weight"] == list(dict(emb.named_parameters()))
     assert not list(emb.buffers())
-    assert repr(emb) == "ParallelVocabEmbedding(24, 5, rank=1, world_size=3, padding_idx=3)"
+    assert repr(emb) == "ParallelVocabEmbedding(20, 5, rank=1, world_size=3, padded_vocab_size=24, padding_idx=3)"
     emb = ParallelVocabEmbedding(24, 5)
     assert (emb.rank, emb.world_size, emb.weight.shape) == (0, 1, (24, 5))
 
 
-def test_meta_then_to_empty_then_reset_gives_the_table_whose_padding_idx_is_zero_on_its_owner():
+@pytest.mark.parametrize("init", ["per_rank", "global"])
+def test_padding_and_padding_idx_are_zero_and_all_else_is_as_without_from_the_meta_device_too(init):
+    options = {"init": init, "init_mean": 1.0}
     for rank in range(3):
-        expected = ParallelVocabEmbedding(24, 5, rank, 3).weight.detach()
+        expected = ParallelVocabEmbedding(24, 5, rank, 3, **options).weight.detach().clone()
         if rank == 1:
             expected[1] = 0
-        emb = ParallelVocabEmbedding(24, 5, rank, 3, padding_idx=9, device="meta")
-        assert emb.weight.is_meta
-        assert emb(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
-        emb.to_empty(device="cpu")
-        emb.reset_parameters()
+        expected[22 - 8 * rank :] = 0
+        build = partial(ParallelVocabEmbedding, 22, 5, rank, 3, padded_vocab_size=24, padding_idx=9, **options)
+        emb, late = build(), build(device="meta")
         assert torch.equal(emb.weight, expected)
-        assert torch.equal(ParallelVocabEmbedding(24, 5, rank, 3, padding_idx=9).weight, expected)
+        assert late.weight.is_meta
+        assert late(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 5)
+        for each in (emb, late.to_empty(device="cpu")):
+            nn.init.ones_(each.weight)
+            each.reset_parameters()
+            assert torch.equal(each.weight, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_is_trained_by_a_head_of_the_callers_own_unless_its_gradient_is_removed(compiled):
+    emb = ParallelVocabEmbedding(10, 4, 3, 4, padded_vocab_size=12, padding_idx=9)
+    emb.weight.main_grad = torch.ones(3, 4)
+    optimizer = torch.optim.AdamW([emb.weight], lr=0.1)
+
+    def loss(hidden):
+        return (emb(torch.arange(-1, 13)).sum() + (hidden @ emb.weight.T).logsumexp(-1).sum()).square()
+
+    (torch.compile(loss, backend="aot_eager") if compiled else loss)(torch.ones(2, 4)).backward()
+    assert emb.weight.grad[1:].all()
+    emb.zero_padding_grad()
+    for gradient in (emb.weight.grad, emb.weight.main_grad):
+        assert gradient[0].all()
+        assert not gradient[1:].any()
+    optimizer.step()
+    assert emb.weight[0].all()
+    assert not emb.weight[1:].any()
+    ParallelVocabEmbedding(10, 4).zero_padding_grad()  # has no gradient
 
 
 def test_bad_arguments_are_refused():
