@@ -123,6 +123,12 @@ def allocated(function, *arguments):
     return sum(max(0, event.self_cpu_memory_usage) for event in recorded.key_averages())
 
 
+def rows_of(emb, held, table):
+    """The rows of a layer's tensor, without padding, and those of a whole table that they stand for."""
+    start, stop = (0, emb.vocab_size) if emb.device_mesh else emb.partition.owned_range(emb.rank)
+    return whole(held)[: stop - start], table[start:stop]
+
+
 class Model(nn.Module):
     """A lookup and a layer: the least that has parameters on both sides of a wrapper."""
 

@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from marks import slower
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch_layers import assert_refused, on_ranks
+from torch_layers import assert_refused, equal_bits, on_ranks
 
 from torch_impl.adapters.megatron import VocabParallelEmbedding
 
@@ -56,7 +57,7 @@ def megatron_on_cpu():
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=result)))
         for module in (tensor_parallel, tensor_parallel.layers):
             stack.enter_context(mock.patch.object(module, "get_cuda_rng_tracker", RandomStates))
-        yield tensor_parallel
+        yield
 
 
 @functools.cache
@@ -137,125 +138,116 @@ def train(model):
     return told, gradients
 
 
-def check_gpt(sequence_parallel, tied, position, on_host):
-    with megatron_on_cpu() as tensor_parallel:
-        from megatron.core import parallel_state
-
-        if not parallel_state.is_initialized():  # to end its many groups takes seconds: they stay
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-        config = transformer_config(sequence_parallel, use_cpu_initialization=on_host)
-        theirs = gpt(config, tied, position)
-        with mock.patch.object(tensor_parallel, "VocabParallelEmbedding", VocabParallelEmbedding):
-            ours = gpt(config, tied, position)
-        assert type(ours.module.embedding.word_embeddings) is VocabParallelEmbedding
-        first = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in (theirs, ours)]
-        trained = [train(model) for model in (theirs, ours)]
-        assert trained[0][0] == trained[1][0]  # losses and norms
-        last = [dict(model.named_parameters()) for model in (theirs, ours)]
-        for expected, found in (first, [gradients for _, gradients in trained], last):
-            assert list(expected) == list(found)
-            assert all(torch.equal(expected[name], found[name]) for name in expected)
-        weights = [model.module.embedding.word_embeddings.weight for model in (theirs, ours)]
-        assert vars(weights[0]).keys() == vars(weights[1]).keys()
-        entries = [model.module.sharded_state_dict("model.") for model in (theirs, ours)]
-        assert list(entries[0]) == list(entries[1])
-        name = "model.embedding.word_embeddings.weight"
-        assert entries[0][name].without_data() == entries[1][name].without_data()
-        assert entries[1][name].data is weights[1]
-        assert list(ours.module.embedding.word_embeddings.sharded_state_dict()) == ["weight"]
-        return [norm for _, norm in trained[0][0]], trained[0][1]["module.embedding.word_embeddings.weight"].tolist()
-
-
 @needs_megatron  # to import it takes seconds: one of its tests is not slow
 @pytest.mark.parametrize(
     ("sequence_parallel", "tied", "position", "on_host"),
-    [
-        (True, True, "rope", False),
-        pytest.param(False, False, "learned_absolute", True, marks=pytest.mark.slow),
-    ],
+    [(True, True, "rope", False), slower(False, False, "learned_absolute", True)],
 )
-def test_a_model_trains_as_with_megatrons_own_class(world, sequence_parallel, tied, position, on_host):
-    (norms, here), (others_norms, there) = world(2)(check_gpt, sequence_parallel, tied, position, on_host)
-    assert norms == others_norms
-    assert min(norms) > 0.05  # each step was clipped
-    assert here != there
+@on_ranks(2)
+@megatron_on_cpu()
+def test_a_model_trains_as_with_megatrons_own_class(sequence_parallel, tied, position, on_host):
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.is_initialized():  # to end its many groups takes seconds: they stay
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    config = transformer_config(sequence_parallel, use_cpu_initialization=on_host)
+    theirs = gpt(config, tied, position)
+    with mock.patch.object(tensor_parallel, "VocabParallelEmbedding", VocabParallelEmbedding):
+        ours = gpt(config, tied, position)
+    assert type(ours.module.embedding.word_embeddings) is VocabParallelEmbedding
+    first = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in (theirs, ours)]
+    (told, gradients), (told_ours, gradients_ours) = (train(model) for model in (theirs, ours))
+    assert told == told_ours
+    last = [dict(model.named_parameters()) for model in (theirs, ours)]
+    for expected, found in (first, (gradients, gradients_ours), last):
+        assert list(expected) == list(found)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    weights = [model.module.embedding.word_embeddings.weight for model in (theirs, ours)]
+    assert vars(weights[0]).keys() == vars(weights[1]).keys()
+    entries = [model.module.sharded_state_dict("model.") for model in (theirs, ours)]
+    assert list(entries[0]) == list(entries[1])
+    name = "model.embedding.word_embeddings.weight"
+    assert entries[0][name].without_data() == entries[1][name].without_data()
+    assert entries[1][name].data is weights[1]
+    assert list(ours.module.embedding.word_embeddings.sharded_state_dict()) == ["weight"]
+    norms = torch.tensor([norm for _loss, norm in told])
+    assert norms.min() > 0.05  # each step was clipped
+    of_table = gradients["module.embedding.word_embeddings.weight"]
+    for mine, alike in ((norms, True), (of_table, False)):
+        everyones = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(everyones, mine)
+        assert torch.equal(*everyones) == alike
 
 
 def build(kind, tp, vocab_size=VOCAB, reduce_scatter=False, init_method=nn.init.normal_, **options):
     torch.manual_seed(1)
-    config = transformer_config(**options)
-    return kind(
-        vocab_size,
-        EMB,
-        init_method=init_method,
-        reduce_scatter_embeddings=reduce_scatter,
-        config=config,
-        tp_group=groups(tp)[0],
-    )
+    of_megatron = {"config": transformer_config(**options), "tp_group": groups(tp)[0]}
+    return kind(vocab_size, EMB, init_method=init_method, reduce_scatter_embeddings=reduce_scatter, **of_megatron)
 
 
 @needs_megatron
 @pytest.mark.slow
 @on_ranks(2)
+@megatron_on_cpu()
 def test_layers():
     """Numbers, attributes and layouts are those of Megatron's own class; initialisation is left out or put off."""
+    from megatron.core import tensor_parallel
+
     ids = torch.randint(VOCAB, (3, SEQUENCE), generator=torch.Generator().manual_seed(0))
     kinds = itertools.product((1, 2), (False, True), ((True, torch.bfloat16), (False, torch.float32)))
-    with megatron_on_cpu() as tensor_parallel:
-        for tp, reduce_scatter, (on_host, dtype) in kinds:
-            options = {"params_dtype": dtype, "use_cpu_initialization": on_host}
-            theirs, ours = (
-                build(kind, tp, reduce_scatter=reduce_scatter, **options)
-                for kind in (tensor_parallel.VocabParallelEmbedding, VocabParallelEmbedding)
-            )
-            assert torch.equal(theirs.weight, ours.weight)
-            assert vars(theirs.weight) == vars(ours.weight)
-            assert list(theirs.state_dict()) == list(ours.state_dict())
-            expected, found = theirs(ids), ours(ids)
-            assert (expected.shape, expected.dtype) == (found.shape, found.dtype)
-            assert torch.equal(expected, found), (tp, reduce_scatter, on_host, dtype)
-            assert found.is_contiguous()
-            grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(dist.get_rank() * reduce_scatter))
-            for output in (expected, found):
-                output.backward(grad.to(dtype))
-            torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
-            for name, value in vars(theirs).items():
-                assert name.startswith("_") or getattr(ours, name) == value, name
-        layer = build(VocabParallelEmbedding, 2, init_method=pytest.fail, perform_initialization=False)
-        assert layer.weight.tensor_model_parallel  # else Megatron counts the rows of rank 0 alone in its norm
-        with torch.device("meta"):
-            layer = build(VocabParallelEmbedding, 2, use_cpu_initialization=True)
-        assert layer.weight.is_meta
-        layer.to_empty(device="cpu").reset_parameters()
-        assert torch.equal(layer.weight, build(VocabParallelEmbedding, 2, use_cpu_initialization=True).weight)
+    for tp, reduce_scatter, (on_host, dtype) in kinds:
+        options = {"params_dtype": dtype, "use_cpu_initialization": on_host}
+        theirs, ours = (
+            build(kind, tp, reduce_scatter=reduce_scatter, **options)
+            for kind in (tensor_parallel.VocabParallelEmbedding, VocabParallelEmbedding)
+        )
+        assert torch.equal(theirs.weight, ours.weight)
+        assert vars(theirs.weight) == vars(ours.weight)
+        assert list(theirs.state_dict()) == list(ours.state_dict())
+        expected, found = theirs(ids), ours(ids)
+        assert equal_bits(found, expected), (tp, reduce_scatter, on_host, dtype)
+        assert found.is_contiguous()
+        grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(dist.get_rank() * reduce_scatter))
+        for output in (expected, found):
+            output.backward(grad.to(dtype))
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        for name, value in vars(theirs).items():
+            assert name.startswith("_") or getattr(ours, name) == value, name
+    layer = build(VocabParallelEmbedding, 2, init_method=pytest.fail, perform_initialization=False)
+    assert layer.weight.tensor_model_parallel  # else Megatron counts the rows of rank 0 alone in its norm
+    with torch.device("meta"):
+        layer = build(VocabParallelEmbedding, 2, use_cpu_initialization=True)
+    assert layer.weight.is_meta
+    layer.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.weight, build(VocabParallelEmbedding, 2, use_cpu_initialization=True).weight)
 
 
 @needs_megatron
 @pytest.mark.slow
 @on_ranks(2)
+@megatron_on_cpu()
 def test_checkpoints_both_ways_across_sizes_and_paddings(tmp_path):
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, tensor_parallel
 
-    with megatron_on_cpu() as tensor_parallel:
-        kinds = [tensor_parallel.VocabParallelEmbedding, VocabParallelEmbedding]
-        for tp, other_tp, padded in ((2, 1, VOCAB + 1), (1, 2, VOCAB + 6)):
-            metadata = {"dp_cp_group": groups(tp)[1]}
-            layers = [build(kind, tp, use_cpu_initialization=True) for kind in kinds]
-            in_front = [layer.sharded_state_dict("emb.", [(0, 1, 3)], metadata) for layer in layers]
-            assert in_front[0]["emb.weight"].without_data() == in_front[1]["emb.weight"].without_data()
-            whole = build(kinds[1], 1, use_cpu_initialization=True).weight
-            table = nn.functional.pad(whole, (0, 0, 0, padded - VOCAB))
-            for saved, loads in zip(layers, (kinds[1:], kinds), strict=True):
-                path = f"{tmp_path}/{type(saved).__module__}{tp}{other_tp}"
-                if dist.get_rank() == 0:
-                    os.mkdir(path)
-                dist.barrier()
-                dist_checkpointing.save(saved.sharded_state_dict("emb.", (), metadata), path)
-                for kind in loads:
-                    layer = build(kind, other_tp, padded, init_method=nn.init.zeros_, use_cpu_initialization=True)
-                    state = layer.sharded_state_dict("emb.", metadata={"dp_cp_group": groups(other_tp)[1]})
-                    layer.load_state_dict({"weight": dist_checkpointing.load(state, path)["emb.weight"]})
-                    assert torch.equal(layer.weight, table[layer.vocab_start_index : layer.vocab_end_index])
+    kinds = [tensor_parallel.VocabParallelEmbedding, VocabParallelEmbedding]
+    for tp, other_tp, padded in ((2, 1, VOCAB + 1), (1, 2, VOCAB + 6)):
+        metadata = {"dp_cp_group": groups(tp)[1]}
+        layers = [build(kind, tp, use_cpu_initialization=True) for kind in kinds]
+        in_front = [layer.sharded_state_dict("emb.", [(0, 1, 3)], metadata) for layer in layers]
+        assert in_front[0]["emb.weight"].without_data() == in_front[1]["emb.weight"].without_data()
+        whole = build(kinds[1], 1, use_cpu_initialization=True).weight
+        table = nn.functional.pad(whole, (0, 0, 0, padded - VOCAB))
+        for saved, loads in zip(layers, (kinds[1:], kinds), strict=True):
+            path = f"{tmp_path}/{type(saved).__module__}{tp}{other_tp}"
+            if dist.get_rank() == 0:
+                os.mkdir(path)
+            dist.barrier()
+            dist_checkpointing.save(saved.sharded_state_dict("emb.", (), metadata), path)
+            for kind in loads:
+                layer = build(kind, other_tp, padded, init_method=nn.init.zeros_, use_cpu_initialization=True)
+                state = layer.sharded_state_dict("emb.", metadata={"dp_cp_group": groups(other_tp)[1]})
+                layer.load_state_dict({"weight": dist_checkpointing.load(state, path)["emb.weight"]})
+                assert torch.equal(layer.weight, table[layer.vocab_start_index : layer.vocab_end_index])
 
 
 def test_without_megatron_core_and_what_megatron_does_itself(monkeypatch):
