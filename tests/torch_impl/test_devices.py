@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch_layers import DTYPES
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -11,14 +12,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 IDS = torch.tensor([[0, 8, 9, 9, 15, 16], [23, 24, -1, 8, 8, 10]])
-
-
-def run(emb, ids, grad_output):
-    out = emb(ids)
-    (grad,) = torch.autograd.grad(out, emb.weight, grad_output.to(out))
-    return out, grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -26,15 +20,20 @@ def run(emb, ids, grad_output):
 @pytest.mark.parametrize(("table", "ids"), [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_result_is_that_of_the_cpu(dtype, padding_idx, table, ids, compiled):
-    emb = ParallelVocabEmbedding(24, 5, 1, 3, dtype=dtype, padding_idx=padding_idx)
-    grad_output = torch.randint(-7, 8, (*IDS.shape, 5)).to(dtype)
-    expected, expected_grad = run(emb, IDS, grad_output)
-    emb = emb.to(table)
-    out, grad = run(torch.compile(emb, fullgraph=True) if compiled else emb, IDS.to(ids), grad_output)
-    assert out.device.type == ids
-    assert grad.device.type == table
-    assert torch.equal(out.cpu(), expected)
-    assert torch.equal(grad.cpu(), expected_grad)
+    emb, grad_output = (
+        ParallelVocabEmbedding(24, 5, 1, 3, dtype=dtype, padding_idx=padding_idx),
+        torch.arange(60) % 15 - 7,
+    )
+    results = []
+    for where, of_ids in (("cpu", "cpu"), (table, ids)):
+        emb = emb.to(where)
+        lookup = torch.compile(emb, fullgraph=True) if compiled and results else emb
+        output = lookup(IDS.to(of_ids))
+        (grad,) = torch.autograd.grad(output, emb.weight, grad_output.view(output.shape).to(output))
+        assert (output.device.type, grad.device.type) == (of_ids, where)
+        results.append((output.cpu(), grad.cpu()))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_5000_equal_ids_do_not_saturate():
