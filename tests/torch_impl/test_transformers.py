@@ -1,6 +1,8 @@
 """The layer in a Hugging Face model: the recipe, and what that library does with a rank's rows."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,40 +19,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class ParallelHead(nn.Module):
-    """All logits, from the rows that each rank has of a tied table."""
-
-    def __init__(self, emb, mesh):
-        super().__init__()
-        self.weight, self.vocab_size, self.mesh = emb.weight, emb.vocab_size, mesh
-
-    def forward(self, hidden):
-        rows = DTensor.from_local(self.weight, self.mesh, [Shard(0)], run_check=False)
-        hidden = DTensor.from_local(hidden, self.mesh, [Replicate()], run_check=False)
-        return nn.functional.linear(hidden, rows).full_tensor()[..., : self.vocab_size]
+SECTION = (Path(__file__).parents[2] / "docs/libraries.md").read_text().partition("## Hugging Face transformers\n")[2]
+SPLIT_TABLE, SPLIT_HEAD, SAVE = re.findall(r"```\{\.python\}\n(.*?)```", SECTION.partition("\n## ")[0], re.DOTALL)
 
 
 def shard(model, mesh):
-    """Split a model's table, and the head that is tied to it, over the ranks of a mesh."""
-    emb = ParallelVocabEmbedding.from_embedding(
-        model.get_input_embeddings(),
-        process_group=mesh.get_group(),
-        reduction="all_reduce",
-        padded_vocab_size="even",
-    )
-    model.set_input_embeddings(emb)
+    """Split a model's table as the documentation says; return the names that its code has defined."""
+    names = {"nn": nn, "F": nn.functional, "DTensor": DTensor, "Replicate": Replicate, "Shard": Shard}
+    names |= {"ParallelVocabEmbedding": ParallelVocabEmbedding, "model": model, "mesh": mesh}
+    exec(SPLIT_TABLE, names)
     if model.config.tie_word_embeddings:
-        model.set_output_embeddings(ParallelHead(emb, mesh))
-    return model
-
-
-def save(model, folder, mesh):
-    """Write a model that ``shard`` has split as one that was not."""
-    emb, state = model.get_input_embeddings(), model.state_dict()
-    table = DTensor.from_local(emb.weight.detach(), mesh, [Shard(0)], run_check=False).full_tensor()[: emb.vocab_size]
-    state = {name: table if rows.data_ptr() == emb.weight.data_ptr() else rows for name, rows in state.items()}
-    if mesh.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        exec(SPLIT_HEAD, names)
+    return names
 
 
 def new_model(kind, tied):
@@ -73,7 +53,8 @@ def new_model(kind, tied):
 @without_warnings()
 def test_a_model_split_trained_saved_and_loaded(tmp_path, kind, tied):
     mesh = mesh_of(2)
-    whole, split = new_model(kind, tied), shard(new_model(kind, tied), mesh)
+    whole, split = new_model(kind, tied), new_model(kind, tied)
+    names = shard(split, mesh)
     whole_emb, emb = whole.get_input_embeddings(), split.get_input_embeddings()
     split.tie_weights()  # as the library does when it likes
     ids = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -96,12 +77,12 @@ def test_a_model_split_trained_saved_and_loaded(tmp_path, kind, tied):
     tokens = [model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (whole, split)]
     assert torch.equal(*tokens)
 
-    save(split, tmp_path, mesh)
+    exec(SAVE, {**names, "folder": tmp_path})
     dist.barrier()
     loaded = type(whole).from_pretrained(tmp_path)
     assert torch.equal(*rows_of(emb, emb.weight, loaded.get_input_embeddings().weight))
     torch.testing.assert_close(loaded(ids).logits, split(ids).logits)
-    again = shard(loaded, mesh).get_input_embeddings()
+    again = shard(loaded, mesh)["emb"]
     from_file = ParallelVocabEmbedding.from_table(tmp_path, process_group=mesh.get_group(), padded_vocab_size="even")
     assert torch.equal(again.weight, emb.weight)
     assert torch.equal(from_file.weight, emb.weight)
