@@ -7,28 +7,22 @@ import re
 
 import pytest
 import torch
+from torch_layers import DTYPES
 
 from torch_impl.kernels import cpu, gpu
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 H100 = ("cuda", 90, 32)
 TARGETS = [("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 
 
-def keys_of(tokens, equal=0.0, num_rows=8):
-    """Rows of a table of 8, and 8 for none; a part ``equal`` of the tokens asks for one row."""
-    return torch.where(torch.rand(tokens) < equal, 5, torch.randint(0, num_rows + 1, (tokens,)))
-
-
 @pytest.mark.parametrize(
-    ("dtype", "tokens"),
-    [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, tokens) for tokens in (1, 16, 256, 600))],
+    ("dtype", "tokens"), [*((dtype, 257) for dtype in DTYPES), *((torch.bfloat16, n) for n in (1, 16, 256, 600))]
 )
 def test_interpreted_sums_are_the_cpus(dtype, tokens):
     torch.manual_seed(tokens)
     emb_size = 300 if tokens == 16 else 3  # more columns than one program works on
     for equal in (0.0, 0.6, 1.0):  # a row that goes on through several windows
-        keys = keys_of(tokens, equal)
+        keys = torch.where(torch.rand(tokens) < equal, 5, torch.randint(0, 9, (tokens,)))  # 8 is for no row
         upstream = torch.randint(-2, 3, (tokens, emb_size)).to(dtype)  # sums that bfloat16 holds
         assert torch.equal(gpu.scatter_add(upstream, keys, 8), cpu.scatter_add(upstream, keys, 8))
 

@@ -48,17 +48,18 @@ def test_ranks_that_disagree():
 
 @on_ranks(4)
 def test_ranks_with_the_same_rows():
-    for how, alike in (("broadcast", "0 and 1"), ("of rank 1 on rank 2", "1 and 2"), ("constant", ""), ("unused", "")):
-        emb = embedding(vocab_size=46, padded_vocab_size=48)  # the last rank has two rows of padding
-        if how == "broadcast":
-            dist.broadcast(emb.weight.detach(), 0)
-        elif how == "of rank 1 on rank 2":
-            rows = ParallelVocabEmbedding(48, 4, 1, 4).weight
-            emb.weight.data = rows.detach() if emb.rank == 2 else emb.weight.data
-        else:
-            torch.nn.init.ones_(emb.weight)
-            if how == "unused":  # one row for all unused tokens, but for a token here and there
-                emb.weight.data[emb.rank] = 2
+    own = embedding(vocab_size=46, padded_vocab_size=48).weight.detach()  # the last rank has two rows of padding
+    rank, rows = dist.get_rank(), ranks_of(48, 4, 4)
+    unused = torch.ones_like(own)
+    unused[rank] = 2
+    for weight, alike in (
+        (rows[0].weight, "0 and 1"),  # as broadcast
+        (rows[1].weight if rank == 2 else own, "1 and 2"),
+        (torch.ones_like(own), ""),
+        (unused, ""),  # one row for all unused tokens, but for a token here and there
+    ):
+        emb = embedding(vocab_size=46, padded_vocab_size=48)
+        emb.weight.data = weight.detach()
         message = f"ranks {alike} hold the same rows, where each rank must hold its own"
         for call in (emb, torch.compile(emb, fullgraph=True, backend="aot_eager")):
             with pytest.raises(ValueError, match=message) if alike else contextlib.nullcontext():

@@ -60,7 +60,6 @@ def of_another_layer(emb):
 
 
 MOVES = {  # what moves a table's rows into other memory
-    "another parameter": lambda emb: setattr(emb, "weight", nn.Parameter(emb.weight.detach().clone())),
     "deepcopy": copy.deepcopy,
     "torch.save": torch_save,
     "to and back": lambda emb: emb.double().float(),
@@ -90,13 +89,13 @@ def test_a_table_that_was_moved_has_none_and_its_memory_is_released(move):
     assert emb.weight.grad[:, 0].tolist() == [1, 1, 0, 0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("change", [lambda emb: emb.to_empty(device="cpu"), lambda emb: emb.to("meta")])
-def test_no_memory_outlives_a_table_without_numbers(change):
-    emb = layer()
-    longer = weakref.ref(emb.zero_padded())
-    change(emb)
-    gc.collect()
-    assert longer() is None
+def test_no_memory_outlives_a_table_without_numbers():
+    for change in (lambda emb: emb.to_empty(device="cpu"), lambda emb: emb.to("meta")):
+        emb = layer()
+        longer = weakref.ref(emb.zero_padded())
+        change(emb)
+        gc.collect()
+        assert longer() is None
 
 
 def test_what_is_looked_up_follows_the_table():
