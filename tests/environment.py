@@ -39,6 +39,7 @@ SINCE = [
             "torch_impl/test_accumulation.py::test_ddp_is_refused_and_fully_shard_works",
             "torch_impl/test_composition.py::test_data_parallelism_over_the_other_dimension[fsdp]",
             "torch_impl/test_further_split.py::test_checkpoints_and_files_hold_the_right_rows",
+            "torch_impl/test_further_split.py::test_reset_parameters_draws_the_same_numbers_and_padding_has_no_gradient",
             "torch_impl/test_zero_row.py::test_fully_shard_leaves_no_memory_behind",
             "torch_impl/test_clipping.py::test_training_follows_the_unsharded_model[ours-device_mesh-2.0]",
             "torch_impl/test_clipping.py::test_training_follows_the_unsharded_model[ours-process_group-1.0]",
@@ -62,7 +63,6 @@ SINCE = [
             "torch_impl/test_checkpoint.py::test_adams_moments_for_any_number_of_ranks",
             "torch_impl/test_composition.py::test_data_parallelism_over_tensor_ranks_is_refused[fsdp-False]",
             "torch_impl/test_documentation.py::test_documentation",
-            "torch_impl/test_mesh.py::test_tables_in_files_and_in_memory",
             "torch_impl/test_vocab_parallel.py::test_a_checkpoint_loads_in_the_plain_model",
             "torch_impl/test_vocab_parallel.py::test_without_a_source_each_rank_keeps_its_own_rows",
         ],
@@ -102,7 +102,7 @@ SINCE = [
         "small allocations are counted that do not depend on this package",
         [
             "torch_impl/test_accumulation.py::test_a_step_costs_the_tokens_not_the_table",
-            "torch_impl/test_counts.py::test_a_dense_gradient_is_allocated_once_and_a_sparse_one_does_not_grow_with_the_vocabulary",
+            "torch_impl/test_counts.py::test_a_dense_gradient_is_allocated_once_and_a_sparse_one_is_small",
         ],
     ),
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch_layers import assert_refused, mesh_of, over, ranks_of, rows_of, without_warnings
+from torch_layers import Model, assert_refused, mesh_of, over, ranks_of, rows_of, without_warnings
 
 from torch_impl import ParallelVocabEmbedding, local_state_dict, sharded_state_dict
 from torch_impl.table_rows import TableRows
@@ -60,18 +60,13 @@ def test_what_stands_for_the_rows_is_for_checkpoints_alone():
     )
 
 
-class Tied(nn.Module):
-    """A layer, a head that is the same parameter, and something that is not split."""
+class Tied(Model):
+    """Beside the layer a head that is the same parameter, and something that is not split."""
 
     def __init__(self, **options):
-        super().__init__()
-        self.emb = ParallelVocabEmbedding(10, 3, padding_idx=4, **options)
+        super().__init__(ParallelVocabEmbedding(10, 3, padding_idx=4, **options))
         self.head = nn.Linear(3, 1, bias=False)
         self.head.weight = self.emb.weight
-        self.norm = nn.LayerNorm(3)
-
-    def forward(self, ids):
-        return self.norm(self.emb(ids)) * self.emb(ids)
 
 
 class Training:

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from marks import slower
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch_layers import (
     MODES,
@@ -69,7 +70,7 @@ def test_data_parallelism_over_the_other_dimension(wrapper):
         model = Model(emb)
         if wrapper == "ddp":
             with without_warnings():  # of the reducer's own making
-                wrapped = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+                wrapped = DistributedDataParallel(model, process_group=mesh.get_group("dp"))
         else:
             fully_shard(emb, mesh=mesh["dp"])
             wrapped = fully_shard(model, mesh=mesh["dp"])
@@ -83,29 +84,20 @@ def test_data_parallelism_over_the_other_dimension(wrapper):
             torch.testing.assert_close(gradient, whole.chunk(2)[emb.rank], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "compiled"), [("ddp", False), pytest.param("ddp", True, marks=pytest.mark.slow), ("fsdp", False)]
-)
+@pytest.mark.parametrize(("wrapper", "compiled"), [("ddp", False), slower("ddp", True), ("fsdp", False)])
 @on_ranks(2)
 def test_data_parallelism_over_tensor_ranks_is_refused(wrapper, compiled):
     """With a group and without one. What leaves the table out works, each rank with its own ids."""
-    ids = torch.arange(8) + dist.get_rank()
-    for group in (dist.group.WORLD, None):
-        options = (
-            {"reduction": "all_to_all"} if group else {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-        )
-        for leave_out in (False, True):
-            emb = ParallelVocabEmbedding(VOCAB, EMB, process_group=group, **options)
-            model, before = Model(emb), emb.weight.detach().clone()
-            refused = contextlib.nullcontext() if leave_out else pytest.raises(ValueError, match="hold the same rows")
+    ids, own = torch.arange(8) + dist.get_rank(), {"process_group": dist.group.WORLD, "reduction": "all_to_all"}
+    for options, leave_out in itertools.product((own, {"rank": dist.get_rank(), "world_size": 2}), (False, True)):
+        model = Model(ParallelVocabEmbedding(VOCAB, EMB, **options))
+        weight, before = model.emb.weight, model.emb.weight.detach().clone()
+        if wrapper == "ddp" and leave_out:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["emb.weight"])
+        with contextlib.nullcontext() if leave_out else pytest.raises(ValueError, match="hold the same rows"):
             if wrapper == "ddp":
-                if leave_out:
-                    ddp = nn.parallel.DistributedDataParallel
-                    ddp._set_params_and_buffers_to_ignore_for_model(model, ["emb.weight"])
-                wrapped = nn.parallel.DistributedDataParallel(model)
-                with refused:
-                    (torch.compile(wrapped, backend="aot_eager") if compiled else wrapped)(ids).sum().backward()
+                wrapped = DistributedDataParallel(model)
             else:
-                with refused:
-                    fully_shard(model, ignored_params={emb.weight} if leave_out else None)(ids).sum().backward()
-            assert not leave_out or torch.equal(emb.weight, before)
+                wrapped = fully_shard(model, ignored_params={weight} if leave_out else None)
+            (torch.compile(wrapped, backend="aot_eager") if compiled else wrapped)(ids).sum().backward()
+        assert not leave_out or torch.equal(weight, before)
