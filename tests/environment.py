@@ -63,7 +63,6 @@ SINCE = [
             "torch_impl/test_checkpoint.py::test_adams_moments_for_any_number_of_ranks",
             "torch_impl/test_composition.py::test_data_parallelism_over_tensor_ranks_is_refused[fsdp-False]",
             "torch_impl/test_documentation.py::test_documentation",
-            "torch_impl/test_vocab_parallel.py::test_a_checkpoint_loads_in_the_plain_model",
             "torch_impl/test_vocab_parallel.py::test_without_a_source_each_rank_keeps_its_own_rows",
         ],
     ),

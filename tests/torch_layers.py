@@ -116,6 +116,12 @@ def assert_compiled_is_the_same(emb, ids, **how):
         assert equal_bits(compiled, eager)
 
 
+def looked_up(table, ids, start):
+    """By stock operations the rows of a rank's table, whose first id is ``start``, and zeros for other ids."""
+    owned = (ids >= start) & (ids < start + len(table))
+    return torch.where(owned.unsqueeze(-1), table[torch.where(owned, ids - start, 0)], 0)
+
+
 def allocated(function, *arguments):
     """Bytes that a call allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from torch_layers import assert_refused, equal_bits, on_ranks, ranks_of, whole_table
+from torch_layers import equal_bits, on_ranks, ranks_of, whole_table
 
 from torch_impl import ParallelVocabEmbedding
 
@@ -83,14 +83,6 @@ def test_checks_without_a_gradient_and_by_the_environment():
     finally:
         del os.environ["PVE_CHECK"]
     assert not embedding(check=False).check
-
-
-def test_check_needs_a_group():
-    message = "check=True compares the ranks of a process_group: pass it"
-    assert_refused(
-        (ValueError, message, lambda: ParallelVocabEmbedding(48, 4, 0, 2, check=True)),
-        (TypeError, "check must be True or False", lambda: ParallelVocabEmbedding(48, 4, check="yes")),
-    )
 
 
 def lose_a_rank(reduction, exchange, where):

@@ -4,9 +4,7 @@ import copy
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
@@ -30,13 +28,13 @@ class ScaledEmbedding(nn.Embedding):
 class Model(nn.Module):
     """Of small whole numbers: whatever the order of its sums, they are exact."""
 
-    def __init__(self, embedding=nn.Embedding, vocab_size=VOCAB, seed=0, **options):
+    def __init__(self, embedding=nn.Embedding, vocab_size=VOCAB, **options):
         super().__init__()
         self.tok_embeddings = embedding(vocab_size, EMB, **options)
         self.norm = nn.RMSNorm(EMB)
         self.norm.forward = lambda x: x * self.norm.weight  # not scaled to fractions
         self.output = nn.Linear(EMB, 8, bias=False)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
                 if not parameter.is_meta:
@@ -161,35 +159,3 @@ def test_a_model_on_the_meta_device():
     model.tok_embeddings.reset_parameters()
     expected = ParallelVocabEmbedding(VOCAB, EMB, device_mesh=mesh["tp"])
     assert torch.equal(whole(model.tok_embeddings.weight), whole(expected.weight))
-
-
-def trained(model):
-    """The optimizer of a model after a step, and the states of both."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model(IDS)).backward()
-    optimizer.step()
-    return optimizer, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-
-
-def table_and_moment(model, optimizer):
-    weight = model.tok_embeddings.weight
-    return [whole(each.detach()) for each in (weight, optimizer.state[weight]["exp_avg"])]
-
-
-def save(folder):
-    mesh, model = mesh_of(2, 2), Model()
-    parallelize_module(model, mesh["tp"], plan_of("sequence"))
-    fully_shard(model, mesh=mesh["dp"])
-    optimizer, state = trained(model)
-    dcp.save(state, checkpoint_id=folder)
-    return table_and_moment(model, optimizer)
-
-
-def test_a_checkpoint_loads_in_the_plain_model(world, tmp_path):
-    expected = world(4)(save, str(tmp_path))[0]
-    model = Model(seed=5)
-    optimizer, state = trained(model)
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    for found, saved in zip(table_and_moment(model, optimizer), expected, strict=True):
-        assert torch.equal(found, saved)

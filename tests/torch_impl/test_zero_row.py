@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch_layers import DTYPES, function_of, on_ranks
+from torch_layers import DTYPES, function_of, looked_up, on_ranks
 
 from torch_impl import ParallelVocabEmbedding, partial_lookup
 
@@ -19,12 +19,6 @@ IDS = torch.tensor([[0, 8, 9, 15, 16], [-1, 24, 2**40, -(2**63), 12]])
 
 def layer(**options):
     return ParallelVocabEmbedding(24, 5, 1, 3, **options)
-
-
-def expected(table, ids, start=8):
-    owned = (ids >= start) & (ids < start + len(table))
-    rows = torch.where(owned, ids - start, 0)
-    return torch.where(owned.unsqueeze(-1), table[rows], 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,9 +76,9 @@ def test_a_table_that_was_moved_has_none_and_its_memory_is_released(move):
         gc.collect()
         assert longer() is None
         assert emb._longer is None  # a copy of it neither
-        assert torch.equal(emb(IDS), expected(table, IDS))
+        assert torch.equal(emb(IDS), looked_up(table, IDS, 8))
     output = emb(IDS)
-    assert torch.equal(output, expected(table, IDS))
+    assert torch.equal(output, looked_up(table, IDS, 8))
     output.sum().backward()
     assert emb.weight.grad[:, 0].tolist() == [1, 1, 0, 0, 1, 0, 0, 1]
 
@@ -101,7 +95,7 @@ def test_no_memory_outlives_a_table_without_numbers():
 def test_what_is_looked_up_follows_the_table():
     emb, other = layer(), torch.randn(8, 5)
     with torch.no_grad():
-        assert torch.equal(function_of(emb)(other, IDS), expected(other, IDS))
+        assert torch.equal(function_of(emb)(other, IDS), looked_up(other, IDS, 8))
         for change in (
             lambda: None,
             lambda: emb.weight.fill_(float("nan")),
@@ -110,7 +104,7 @@ def test_what_is_looked_up_follows_the_table():
         ):
             change()
             assert emb.zero_padded() is not None
-            torch.testing.assert_close(emb(IDS), expected(emb.weight, IDS), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(emb(IDS), looked_up(emb.weight, IDS, 8), rtol=0, atol=0, equal_nan=True)
 
 
 def test_other_shapes_of_the_same_memory_have_none():
@@ -131,7 +125,7 @@ def test_padding_may_hold_anything():
             emb.weight.fill_(float("inf"))
             rows = table[3 * rank : 3 * rank + 3]
             emb.weight[: len(rows)] = rows
-            assert torch.equal(emb(IDS), expected(rows, IDS, 3 * rank))
+            assert torch.equal(emb(IDS), looked_up(rows, IDS, 3 * rank))
 
 
 def test_tied_tables_are_saved_and_loaded(tmp_path):
@@ -153,7 +147,9 @@ def test_tied_tables_are_saved_and_loaded(tmp_path):
 def test_make_fx_graph_reads_the_weight_it_is_given():
     emb, other = layer(), torch.randn(8, 5)
     for lookup in (lambda weight, ids: partial_lookup(weight, ids, emb.partition, 1), function_of(emb)):
-        assert torch.equal(make_fx(lookup)(emb.weight.detach(), IDS)(other, IDS.flip(0)), expected(other, IDS.flip(0)))
+        assert torch.equal(
+            make_fx(lookup)(emb.weight.detach(), IDS)(other, IDS.flip(0)), looked_up(other, IDS.flip(0), 8)
+        )
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (9, 5), (8, 4)])
