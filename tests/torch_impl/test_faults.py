@@ -67,22 +67,21 @@ def test_ranks_with_the_same_rows():
 
 
 @on_ranks(2)
-def test_checks_without_a_gradient_and_by_the_environment():
-    """No gradient leaves no check out, on ranks with padding and without; PVE_CHECK=1 checks every layer."""
+def test_no_gradient_leaves_no_check_out():
     emb, ids = embedding(vocab_size=11, reduction="none", padded_vocab_size="even"), torch.arange(3)
     with torch.no_grad():
         assert emb(ids).shape == (3, 4)
         with pytest.raises(ValueError, match="disagree about"):
             emb(ids + dist.get_rank())
-    os.environ["PVE_CHECK"] = "1"
-    try:
-        assert embedding(check=False).check
-        os.environ["PVE_CHECK"] = "yes"
-        with pytest.raises(ValueError, match="PVE_CHECK must be 0 or 1, got 'yes'"):
-            embedding(check=False)
-    finally:
-        del os.environ["PVE_CHECK"]
-    assert not embedding(check=False).check
+
+
+def test_the_environment_has_every_layer_checked(monkeypatch):
+    for value, check in (("1", True), ("0", False)):
+        monkeypatch.setenv("PVE_CHECK", value)
+        assert ParallelVocabEmbedding(48, 4).check == check
+    monkeypatch.setenv("PVE_CHECK", "yes")
+    with pytest.raises(ValueError, match="PVE_CHECK must be 0 or 1, got 'yes'"):
+        ParallelVocabEmbedding(48, 4)
 
 
 def lose_a_rank(reduction, exchange, where):

@@ -145,11 +145,10 @@ def test_tied_tables_are_saved_and_loaded(tmp_path):
 
 
 def test_make_fx_graph_reads_the_weight_it_is_given():
-    emb, other = layer(), torch.randn(8, 5)
+    emb, other, ids = layer(), torch.randn(8, 5), IDS.flip(0)
     for lookup in (lambda weight, ids: partial_lookup(weight, ids, emb.partition, 1), function_of(emb)):
-        assert torch.equal(
-            make_fx(lookup)(emb.weight.detach(), IDS)(other, IDS.flip(0)), looked_up(other, IDS.flip(0), 8)
-        )
+        graph = make_fx(lookup)(emb.weight.detach(), IDS)
+        assert torch.equal(graph(other, ids), looked_up(other, ids, 8))
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (9, 5), (8, 4)])
