@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch_layers import MODES, assert_compiled_is_the_same, assert_refused, equal_bits, mesh_of, on_ranks
+from torch_layers import MODES, assert_compiled_is_the_same, assert_refused, equal_bits, mesh_of, on_ranks, over
 
 from shared import VocabPartition
 from torch_impl import ParallelLMHead, ParallelVocabEmbedding, partial_lookup, reduced_lookup
@@ -22,13 +22,10 @@ def table_of(vocab_size):
     return ParallelVocabEmbedding(vocab_size, EMB, init="global").weight.detach()
 
 
-def layer_of(mesh, vocab_size, **options):
-    return ParallelVocabEmbedding(vocab_size, EMB, device_mesh=mesh, **{"init": "global", **options})
-
-
-def plain_layer(vocab_size, **options):
-    options = {"padded_vocab_size": "even", "init": "global", **options}
-    return ParallelVocabEmbedding(vocab_size, EMB, process_group=dist.group.WORLD, **options)
+def layer(place, vocab_size, **options):
+    """Over all ranks, as a DTensor or plain and padded."""
+    options = {**over(place, mesh_of(dist.get_world_size())), "init": "global", **options}
+    return ParallelVocabEmbedding(vocab_size, EMB, **options)
 
 
 @on_ranks(4)
@@ -36,7 +33,7 @@ def test_weight():
     """Over 4 ranks: 8 divides; 7 leaves 1 row to the last; 5 leaves 2, 2, 1, 0; 2 leaves two ranks without any."""
     mesh = mesh_of(4)
     for vocab_size, padded in ((8, None), (7, None), (5, None), (2, None), (7, "even"), (5, 16)):
-        emb = layer_of(mesh, vocab_size, padded_vocab_size=padded)
+        emb = layer("device_mesh", vocab_size, padded_vocab_size=padded)
         rows = vocab_size if padded is None else emb.padded_vocab_size
         assert isinstance(emb.weight, nn.Parameter)
         assert isinstance(emb.weight, DTensor)
@@ -45,8 +42,8 @@ def test_weight():
         expected = torch.cat([table_of(vocab_size), torch.zeros(rows - vocab_size, EMB)])
         assert torch.equal(emb.weight.full_tensor(), expected), (vocab_size, padded)
         options = {"init": "per_rank", "padding_idx": 1}
-        local = layer_of(mesh, vocab_size, padded_vocab_size=padded, **options).weight.to_local()
-        plain = plain_layer(vocab_size, padded_vocab_size=padded or "even", **options)
+        local = layer("device_mesh", vocab_size, padded_vocab_size=padded, **options).weight.to_local()
+        plain = layer("process_group", vocab_size, padded_vocab_size=padded or "even", **options)
         assert torch.equal(local, plain.weight[: len(local)]), (vocab_size, padded)
         emb.weight.grad = torch.ones_like(emb.weight)
         emb.zero_padding_grad()
@@ -60,7 +57,7 @@ def test_lookups():
     kinds = {"check": True}, {"padding_idx": 1, "dtype": torch.bfloat16}
     for (reduction, exchange), vocab_size, kind in itertools.product(modes, (8, 7, 5, 2), kinds):
         options = {"reduction": reduction, "exchange": exchange, **kind}
-        emb, plain = layer_of(mesh_of(4), vocab_size, **options), plain_layer(vocab_size, **options)
+        emb, plain = (layer(place, vocab_size, **options) for place in ("device_mesh", "process_group"))
         rows = emb.weight.to_local().detach().clone().requires_grad_()
         ids = IDS[:, : 1 + emb.rank % 3] if reduction == "all_to_all" else IDS
         of_rows = {"partition": plain.partition, "padding_idx": kind.get("padding_idx")}
@@ -87,8 +84,8 @@ def test_head_is_that_of_a_plain_layer():
         ids = IDS.clamp(0, vocab_size - 1)
         hidden = torch.randn(*ids.shape, EMB, generator=torch.Generator().manual_seed(2)).requires_grad_()
         results = []
-        for build in (partial(layer_of, mesh_of(4)), plain_layer):
-            emb = build(vocab_size, reduction="all_reduce")
+        for place in ("device_mesh", "process_group"):
+            emb = layer(place, vocab_size, reduction="all_reduce")
             head = ParallelLMHead(emb, tied=tied)
             loss, logits = head(emb(ids) + hidden if tied else hidden, targets=ids), head(hidden)
             hidden.grad = None
@@ -132,7 +129,7 @@ def test_rows_without_padding_give_what_those_with_padding_give(rank):
 @on_ranks(2)
 def test_copies_state_dicts_and_the_row_of_zeros():
     """The row of zeros lasts as long as the rows' memory."""
-    emb, other = (layer_of(mesh_of(2), 7, reduction="all_reduce", init_base_seed=seed) for seed in (0, 1))
+    emb, other = (layer("device_mesh", 7, reduction="all_reduce", init_base_seed=seed) for seed in (0, 1))
     assert torch.equal(copy.deepcopy(emb)(IDS), emb(IDS))
     other.load_state_dict(emb.state_dict())
     assert list(emb.state_dict()) == ["weight"]
@@ -140,7 +137,7 @@ def test_copies_state_dicts_and_the_row_of_zeros():
     assert emb._longer is not None
     emb.half().float()
     assert emb._longer is None
-    assert layer_of(mesh_of(2), 7, device="meta")._longer is None
+    assert layer("device_mesh", 7, device="meta")._longer is None
 
 
 @on_ranks(2)
@@ -161,14 +158,14 @@ def test_tables_in_files_and_in_memory(tmp_path):
 def test_compiled():
     for reduction in ("none", "all_reduce", "reduce_scatter"):
         torch._dynamo.reset()
-        assert_compiled_is_the_same(layer_of(mesh_of(2), 7, reduction=reduction), IDS, backend="aot_eager")
+        assert_compiled_is_the_same(layer("device_mesh", 7, reduction=reduction), IDS, backend="aot_eager")
 
 
 @on_ranks(4)
 def test_what_is_refused():
     mesh, flat, rank = mesh_of(2, 2), mesh_of(4), dist.get_rank()
     build = partial(ParallelVocabEmbedding, 8, EMB)
-    replaced = layer_of(flat, 8)
+    replaced = layer("device_mesh", 8)
     replaced.weight = nn.Parameter(torch.zeros(2, EMB))
     one_dimension = r'device_mesh must have one dimension, got 2, .*: pass .* mesh\["tp"\]'
     fused = {"device_mesh": flat, "gradient_accumulation_fusion": True}
@@ -190,7 +187,7 @@ def test_what_is_refused():
 @on_ranks(2)
 def test_dtensors_where_plain_tensors_are_meant():
     mesh = mesh_of(2)
-    plain, checked = plain_layer(8), plain_layer(8, check=True)
+    plain, checked = layer("process_group", 8), layer("process_group", 8, check=True)
     partition, rows, ids = plain.partition, plain.weight, torch.arange(8)
     split_ids, table = distribute_tensor(ids, mesh, [Shard(0)]), DTensor.from_local(rows.detach(), mesh, [Shard(0)])
     of_ids = r"ids must be a plain tensor, got a DTensor \(Shard.* pass full_tensor\(\)"
