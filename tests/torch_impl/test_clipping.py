@@ -13,8 +13,6 @@ from torch_layers import Model, array_of, assert_refused, mesh_of, named, on_ran
 from torch_impl import ParallelVocabEmbedding, clip_grad_norm_
 
 VOCAB, EMB = 23, 4
-
-
 CLIPS = {
     "ours": clip_grad_norm_,
     "torch's own": lambda model, *arguments: nn.utils.clip_grad_norm_(model.parameters(), *arguments),

@@ -17,8 +17,6 @@ VOCAB = 21  # over two ranks 11 rows each, one of padding
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-
-
 SECTION = (Path(__file__).parents[2] / "docs/libraries.md").read_text().partition("## Hugging Face transformers\n")[2]
 SPLIT_TABLE, SPLIT_HEAD, SAVE = re.findall(r"```\{\.python\}\n(.*?)```", SECTION.partition("\n## ")[0], re.DOTALL)
 
