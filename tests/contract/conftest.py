@@ -31,7 +31,9 @@ def backend(request):
         yield BACKENDS[request.param]
 
 
-@pytest.fixture(params=[pytest.param("torch", marks=[pytest.mark.multiprocess, pytest.mark.xdist_group("world")]), "jax"])
+@pytest.fixture(
+    params=[pytest.param("torch", marks=[pytest.mark.multiprocess, pytest.mark.xdist_group("world")]), "jax"]
+)
 def head(request):
     """Call the head's functions: ``head(name, partition, arrays, upstream, **options)``."""
     need(request.param)

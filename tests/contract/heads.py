@@ -17,6 +17,11 @@ def split_axis(argument, seq_dim):
     return {"weight": 0, "logits": -1, "hidden": seq_dim}.get(argument)
 
 
+def result_axis(name):
+    """The axis along which results are split over ranks, or None."""
+    return -1 if name == "parallel_logits" else None
+
+
 def on_torch_rank(name, partition, arrays, upstream, options):
     """The results and gradients of one rank, or its error."""
     import torch
@@ -26,11 +31,14 @@ def on_torch_rank(name, partition, arrays, upstream, options):
     import torch_impl
 
     group = dist.group.WORLD if partition.world_size > 1 else None
-    rank, given = group.rank() if group else 0, {}
-    for argument, array in arrays.items():
-        axis = split_axis(argument, options.get("seq_dim"))
-        part = array if axis is None else np.split(array, partition.world_size, axis)[rank]
-        given[argument] = tensor_of(part).requires_grad_(upstream is not None and argument in DIFFERENTIABLE)
+    rank = group.rank() if group else 0
+
+    def own(array, axis):
+        return tensor_of(array if axis is None else np.split(array, partition.world_size, axis)[rank])
+
+    given = {argument: own(array, split_axis(argument, options.get("seq_dim"))) for argument, array in arrays.items()}
+    for argument in DIFFERENTIABLE & given.keys() if upstream else ():
+        given[argument].requires_grad_()
     kept = {argument: array_of(tensor).tobytes() for argument, tensor in given.items()}
     place = {"rank": rank} if name == "parallel_logits" else {"process_group": group}
     try:
@@ -38,11 +46,13 @@ def on_torch_rank(name, partition, arrays, upstream, options):
     except (IndexError, TypeError, ValueError) as error:
         return error
     found = found if isinstance(found, tuple) else (found,)
-    if upstream is not None:
-        wanted = found[: len(upstream)]
+    if upstream:
+        wanted, axis = found[: len(upstream)], result_axis(name)
         pairs = zip(upstream, wanted, strict=True)
-        torch.autograd.backward(wanted, [tensor_of(grad).to(result.dtype) for grad, result in pairs])
-    assert kept == {argument: array_of(tensor).tobytes() for argument, tensor in given.items()}, "an input was written to"
+        torch.autograd.backward(wanted, [own(grad, axis).to(result.dtype) for grad, result in pairs])
+    assert kept == {argument: array_of(tensor).tobytes() for argument, tensor in given.items()}, (
+        "an input was written to"
+    )
     gradients = {argument: array_of(tensor.grad) for argument, tensor in given.items() if tensor.grad is not None}
     return [array_of(result) for result in found], gradients
 
@@ -66,7 +76,7 @@ class TorchHead:
     def __init__(self, world):
         self.world = world
 
-    def __call__(self, name, partition, arrays, upstream=None, **options):
+    def __call__(self, name, partition, arrays, upstream=(), **options):
         arguments = name, partition, arrays, upstream, options
         if partition.world_size == 1:
             with one_thread():
@@ -76,8 +86,9 @@ class TorchHead:
         if isinstance(ranks[0], Exception):
             assert {(type(error), str(error)) for error in ranks} == {(type(ranks[0]), str(ranks[0]))}
             raise ranks[0]
-        axis = -1 if name == "parallel_logits" else None
-        results = [self.whole(parts, axis) for parts in zip(*(results for results, _ in ranks), strict=True)]
+        results = [
+            self.whole(parts, result_axis(name)) for parts in zip(*(results for results, _ in ranks), strict=True)
+        ]
         gradients = {}
         for argument in ranks[0][1]:
             parts = [each[argument] for _, each in ranks]
@@ -100,7 +111,7 @@ class JaxHead:
 
     integers = np.int32
 
-    def __call__(self, name, partition, arrays, upstream=None, **options):
+    def __call__(self, name, partition, arrays, upstream=(), **options):
         import jax
         from jax.sharding import PartitionSpec as P
         from meshes import make_mesh
@@ -112,29 +123,28 @@ class JaxHead:
             return P() if axis is None else P(*[None] * (axis % arrays[argument].ndim), "tp")
 
         traced = {argument: array for argument, array in arrays.items() if argument != "targets"}
-        fixed = {"targets": arrays["targets"]} if "targets" in arrays else {}
-        count = 0 if upstream is None else len(upstream)
+        fixed = {argument: array for argument, array in arrays.items() if argument == "targets"}
+        of_arrays, result = {argument: spec(argument) for argument in traced}, P()
+        if result_axis(name) is not None:
+            result = P(*[None] * (arrays["hidden"].ndim - 1), "tp")
 
         def results(traced):
             found = getattr(jax_impl, name)(**traced, **fixed, partition=partition, axis_name="tp", **options)
             found = found if isinstance(found, tuple) else (found,)
-            return found[:count], found[count:]
+            return found[: len(upstream)], found[len(upstream) :]
 
         def step(traced, upstream):
-            if not count:
+            if not upstream:
                 return results(traced)[1], {}
             found, pull_back, others = jax.vjp(results, traced, has_aux=True)
             (gradients,) = pull_back(tuple(grad.astype(each.dtype) for grad, each in zip(upstream, found, strict=True)))
             return found + others, gradients
 
-        own = {argument: spec(argument) for argument in traced}
-        result = P(*[None] * (traced["hidden"].ndim - 1), "tp") if name == "parallel_logits" else P()
-        of_upstream = result if count else P()
         mapped = jax.shard_map(
             step,
             mesh=make_mesh((partition.world_size,)),
-            in_specs=(own, of_upstream),
-            out_specs=(result, own if count else P()),
+            in_specs=(of_arrays, result),
+            out_specs=(result, of_arrays if upstream else P()),
         )
         with jax.enable_x64(any(array.dtype == np.float64 for array in traced.values())):
             found, gradients = jax.jit(mapped)(traced, upstream)
