@@ -37,4 +37,12 @@ def backend(request):
 def head(request):
     """Call the head's functions: ``head(name, partition, arrays, upstream, **options)``."""
     need(request.param)
-    return JaxHead() if request.param == "jax" else TorchHead(request.getfixturevalue("world"))
+    if request.param == "jax":
+        yield JaxHead()
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as ranks have: the bits of products depend on it
+    yield TorchHead(request.getfixturevalue("world"))
+    torch.set_num_threads(threads)

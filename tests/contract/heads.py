@@ -1,25 +1,19 @@
 """The head's functions of each framework as the tests of the contract see them: whole NumPy arrays in and out.
 
-``head(name, partition, arrays, upstream, **options)`` calls the function of that name on every rank of the partition. Ranks
-get their parts of ``arrays``. Returned are the results and, by argument, the gradients that come of ``upstream``, which are
-those of the first results.
+``head(name, partition, arrays, upstream, **options)`` calls the function of that name on every rank, with its parts of
+``arrays``. Returned are the results and, by argument, the gradients that follow from ``upstream``, which are those of the
+first results.
 """
-
-import contextlib
 
 import numpy as np
 
+SPLIT = {"weight": 0, "logits": -1, "parallel_logits": -1}  # the axis of an argument, and of what a function returns
 DIFFERENTIABLE = {"hidden", "weight", "logits"}
 
 
-def split_axis(argument, seq_dim):
-    """The axis along which ranks split an argument, or None if they all have the same."""
-    return {"weight": 0, "logits": -1, "hidden": seq_dim}.get(argument)
-
-
-def result_axis(name):
-    """The axis along which results are split over ranks, or None."""
-    return -1 if name == "parallel_logits" else None
+def axis_of(what, options):
+    """The axis along which ranks split it, or None if all have the same."""
+    return options.get("seq_dim") if what == "hidden" else SPLIT.get(what)
 
 
 def on_torch_rank(name, partition, arrays, upstream, options):
@@ -36,7 +30,7 @@ def on_torch_rank(name, partition, arrays, upstream, options):
     def own(array, axis):
         return tensor_of(array if axis is None else np.split(array, partition.world_size, axis)[rank])
 
-    given = {argument: own(array, split_axis(argument, options.get("seq_dim"))) for argument, array in arrays.items()}
+    given = {argument: own(array, axis_of(argument, options)) for argument, array in arrays.items()}
     for argument in DIFFERENTIABLE & given.keys() if upstream else ():
         given[argument].requires_grad_()
     kept = {argument: array_of(tensor).tobytes() for argument, tensor in given.items()}
@@ -47,25 +41,13 @@ def on_torch_rank(name, partition, arrays, upstream, options):
         return error
     found = found if isinstance(found, tuple) else (found,)
     if upstream:
-        wanted, axis = found[: len(upstream)], result_axis(name)
-        pairs = zip(upstream, wanted, strict=True)
-        torch.autograd.backward(wanted, [own(grad, axis).to(result.dtype) for grad, result in pairs])
+        grads = [own(grad, axis_of(name, options)) for grad in upstream]
+        torch.autograd.backward(found[: len(grads)], [grad.to(found[0].dtype) for grad in grads])
     assert kept == {argument: array_of(tensor).tobytes() for argument, tensor in given.items()}, (
         "an input was written to"
     )
     gradients = {argument: array_of(tensor.grad) for argument, tensor in given.items() if tensor.grad is not None}
     return [array_of(result) for result in found], gradients
-
-
-@contextlib.contextmanager
-def one_thread():
-    """As many threads as ranks have, on which the bits of products depend."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class TorchHead:
@@ -78,25 +60,20 @@ class TorchHead:
 
     def __call__(self, name, partition, arrays, upstream=(), **options):
         arguments = name, partition, arrays, upstream, options
-        if partition.world_size == 1:
-            with one_thread():
-                ranks = [on_torch_rank(*arguments)]
-        else:
-            ranks = self.world(partition.world_size)(on_torch_rank, *arguments)
+        w = partition.world_size
+        ranks = [on_torch_rank(*arguments)] if w == 1 else self.world(w)(on_torch_rank, *arguments)
         if isinstance(ranks[0], Exception):
             assert {(type(error), str(error)) for error in ranks} == {(type(ranks[0]), str(ranks[0]))}
             raise ranks[0]
-        results = [
-            self.whole(parts, result_axis(name)) for parts in zip(*(results for results, _ in ranks), strict=True)
-        ]
+        every_result, every_gradient = zip(*ranks, strict=True)
         gradients = {}
-        for argument in ranks[0][1]:
-            parts = [each[argument] for _, each in ranks]
+        for argument in every_gradient[0]:
+            parts = [each[argument] for each in every_gradient]
             if (name, argument) == ("parallel_logits", "hidden"):  # each rank has its part of the sum
                 gradients[argument] = np.sum(parts, 0, np.float64)
             else:
-                gradients[argument] = self.whole(parts, split_axis(argument, options.get("seq_dim")))
-        return results, gradients
+                gradients[argument] = self.whole(parts, axis_of(argument, options))
+        return [self.whole(parts, axis_of(name, options)) for parts in zip(*every_result, strict=True)], gradients
 
     @staticmethod
     def whole(parts, axis):
@@ -118,15 +95,14 @@ class JaxHead:
 
         import jax_impl
 
-        def spec(argument):
-            axis = split_axis(argument, options.get("seq_dim"))
-            return P() if axis is None else P(*[None] * (axis % arrays[argument].ndim), "tp")
+        def spec(what, ndim):
+            axis = axis_of(what, options)
+            return P() if axis is None else P(*[None] * (axis % ndim), "tp")
 
-        traced = {argument: array for argument, array in arrays.items() if argument != "targets"}
         fixed = {argument: array for argument, array in arrays.items() if argument == "targets"}
-        of_arrays, result = {argument: spec(argument) for argument in traced}, P()
-        if result_axis(name) is not None:
-            result = P(*[None] * (arrays["hidden"].ndim - 1), "tp")
+        traced = {argument: array for argument, array in arrays.items() if argument != "targets"}
+        of_arrays = {argument: spec(argument, array.ndim) for argument, array in traced.items()}
+        of_results = spec(name, next(iter(arrays.values())).ndim)
 
         def results(traced):
             found = getattr(jax_impl, name)(**traced, **fixed, partition=partition, axis_name="tp", **options)
@@ -137,17 +113,17 @@ class JaxHead:
             if not upstream:
                 return results(traced)[1], {}
             found, pull_back, others = jax.vjp(results, traced, has_aux=True)
-            (gradients,) = pull_back(tuple(grad.astype(each.dtype) for grad, each in zip(upstream, found, strict=True)))
+            (gradients,) = pull_back(tuple(grad.astype(found[0].dtype) for grad in upstream))
             return found + others, gradients
 
         mapped = jax.shard_map(
             step,
             mesh=make_mesh((partition.world_size,)),
-            in_specs=(of_arrays, result),
-            out_specs=(result, of_arrays if upstream else P()),
+            in_specs=(of_arrays, of_results),
+            out_specs=(of_results, of_arrays if upstream else P()),
         )
         with jax.enable_x64(any(array.dtype == np.float64 for array in traced.values())):
             found, gradients = jax.jit(mapped)(traced, upstream)
-        for array in found if result == P() else ():
+        for array in found if of_results == P() else ():
             assert len({np.asarray(shard.data).tobytes() for shard in array.addressable_shards}) == 1, "ranks disagree"
         return [np.asarray(each) for each in found], {key: np.asarray(each) for key, each in gradients.items()}

@@ -32,12 +32,11 @@ def tensors(dtype=torch.float64):
     return hidden, weight, targets
 
 
-def both_losses(hidden, weight, targets, softcap=None):
+def both_losses(hidden, weight, targets, softcap=None, **options):
     """By way of the logits, and without."""
     logits = parallel_logits(hidden, weight, ALONE, 0, softcap=softcap)
-    return parallel_cross_entropy(logits, targets, ALONE, None), linear_cross_entropy(
-        hidden, weight, targets, ALONE, None, softcap=softcap
-    )
+    by_logits = parallel_cross_entropy(logits, targets, ALONE, None, **options)
+    return by_logits, linear_cross_entropy(hidden, weight, targets, ALONE, None, softcap=softcap, **options)
 
 
 def recorded(call, **options):
@@ -48,22 +47,9 @@ def recorded(call, **options):
 
 def test_gradcheck():
     hidden, weight, targets = tensors()
-    hidden, weight = (each[..., :3].detach().clone().requires_grad_() for each in (hidden[:, :2], weight))
-    options = {"reduction": "none", "label_smoothing": 0.2, "z_loss": 0.01}
-
-    def from_hidden(hidden, weight):
-        further = {"softcap": 1.5, "returns": ("lse", "logprobs")}
-        return linear_cross_entropy(hidden, weight, targets[:, :2], ALONE, None, **options, **further)
-
-    def logits_of(hidden, weight):
-        return parallel_logits(hidden, weight, ALONE, 0, softcap=1.5)[..., :V]
-
-    def from_logits(logits):
-        return parallel_cross_entropy(logits, targets[:, :2], ALONE, None, **options)
-
-    assert torch.autograd.gradcheck(from_hidden, (hidden, weight))
-    assert torch.autograd.gradcheck(logits_of, (hidden, weight))
-    assert torch.autograd.gradcheck(from_logits, (torch.randn(3, 2, 24, dtype=torch.float64, requires_grad=True),))
+    arguments = [each[..., :3].detach().clone().requires_grad_() for each in (hidden[:, :2], weight)]
+    options = {"reduction": "none", "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 1.5}
+    assert torch.autograd.gradcheck(lambda h, w: both_losses(h, w, targets[:, :2], **options), arguments)
 
 
 def test_error_against_float64_is_that_of_pytorchs_cross_entropy():
@@ -123,19 +109,15 @@ def test_compile():
 
 def test_what_is_refused():
     h, w, y = (each.detach() for each in tensors(torch.float32))
-    x = torch.zeros(2, 12)
+    x, ones = h @ w.T, torch.ones(TOKENS)
     assert_refused(
         (ValueError, "process_group must be given", lambda: linear_cross_entropy(h, w[:12], y, HALVES, None)),
         (TypeError, "process_group must be", lambda: linear_cross_entropy(h, w, y, ALONE, "tp")),
         (ValueError, "rank must be in", lambda: parallel_logits(h, w[:12], HALVES, 2)),
         (TypeError, "targets must be a torch.Tensor", lambda: linear_cross_entropy(h, w, [0], ALONE, None)),
-        (TypeError, "logits must be float16, bfloat16 or float32", lambda: parallel_argmax(w.T.double(), ALONE, None)),
-        (TypeError, "uniform must be", lambda: parallel_sample(x, VocabPartition(12, 1), None, uniform=0.5)),
-        (
-            ValueError,
-            r"uniform .* in \[0, 1\)",
-            lambda: parallel_sample(x, VocabPartition(12, 1), None, uniform=torch.ones(2)),
-        ),
+        (TypeError, "logits must be float16, bfloat16 or float32", lambda: parallel_argmax(x.double(), ALONE, None)),
+        (TypeError, "uniform must be", lambda: parallel_sample(x, ALONE, None, uniform=0.5)),
+        (ValueError, r"uniform .* in \[0, 1\)", lambda: parallel_sample(x, ALONE, None, uniform=ones)),
     )
 
 
