@@ -11,7 +11,6 @@ from shared.head import LossOptions
 from shared.proof import head_oracle
 
 V, E, TOKENS = 21, 8, (3, 8)  # padded to 24, of 4 ranks the last has 3 ids; padded to 28 it has none
-IGNORED = np.s_[0, :3]  # tokens with a target of -100
 OPTIONS = [
     {},
     {"reduction": "sum", "label_smoothing": 0.1},
@@ -20,14 +19,16 @@ OPTIONS = [
 ]
 
 
-def case(dtype, world_size, padded=24):
-    """Partition and arguments; padding rows and the hidden states of two ignored tokens hold what must not spread."""
-    rng = np.random.default_rng(0)
+def case(dtype, world_size, padded=24, options=None):
+    """Partition, arguments and options; padding rows and hidden states of ignored tokens hold what must not spread."""
+    rng, known = np.random.default_rng(0), LossOptions(**(options or {}))
     hidden, weight = (rng.standard_normal((*shape, E)).astype(DTYPES[dtype]) for shape in (TOKENS, (padded,)))
     weight[V:], hidden[0, :2] = np.nan, ([np.nan], [np.inf])
     targets = rng.integers(0, V, TOKENS)
-    targets[IGNORED], targets[1, :2], targets[2, 5] = -100, (0, V - 1), 4
-    return VocabPartition(V, world_size, padded), {"hidden": hidden, "weight": weight, "targets": targets}
+    targets[0, :3], targets[1, :2], targets[2, 5] = -100, (0, V - 1), 4
+    if known.invalid_targets == "ignore":
+        targets[1, 4:7] = V, 23, 2**40
+    return VocabPartition(V, world_size, padded), {"hidden": hidden, "weight": weight, "targets": targets}, known
 
 
 def upstream(reduction, seed=1):
@@ -38,85 +39,71 @@ def upstream(reduction, seed=1):
     return grad
 
 
-def assert_is_the_oracles(results, gradients, expected, dtype, exact_zeros, atol=0.0):
-    """Results and gradients are within the bounds of the dtype, and zero where that is promised."""
+def assert_is_the_oracles(results, gradients, expected, dtype):
+    """Within the bounds of the dtype, and exactly zero where the oracle's values are."""
     dtype = DTYPES[dtype]
     wide = 1e-12 if dtype == np.float64 else 2e-6  # sums of some tens of products
     rounding = float(ml_dtypes.finfo(dtype).eps) / 2 if dtype.itemsize == 2 else 0  # once, to the dtype of the inputs
-    for found, reference in zip(results, (expected.loss, expected.lse, expected.logprobs), strict=False):
-        np.testing.assert_allclose(found, reference, rtol=wide, atol=10 * wide)
-        assert found.dtype == (np.float64 if dtype == np.float64 else np.float32)
+    pairs = [(*pair, wide) for pair in zip(results, (expected.loss, expected.lse, expected.logprobs), strict=False)]
+    assert {found.dtype for found, *_ in pairs} == {np.dtype(np.float64 if dtype == np.float64 else np.float32)}
     for name, reference in (("hidden", expected.hidden_grad), ("weight", expected.weight_grad)):
         assert np.isfinite(reference).all()
-        found = gradients[name].astype(np.float64)
-        np.testing.assert_allclose(found, reference, rtol=rounding, atol=20 * wide + atol * rounding, err_msg=name)
-    assert not gradients["weight"][V:].any()
-    assert not gradients["hidden"][exact_zeros].any()
+        assert gradients[name].dtype == dtype
+        pairs.append((gradients[name].astype(np.float64), reference, rounding))
+    for found, reference, rtol in pairs:
+        np.testing.assert_allclose(found, reference, rtol=rtol, atol=20 * wide)
+        assert not found[reference == 0].any()
 
 
 @pytest.mark.parametrize(
-    ("option", "dtype", "world_size", "seq_dim", "padded"),
+    ("options", "dtype", "world_size", "seq_dim", "padded"),
     [
-        (0, "bfloat16", 1, None, 24),
-        (1, "float32", 4, 1, 28),
-        (2, "bfloat16", 4, 1, 24),
-        (3, "float64", 4, None, 24),
-        slower(0, "float16", 4, None, 24),
-        slower(1, "float64", 1, 1, 28),
-        slower(2, "float32", 4, None, 24),
-        slower(3, "bfloat16", 8, 1, 24),
+        (OPTIONS[0], "bfloat16", 1, None, 24),
+        (OPTIONS[1], "float32", 4, 1, 28),
+        (OPTIONS[2], "bfloat16", 4, 1, 24),
+        (OPTIONS[3], "float64", 4, None, 24),
+        slower(OPTIONS[0], "float16", 4, None, 24),
+        slower(OPTIONS[1], "float64", 1, 1, 28),
+        slower(OPTIONS[2], "float32", 4, None, 24),
+        slower(OPTIONS[3], "bfloat16", 8, 1, 24),
     ],
 )
-def test_loss_and_gradients(head, option, dtype, world_size, seq_dim, padded):
-    partition, arrays = case(dtype, world_size, padded)
-    options = LossOptions(**OPTIONS[option])
-    if options.invalid_targets == "ignore":
-        arrays["targets"][1, 4:7] = V, 23, 2**40
-    grads = [upstream(options.reduction), upstream("none", 2), upstream("none", 3)]
-    expected = head_oracle.loss(*arrays.values(), V, options, *grads)
-    results, gradients = head(
-        "linear_cross_entropy",
-        partition,
-        arrays,
-        grads,
-        seq_dim=seq_dim,
-        returns=("lse", "logprobs", "count"),
-        **OPTIONS[option],
-    )
-    assert_is_the_oracles(results, gradients, expected, dtype, np.s_[0, :2])
-    assert (results[3].dtype, results[3]) == (head.integers, expected.count)
-    assert {grad.dtype for grad in gradients.values()} == {DTYPES[dtype]}
-    for per_token in (results[2], *[results[0]] * (options.reduction == "none")):
-        assert not per_token[IGNORED].any()
+def test_loss_and_gradients(head, options, dtype, world_size, seq_dim, padded):
+    partition, arrays, known = case(dtype, world_size, padded, options)
+    grads = [upstream(known.reduction), upstream("none", 2), upstream("none", 3)]
+    expected = head_oracle.loss(*arrays.values(), V, known, *grads)
+    options = {"seq_dim": seq_dim, "returns": ("lse", "logprobs", "count"), **options}
+    (*results, count), gradients = head("linear_cross_entropy", partition, arrays, grads, **options)
+    assert_is_the_oracles(results, gradients, expected, dtype)
+    assert (count.dtype, count) == (head.integers, expected.count)
 
 
 @pytest.mark.parametrize(
-    ("option", "dtype", "world_size"), [(2, "bfloat16", 1), (3, "float32", 4), slower(1, "bfloat16", 4)]
+    ("options", "dtype", "world_size"),
+    [(OPTIONS[2], "bfloat16", 1), (OPTIONS[3], "float32", 4), slower(OPTIONS[1], "float32", 4)],
 )
-def test_loss_of_logits_and_their_gradients(head, option, dtype, world_size):
-    options = dict(OPTIONS[option])
-    softcap, (partition, arrays) = options.pop("softcap", None), case(dtype, world_size)
-    hidden, weight, targets = arrays.values()
-    known = LossOptions(**OPTIONS[option])
+def test_loss_of_logits_and_their_gradients(head, options, dtype, world_size):
+    partition, arrays, known = case(dtype, world_size, options=options)
     grad = upstream(known.reduction)
     expected = head_oracle.loss(*arrays.values(), V, known, grad)
+    hidden, weight, targets = arrays.values()
     with np.errstate(invalid="ignore"):
-        logits = head_oracle.logits(hidden, weight, V, softcap).astype(np.float32)
-    arrays = {"logits": logits.copy(), "targets": targets}
-    arrays["logits"][..., V:] = np.nan
-    losses, of_logits = head("parallel_cross_entropy", partition, arrays, [grad], **options)
-    assert not of_logits["logits"][IGNORED].any()
-    assert not of_logits["logits"][..., V:].any()
-    arrays = {"hidden": hidden, "weight": weight}
-    found, gradients = head("parallel_logits", partition, arrays, [of_logits["logits"]], softcap=softcap)
+        logits = head_oracle.logits(hidden, weight, V, known.softcap).astype(np.float32)
+    others = {name: value for name, value in options.items() if name != "softcap"}
+    given = {"logits": np.where(np.arange(24) < V, logits, np.float32(np.nan)), "targets": targets}
+    losses, of_logits = head("parallel_cross_entropy", partition, given, [grad], **others)
+    given, grads = {"hidden": hidden, "weight": weight}, list(of_logits.values())
+    found, gradients = head("parallel_logits", partition, given, grads, softcap=known.softcap)
     np.testing.assert_allclose(found[0], logits, rtol=2e-6, atol=2e-6)
-    # In PyTorch each rank's part of hidden's gradient is rounded.
-    assert_is_the_oracles(losses, gradients, expected, dtype, IGNORED, atol=4)
+    gradients["hidden"] = gradients["hidden"].astype(DTYPES[dtype])  # in PyTorch the sum of the ranks' parts
+    assert_is_the_oracles(losses, gradients, expected, dtype)
+    assert not grads[0][0, :3].any()
+    assert not grads[0][..., V:].any()
 
 
 def test_all_ignored_gives_zero_and_no_gradient(head):
     """Whatever the table holds: there is no row that these tokens may reach."""
-    partition, arrays = case("float32", 4)
+    partition, arrays, _ = case("float32", 4)
     arrays["weight"][5], arrays["targets"][:] = np.nan, -100
     options = {"z_loss": 0.1, "label_smoothing": 0.1, "returns": ("count",)}
     (loss, count), gradients = head("linear_cross_entropy", partition, arrays, [np.array(1.0)], **options)
@@ -135,53 +122,33 @@ def test_an_empty_batch(head, shape, seq_dim):
 def test_special_logits(head):
     """-inf cannot occur. What has no distribution gives NaN, but no gradient unless one comes from upstream."""
     logits = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float16)
-    logits[0, 5], logits[1, 3], logits[2], logits[3, 20], logits[4, 20], logits[5] = (
-        *[-np.inf] * 3,
-        np.nan,
-        np.inf,
-        np.nan,
-    )
-    logits[:, V:], targets = np.nan, np.array([3, 3, 3, 3, 3, -100])
-    arrays, grad = {"logits": logits, "targets": targets}, np.array([1.0, 1, 0, 0, 0, 1])
-    partition = VocabPartition(V, 4, 24)
-    (loss,), gradients = head("parallel_cross_entropy", partition, arrays, [grad], reduction="none")
-    possible = np.delete(logits[0, :V], 5).astype(np.float64)
-    np.testing.assert_allclose(
-        loss, [head_oracle.logsumexp(possible) - possible[3], np.inf, *[np.nan] * 3, 0], rtol=2e-6
-    )
-    softmax = np.exp(logits[0, :V].astype(np.float64)) / np.exp(possible).sum() - (np.arange(V) == 3)
-    np.testing.assert_allclose(gradients["logits"][0, :V], softmax, rtol=2.0**-11, atol=1e-7)
-    assert (loss.dtype, gradients["logits"].dtype) == (np.float32, np.float16)
-    assert not gradients["logits"][2:].any()
-    assert not gradients["logits"][:, V:].any()
-    arrays = {"logits": logits[:1], "targets": targets[:1]}
-    assert head("parallel_cross_entropy", partition, arrays, label_smoothing=0.1)[0] == [np.inf]
-
-
-@pytest.mark.parametrize("bad", [V, 23, -1, 2**40])
-def test_invalid_targets_are_named(head, bad):
-    """Of the padding or of no row: on every rank."""
-    partition, arrays = case("float32", 4)
-    arrays["targets"][1, 4] = bad
-    for name in ("linear_cross_entropy", "parallel_cross_entropy"):
-        if name == "parallel_cross_entropy":
-            arrays = {"logits": np.ones((*TOKENS, 24), np.float32), "targets": arrays["targets"]}
-        with pytest.raises(IndexError, match=rf"targets\[1, 4\] = {bad} is outside the vocabulary \[0, 21\)"):
-            head(name, partition, arrays)
+    logits[0, 5] = logits[1, 3] = logits[2] = -np.inf
+    logits[3, 20], logits[4, 20], logits[5], logits[:, V:] = np.nan, np.inf, np.nan, np.nan
+    partition, arrays = VocabPartition(V, 4, 24), {"logits": logits, "targets": np.array([3, 3, 3, 3, 3, -100])}
+    grads = [np.array([1.0, 1, 0, 0, 0, 1])]
+    (loss,), gradients = head("parallel_cross_entropy", partition, arrays, grads, reduction="none")
+    (grad,), x = gradients.values(), logits[0, :V].astype(np.float64)
+    lse = head_oracle.logsumexp(x)
+    np.testing.assert_allclose(loss, [lse - x[3], np.inf, np.nan, np.nan, np.nan, 0], rtol=2e-6)
+    np.testing.assert_allclose(grad[0, :V], np.exp(x - lse) - (np.arange(V) == 3), rtol=2.0**-11, atol=1e-7)
+    assert (loss.dtype, grad.dtype) == (np.float32, np.float16)
+    assert not grad[2:].any()
+    assert not grad[:, V:].any()
+    one_token = {name: array[:1] for name, array in arrays.items()}
+    assert head("parallel_cross_entropy", partition, one_token, label_smoothing=0.1)[0] == [np.inf]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", slower("uint8"), slower("uint32"), slower("int32")])
 def test_targets_of_any_integer_dtype(head, dtype):
-    """An unsigned target that would wrap to the ignored one is invalid."""
-    (partition, arrays), limits = case("float32", 1), np.iinfo(dtype)
-    arrays["targets"] = (arrays["targets"] if limits.min else abs(arrays["targets"]) % V).astype(dtype)
-    arrays["hidden"][0, :2] = 1
-    (loss,), _ = head("linear_cross_entropy", partition, arrays)
-    np.testing.assert_allclose(loss, head_oracle.loss(*arrays.values(), V).loss, rtol=2e-6)
-    if limits.min == 0:
-        arrays["targets"][0, 0] = limits.max - 99
-        with pytest.raises(IndexError, match=rf"targets\[0, 0\] = {limits.max - 99} is outside"):
-            head("linear_cross_entropy", partition, arrays)
+    """One that is large is invalid, also where it would wrap to the ignored one."""
+    (partition, arrays, _), large = case("float32", 1), np.iinfo(dtype).max - 99
+    hidden, weight, targets = arrays.values()
+    given = {"hidden": hidden[1:], "weight": weight, "targets": targets[1:].astype(dtype)}
+    (loss,), _ = head("linear_cross_entropy", partition, given)
+    np.testing.assert_allclose(loss, head_oracle.loss(*given.values(), V).loss, rtol=2e-6)
+    given["targets"][0, 0] = large
+    with pytest.raises(IndexError, match=rf"targets\[0, 0\] = {large} is outside"):
+        head("linear_cross_entropy", partition, given)
 
 
 SHAPES = {"hidden": (4, 4, E), "weight": (24, E), "logits": (4, 4, 24), "targets": (4, 4), "uniform": (4, 4)}
@@ -193,6 +160,24 @@ ARGUMENTS = {
 }
 
 
+def zeros_for(name, changed):
+    """Arguments of a function; ``changed`` holds other shapes, or dtypes."""
+    for argument in ARGUMENTS.get(name, ["logits"]):
+        shape, dtype = SHAPES[argument], "int64" if argument == "targets" else "float32"
+        change = changed.get(argument, shape)
+        yield argument, np.zeros(shape, change) if isinstance(change, str) else np.zeros(change, dtype)
+
+
+@pytest.mark.parametrize("bad", [V, 23, -1, 2**40])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "parallel_cross_entropy"])
+def test_invalid_targets_are_named(head, name, bad):
+    """Of the padding or of no row: on every rank."""
+    arrays = dict(zeros_for(name, {}))
+    arrays["targets"][1, 3] = bad
+    with pytest.raises(IndexError, match=rf"targets\[1, 3\] = {bad} is outside the vocabulary \[0, 21\)"):
+        head(name, VocabPartition(V, 4, 24), arrays)
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "error", "message"),
     [
@@ -201,25 +186,20 @@ ARGUMENTS = {
         ("parallel_logits", {"weight": (96, E)}, ValueError, r"rank's own rows, \[6, emb_size\]"),
         ("parallel_logits", {"hidden": (4, 4, 7)}, ValueError, "emb_size=8 as weight has"),
         ("linear_cross_entropy", {"targets": (4,)}, ValueError, "targets must be one a token, of shape"),
+        ("linear_cross_entropy", {"seq_dim": -3}, ValueError, "seq_dim must name"),
         ("parallel_sample", {"uniform": (4,)}, ValueError, "uniform must be one a token"),
+        ("parallel_top_k", {"k": 22}, ValueError, r"k must be in \[1, vocab_size\] = \[1, 21\], got 22"),
+        ("parallel_top_k", {"k": 1.0}, TypeError, "k must be an integer"),
         ("parallel_logits", {"hidden": "float16"}, TypeError, "hidden must be of the weight's dtype"),
         ("parallel_logits", {"hidden": "int32", "weight": "int32"}, TypeError, "must be float16, .* got .*int32"),
         ("linear_cross_entropy", {"targets": "float32"}, TypeError, "targets must be .* integer dtype, got dtype"),
         ("parallel_cross_entropy", {"logits": "int32"}, TypeError, "logits must be float16, .* got .*int32"),
         ("parallel_argmax", {"logits": "int32"}, TypeError, "logits must be float16, .* got .*int32"),
         ("parallel_sample", {"uniform": "int32"}, TypeError, "uniform must be float16, .* got .*int32"),
-        ("linear_cross_entropy", {"seq_dim": -3}, ValueError, "seq_dim must name"),
-        ("parallel_top_k", {"k": 22}, ValueError, r"k must be in \[1, vocab_size\] = \[1, 21\], got 22"),
-        ("parallel_top_k", {"k": 1.0}, TypeError, "k must be an integer"),
     ],
 )
 def test_what_is_refused(head, name, changed, error, message):
-    """On every rank. A case changes shapes or dtypes of arguments, or options."""
-    arrays = {}
-    for argument in ARGUMENTS.get(name, ["logits"]):
-        shape, dtype = SHAPES[argument], "int64" if argument == "targets" else "float32"
-        change = changed.get(argument, shape)
-        arrays[argument] = np.zeros(shape, change) if isinstance(change, str) else np.zeros(change, dtype)
+    arrays = dict(zeros_for(name, changed))
     options = {option: value for option, value in changed.items() if option not in arrays}
     with pytest.raises(error, match=message):
         head(name, VocabPartition(V, 4, 24), arrays, **options)
@@ -236,12 +216,7 @@ def logits_of(dtype, padded):
     return x.astype(DTYPES[dtype]).reshape(4, 10, padded)
 
 
-DECODED = [
-    ("float32", 4, 28),
-    ("bfloat16", 1, 24),
-    slower("float16", 4, 24),
-    slower("bfloat16", 8, 24),
-]
+DECODED = [("float32", 4, 28), ("bfloat16", 1, 24), slower("float16", 4, 24), slower("bfloat16", 8, 24)]
 
 
 @pytest.mark.parametrize(("dtype", "world_size", "padded"), DECODED)
@@ -259,7 +234,7 @@ def test_top_k_and_argmax(head, dtype, world_size, padded):
         assert ids.dtype == head.integers
 
 
-@pytest.mark.parametrize(("dtype", "world_size", "padded"), DECODED)
+@pytest.mark.parametrize(("dtype", "world_size", "padded"), [*DECODED, slower("float64", 4, 28)])
 def test_sampling(head, dtype, world_size, padded):
     logits, partition = np.stack([logits_of(dtype, padded)] * 3), VocabPartition(V, world_size, padded)
     uniform = np.random.default_rng(1).random((3, 4, 10), np.float32)
@@ -293,4 +268,4 @@ def test_bits_do_not_depend_on_the_number_of_ranks(head, dtype, sizes):
         return [each.tobytes() for each in (*results, *logits, grads["weight"])]
 
     alone = bits(1)
-    assert all(bits(world_size) == alone for world_size in (2, 4, 8))
+    assert all(bits(world_size) == alone for world_size in (2, 8))
