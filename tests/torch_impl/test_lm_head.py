@@ -20,6 +20,7 @@ from torch_impl import (
 
 VOCAB, EMB = 21, 8
 IDS = torch.randint(0, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
+LOSS = {"label_smoothing": 0.1, "z_loss": 0.01}
 
 
 class Model(nn.Module):
@@ -27,70 +28,61 @@ class Model(nn.Module):
 
     def __init__(self, group=None, tied=True, seq_dim=None, **options):
         super().__init__()
-        table = {"process_group": group, "padded_vocab_size": "even", "init": "global"}
         options = {"reduction": "all_reduce" if seq_dim is None else "reduce_scatter"} | options
-        self.embedding = ParallelVocabEmbedding(VOCAB, EMB, seq_dim=1, **table, **options)
-        other = self.embedding if tied else ParallelVocabEmbedding(VOCAB, EMB, **table, init_base_seed=1, **options)
-        self.middle = nn.Linear(EMB, EMB, dtype=other.weight.dtype)
+        options |= {"process_group": group, "padded_vocab_size": "even", "init": "global"}
+        self.embedding = ParallelVocabEmbedding(VOCAB, EMB, seq_dim=1, **options)
+        other = self.embedding if tied else ParallelVocabEmbedding(VOCAB, EMB, **options)
+        self.middle = nn.Linear(EMB, EMB)
         with torch.no_grad():
             self.middle.weight.copy_(torch.eye(EMB).roll(1, 0))
             self.middle.bias.zero_()
-        self.head = ParallelLMHead(other, tied=tied, seq_dim=seq_dim, label_smoothing=0.1, z_loss=0.01)
+        self.head = ParallelLMHead(other, tied=tied, seq_dim=seq_dim, **LOSS)
 
     def forward(self, ids, targets=None):
         return self.head(self.middle(self.embedding(ids)), targets)
 
 
-def reference(tied, ids=IDS, targets=IDS):
-    """The loss and the gradients of both tables, by PyTorch's own operations on the whole tables."""
-    tables = [
-        ParallelVocabEmbedding(VOCAB, EMB, init="global", init_base_seed=seed).weight.detach().requires_grad_()
-        for seed in (42, 1)
-    ]
-    middle = Model(tied=tied).middle
-    logits = F.linear(middle(F.embedding(ids, tables[0])), tables[0 if tied else 1])
-    z_loss = 0.01 * logits.logsumexp(-1).square().mean()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1) + z_loss
+def gradients(model, ids=IDS):
+    """The loss, and the gradients of the lookup's table, the head's and the layer."""
+    loss = model(ids, ids)
     loss.backward()
-    return loss.detach(), tables[0].grad, tables[0 if tied else 1].grad, middle.weight.grad
-
-
-def check_gradients(model, expected, seq_dim=None):
-    loss, lookup_grad, head_grad, middle_grad = expected
-    found = model(IDS, IDS)
-    found.backward()
-    torch.testing.assert_close(found.detach(), loss)
-    for table, grad in ((model.embedding, lookup_grad), (model.head.embedding, head_grad)):
-        start, stop = table.partition.owned_range(table.rank)
-        torch.testing.assert_close(table.weight.grad[: stop - start], grad[start:stop])
-        assert not table.weight.grad[stop - start :].any()
-    own = model.middle.weight.grad
-    if seq_dim is not None:
-        dist.all_reduce(own)
-    torch.testing.assert_close(own, middle_grad)
+    return loss.detach(), *(each.weight.grad for each in (model.embedding, model.head.embedding, model.middle))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_rank(tied):
+    """As PyTorch's own operations; a tied table gets the sum of both gradients."""
     model = Model(tied=tied)
-    check_gradients(model, reference(tied))
-    tables = ["embedding.weight"] if tied else ["embedding.weight", "head.table.weight"]
-    assert sorted(name for name in model.state_dict() if "middle" not in name) == tables
-    assert len(list(model.parameters())) == len(tables) + 2
+    found, table, apart = gradients(model), model.embedding.weight.detach(), Model(tied=False)
+    tables = [table.clone().requires_grad_() for _ in range(2)]
+    logits = F.linear(apart.middle(F.embedding(IDS, tables[0])), tables[1]).flatten(0, 1)
+    loss = F.cross_entropy(logits, IDS.flatten(), label_smoothing=0.1) + 0.01 * logits.logsumexp(-1).square().mean()
+    loss.backward()
+    of_tables = [tables[0].grad + tables[1].grad] * 2 if tied else [each.grad for each in tables]
+    torch.testing.assert_close(found, (loss.detach(), *of_tables, apart.middle.weight.grad))
+    names = ["embedding.weight"] if tied else ["embedding.weight", "head.table.weight"]
+    assert sorted(name for name in model.state_dict() if "middle" not in name) == names
+    assert len(list(model.parameters())) == len(names) + 2
     assert model.head(torch.zeros(2, EMB)).shape == (2, VOCAB)
 
 
 def check_ranks():
     for tied in (True, False):
+        loss, *tables, middle = gradients(Model(tied=tied))
         for seq_dim in (None, 1):
             with named(tied, seq_dim):
-                check_gradients(Model(dist.group.WORLD, tied, seq_dim), reference(tied), seq_dim)
+                model = Model(dist.group.WORLD, tied, seq_dim)
+                own_loss, *own_tables, own_middle = gradients(model)
+                torch.testing.assert_close(own_loss, loss)
+                start, stop = model.embedding.partition.owned_range(model.embedding.rank)
+                for own, whole in zip(own_tables, tables, strict=True):
+                    torch.testing.assert_close(own, F.pad(whole[start:stop], (0, 0, 0, len(own) - stop + start)))
+                if seq_dim is not None:
+                    dist.all_reduce(own_middle)
+                torch.testing.assert_close(own_middle, middle)
     model = Model(dist.group.WORLD)
-    by_logits = parallel_cross_entropy(
-        model(IDS), IDS, model.head.partition, dist.group.WORLD, label_smoothing=0.1, z_loss=0.01
-    )
-    by_logits.backward()  # hidden's gradient is that of all ranks here too
-    torch.testing.assert_close(model.middle.weight.grad, reference(True)[3])
+    parallel_cross_entropy(model(IDS), IDS, model.head.partition, dist.group.WORLD, **LOSS).backward()
+    torch.testing.assert_close(model.middle.weight.grad, gradients(Model())[3])  # that of all ranks here too
 
 
 @pytest.mark.parametrize(
@@ -128,19 +120,16 @@ def check_fsdp():
     """Lookup and head in one group, over the other dimension of a mesh; two data ranks with batches of their own."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = mesh_of(2, 2)
-    batches = IDS.chunk(2)
-    expected = [reference(True, ids, ids) for ids in batches]
+    mesh, batches = mesh_of(2, 2), IDS.chunk(2)
+    expected = [gradients(Model(), ids) for ids in batches]
     model = Model(mesh.get_group("tp"))
     fully_shard([model.embedding, model.head], mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
-    own = batches[mesh.get_local_rank("dp")]
-    loss = model(own, own)
-    torch.testing.assert_close(loss.detach(), expected[mesh.get_local_rank("dp")][0])
-    loss.backward()
+    loss, own, *_ = gradients(model, batches[mesh.get_local_rank("dp")])
+    torch.testing.assert_close(loss, expected[mesh.get_local_rank("dp")][0])
     start, stop = model.embedding.partition.owned_range(mesh.get_local_rank("tp"))
     mean = (expected[0][1] + expected[1][1]) / 2
-    torch.testing.assert_close(model.embedding.weight.grad.full_tensor()[: stop - start], mean[start:stop])
+    torch.testing.assert_close(own.full_tensor()[: stop - start], mean[start:stop])
 
 
 def check_disagreement_is_named():
