@@ -64,7 +64,6 @@ FAULTS = [
     ("not summed", "--head", {"hidden gradient": "one rank only"}, "rank 3's part"),
     ("lookup missing", "--tied", {"table gradient": "lookup missing"}, ""),
     ("disagreeing", "--head", {"loss": "ranks disagree"}, "rank 1 against rank 0"),
-    slower("rank missing", "--head", dict.fromkeys(STATISTICS, "rank missing"), "without rank 1"),
     slower("gathered logits", "--head", dict.fromkeys(STATISTICS, "counted w times"), "the sum times 4"),
     slower("mean over all", "--head", dict.fromkeys(("loss", *STATISTICS[2:]), "ignored in the mean"), "not 503"),
     slower("sum", "--head", dict.fromkeys(("loss", *STATISTICS[2:]), "sum for mean"), "times 503"),

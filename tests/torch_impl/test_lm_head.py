@@ -85,22 +85,24 @@ def check_ranks():
     torch.testing.assert_close(model.middle.weight.grad, gradients(Model())[3])  # that of all ranks here too
 
 
+def assign(model):
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    return model
+
+
+def cast(model):
+    return model.double().float()
+
+
+def to_empty(model):
+    return model.to_empty(device="cpu")
+
+
 @pytest.mark.parametrize(
-    "move",
-    [
-        lambda model: copy.deepcopy(model),
-        lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: model.double().float(),
-        lambda model: (
-            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True) and model
-        ),
-        lambda model: model.to_empty(device="cpu"),
-    ],
-    ids=["deepcopy", "pickle", "dtype", "assign", "to_empty"],
+    "move", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), assign, cast, to_empty]
 )
 def test_a_tied_head_follows_its_table(move):
-    original = Model()
-    model = move(original)
+    model = move(Model())
     with torch.no_grad():
         model.embedding.weight.fill_(0.5)
         model.middle.weight.copy_(torch.eye(EMB))
