@@ -89,9 +89,11 @@ def test_loss_of_logits_and_their_gradients(head, options, dtype, world_size):
     expected = head_oracle.loss(*arrays.values(), V, known, grad)
     hidden, weight, targets = arrays.values()
     with np.errstate(invalid="ignore"):
-        logits = head_oracle.logits(hidden, weight, V, known.softcap).astype(np.float32)
+        logits = head_oracle.logits(hidden, weight, V, known.softcap).astype(
+            np.promote_types(DTYPES[dtype], np.float32)
+        )
     others = {name: value for name, value in options.items() if name != "softcap"}
-    given = {"logits": np.where(np.arange(24) < V, logits, np.float32(np.nan)), "targets": targets}
+    given = {"logits": np.where(np.arange(24) < V, logits, logits.dtype.type(np.nan)), "targets": targets}
     losses, of_logits = head("parallel_cross_entropy", partition, given, [grad], **others)
     given, grads = {"hidden": hidden, "weight": weight}, list(of_logits.values())
     found, gradients = head("parallel_logits", partition, given, grads, softcap=known.softcap)
