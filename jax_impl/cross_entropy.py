@@ -195,7 +195,7 @@ def linear_cross_entropy(
         (0.3133, 1)
     """
     options = LossOptions(
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, tuple(returns)
+        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, returns
     )
     known = _known_targets(targets, options, partition, axis_name)
     statistics = linear_statistics(hidden, weight, known, partition, axis_name, options)

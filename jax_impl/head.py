@@ -259,7 +259,7 @@ def backward_products(
             return (hidden_KCE.at[chunk].add(of_tokens_CE), sums_BE), None
 
         start = hidden_KCE, vary(jnp.zeros(rows_BE.shape, wide), *everything)
-        (hidden_KCE, sums_BE), _ = jax.lax.scan(add_chunk, start, jnp.arange(len(chunks_KCE)))
+        (hidden_KCE, sums_BE), _ = jax.lax.scan(add_chunk, start, jnp.arange(len(chunks_KCE), dtype=jnp.int32))
         weight_NE = jax.lax.dynamic_update_slice_in_dim(weight_NE, sums_BE.astype(dtype), block.at, 0)
         return (hidden_KCE, weight_NE), None
 

@@ -151,7 +151,7 @@ class ParallelLMHead:
             check_targets(targets, self.partition.vocab_size, options.ignore_index)
         known = as_targets(targets, self.partition.vocab_size, options.ignore_index)
         check_targets_shape(known.shape, hidden.shape[:-1], "hidden")
-        options = replace(options, returns=tuple(returns))
+        options = replace(options, returns=returns)
         loss = tokens if options.reduction == "none" else PartitionSpec()
         specs = {"lse": tokens, "logprobs": tokens, "count": PartitionSpec()}
         output = (loss, *[specs[name] for name in options.returns]) if returns else loss

@@ -128,14 +128,14 @@ class LossOptions:
     """Validated options of a cross entropy.
 
     Args:
-        ignore_index: target without loss and gradient; any integer.
+        ignore_index: target without loss and gradient, in ``[-2**63, 2**63)``.
         label_smoothing: share of the target spread over all ``vocab_size`` ids, in [0, 1).
         z_loss: factor of the squared logsumexp added to each token's loss; not negative.
         reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"``.
         invalid_targets: result for a target outside ``[0, vocab_size)``, one of ``INVALID_TARGETS``.
         softcap: bounds logits to ``softcap * tanh(logits / softcap)``; None: no bound.
         seq_dim: dimension of the targets along which hidden states are split over the ranks; None: not split.
-        returns: further results, of ``LOSS_RETURNS``.
+        returns: further results, of ``LOSS_RETURNS``; kept as a tuple.
 
     Raises:
         TypeError: an option is of the wrong kind.
@@ -154,9 +154,12 @@ class LossOptions:
     invalid_targets: str = "error"
     softcap: float | None = None
     seq_dim: int | None = None
-    returns: tuple[str, ...] = ()
+    returns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        ignore_index = as_int("ignore_index", self.ignore_index)
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index must be in [-2**63, 2**63), got {ignore_index}")
         smoothing = as_number("label_smoothing", self.label_smoothing)
         if not 0 <= smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}")
@@ -166,7 +169,7 @@ class LossOptions:
         if isinstance(self.returns, str):
             raise TypeError(f"returns must be a sequence of names, got {self.returns!r}; pass ({self.returns!r},)")
         valid = {
-            "ignore_index": as_int("ignore_index", self.ignore_index),
+            "ignore_index": ignore_index,
             "label_smoothing": smoothing,
             "z_loss": z_loss,
             "reduction": check_choice("reduction", self.reduction, LOSS_REDUCTIONS),

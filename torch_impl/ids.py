@@ -91,7 +91,10 @@ def _without_ignored(targets: Tensor, vocab_size: int, ignore_index: int) -> Ten
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
     """``checked_targets`` as a custom operator."""
     known = _without_ignored(targets, vocab_size, ignore_index)
-    if ((known < 0) & (widen(targets) != ignore_index)).any():
+    invalid = known < 0
+    if targets.dtype != torch.uint64 or ignore_index >= 0:  # widening wraps large targets to negative numbers
+        invalid &= widen(targets) != ignore_index
+    if invalid.any():
         check_targets_valid(targets.cpu().numpy(), vocab_size, ignore_index)
     return known
 

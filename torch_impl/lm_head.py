@@ -131,7 +131,7 @@ class ParallelLMHead(nn.Module):
         if embedding.config.check and group_name:
             hidden = agreed_hidden(hidden, targets, options.seq_dim is not None, partition.world_size, group_name)
         if targets is not None:
-            asked = replace(options, returns=tuple(returns)) if returns else options
+            asked = replace(options, returns=returns) if returns else options
             return linear_loss(hidden, weight, targets, partition, asked, embedding.rank, group_name)
         if returns:
             raise ValueError(f"returns must be empty without targets, got {tuple(returns)}")
