@@ -1,4 +1,4 @@
-"""Under jit, vmap, scan, checkpoint, and inside the caller's own shard_map."""
+"""Under vmap, and inside the caller's own shard_map."""
 
 import jax
 import jax.numpy as jnp
@@ -33,30 +33,6 @@ def test_vmap_over_ids_tables_and_both(emb):
     np.testing.assert_array_equal(over_columns, expected)
     np.testing.assert_array_equal(over_tables, np.stack([expected, 2 * expected]))
     np.testing.assert_array_equal(over_both, expected * np.array([1, 2])[:, None, None])
-
-
-def test_per_sample_gradients_scan_and_checkpoint(emb):
-    def loss(emb, ids):
-        return (emb(ids) ** 2).sum()
-
-    def scanned(emb, ids):
-        return jax.lax.scan(lambda total, row: (total + jax.checkpoint(loss)(emb, row), None), 0.0, ids)[0]
-
-    @jax.jit
-    def gradients(emb, ids):
-        samples = jax.vmap(jax.grad(loss), (None, 0))(emb, ids)
-        return samples.weight, [jax.grad(loss)(emb, row).weight for row in ids], jax.grad(scanned)(emb, ids).weight
-
-    samples, expected, in_a_scan = gradients(emb, jnp.asarray(IDS))
-    np.testing.assert_array_equal(samples, np.stack(expected))
-    np.testing.assert_allclose(in_a_scan, sum(expected), rtol=4 * np.finfo(np.float32).eps)
-
-
-def test_donated_and_updated_in_place(emb):
-    step = jax.jit(lambda emb: jax.tree.map(lambda x: x + 1, emb), donate_argnums=0)
-    before = np.asarray(emb.weight).copy()
-    np.testing.assert_array_equal(step(emb).weight, before + 1)
-    assert emb.weight.is_deleted()
 
 
 def test_own_shard_map_is_refused_and_names_the_function(emb):
@@ -116,19 +92,3 @@ def test_the_pure_function_refuses_what_does_not_fit(changes, message):
 
     with pytest.raises((ValueError, TypeError), match=message):
         run(**changes)
-
-
-def test_forward_mode_skips_padding_idx_with_checked_ids_too(mesh_of):
-    options = {"padding_idx": 5, "reduction": "all_reduce"}
-    emb = ParallelVocabEmbedding(12, 4, mesh_of((3,)), invalid_ids="error", **options)
-    plain, ids = ParallelVocabEmbedding(12, 4, emb.mesh, **options), jnp.asarray([[0, 5, 4]])
-
-    def derivatives(layer):
-        direction = jax.tree.map(jnp.ones_like, layer)
-        tangent = jax.jvp(lambda layer: layer(ids), (layer,), (direction,))[1]
-        return tangent, jax.jvp(jax.grad(lambda layer: (layer(ids) ** 3).sum()), (layer,), (direction,))[1].weight
-
-    error, found = jax.jit(jax.experimental.checkify.checkify(derivatives))(emb)
-    assert error.get() is None
-    for each, expected in zip(found, jax.jit(derivatives)(plain), strict=True):
-        np.testing.assert_array_equal(each, expected)
