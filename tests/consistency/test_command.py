@@ -39,20 +39,6 @@ ALL_PAIRS = {("torch", "jax"), ("torch", "oracle"), ("jax", "oracle")}
 
 
 @pytest.mark.slow
-def test_defaults_prove_a_real_size_equal(pve):
-    result = pve.json("compare")
-    assert result["equal"] is True
-    case = result["case"]
-    assert (case["vocab_size"], case["emb_size"], case["world_size"]) == (131072, 1024, 8)
-    assert (case["dtype"], case["ids_shape"]) == ("bfloat16", [4, 2048])
-    assert pairs(result) == ALL_PAIRS
-    for pair in ALL_PAIRS:
-        found = {(c["what"], c["rank"]) for c in result["comparisons"] if (c["left"], c["right"]) == pair}
-        assert found == {(what, rank) for what in ("forward", "gradient") for rank in [*range(8), None]}
-    assert all(c["differing"] == 0 and c["max_ulp"] == 0 and c["max_abs"] == 0 for c in result["comparisons"])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_dtypes_with_a_table_to_read(pve, dtype):
     output = pve("compare", *SMALL, "--dtype", dtype, "--padding-idx", "3", "--seed", "5")
@@ -61,7 +47,9 @@ def test_other_dtypes_with_a_table_to_read(pve, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("reduction", "exchange"), [("all_reduce", "routed"), ("reduce_scatter", "dense")])
+@pytest.mark.parametrize(
+    ("reduction", "exchange"), [("all_reduce", "routed"), ("reduce_scatter", "dense"), ("all_to_all", "routed")]
+)
 def test_reductions_in_real_processes(pve, own, rng, reduction, exchange):
     """A user's own table, an odd number of columns, ids of [s, b], three torch processes and three JAX devices."""
     files = own(rng.standard_normal((42, 5)).astype(ml_dtypes.bfloat16), rng.integers(-2, 45, (6, 4)))
@@ -127,14 +115,12 @@ def test_missing_framework_is_skipped_and_named(pve, monkeypatch):
     pve.refused("neither torch nor jax is installed", "compare", *SMALL)
 
 
-@pytest.mark.parametrize("backends", ["torch", slower("torch,jax")])
-def test_layer_off_by_one_row_is_found(pve, monkeypatch, backends):
+def test_layer_off_by_one_row_is_found(pve, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(RUNNERS), prepend=os.pathsep)
     monkeypatch.setitem(BACKENDS, "torch", "off_by_one_runner")
-    result = pve.json("compare", *SMALL, "--backends", backends, status=1)
-    assert (result["equal"], len(result["comparisons"])) == (False, 8 if backends == "torch" else 24)
+    result = pve.json("compare", *SMALL, "--backends", "torch", status=1)
+    assert (result["equal"], len(result["comparisons"])) == (False, 8)
     different = [c for c in result["comparisons"] if c["differing"]]
-    assert {c["left"] for c in different} == {"torch"}
     assert {(c["what"], c["rank"]) for c in different} == {("forward", r) for r in (0, 1, 2, None)}
     for comparison in different:
         assert max(comparison["kinds"], key=comparison["kinds"].get) == "off by one row"
@@ -191,9 +177,6 @@ def test_record_and_diff_are_its_halves(pve, tmp_path):
 
 
 def test_plan(pve):
-    output = pve("plan", "--vocab-size", "131072", "--world-size", "8", "--emb-size", "1024")
-    for words in ("131072 rows over 8 ranks, 16384 each", "114688", "33.6 MB"):
-        assert words in output
     sizes = ["--vocab-size", "12", "--world-size", "3", "--emb-size"]
     plan = pve.json("plan", *sizes, "5", "--dtype", "float32")
     assert plan["ranks"][1] == {"rank": 1, "start": 4, "stop": 8}
@@ -204,11 +187,6 @@ def test_plan(pve):
 
 def test_plan_with_padding(pve):
     sizes = ["--vocab-size", "50257", "--world-size", "8"]
-    output = pve("plan", *sizes, "--padded-vocab-size", "128*w", "--emb-size", "768")
-    assert "50257 rows, padded to 51200, over 8 ranks, 6400 each" in output
-    lines = [[cell.strip() for cell in line.split("│")[1:]] for line in output.splitlines()]
-    for cells in (["7", "44800", "50256", "5457", "943"], ["even", "50264", "6283", "7"], ["128*w", "51200", "6400"]):
-        assert cells in [line[: len(cells)] for line in lines]
     plan = pve.json("plan", "--vocab-size", "3", "--world-size", "5", "--padded-vocab-size", "even")
     assert plan["ranks"][3:] == [{"rank": 3, "start": 3, "stop": 3}, {"rank": 4, "start": 3, "stop": 3}]
     output = pve("plan", *sizes)  # without a rule, what each would make of it

@@ -32,11 +32,8 @@ def place(tmp_path, values, monkeypatch, pve):
 
 def test_there_and_back(pve, place, values):
     assert [len(load_file(path)["wte.weight"]) for path in sorted((place / "parts").glob("*/*"))] == [8] * 4
-    options = ["--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even"]
-    again = pve("convert", "parts", "more", *options)
-    assert again.startswith("more: wte.weight, 30 x 6 float32, padded to 35 in 7 parts, ")
-    merged = pve("convert", "more", "merged.safetensors", "--vocab-size", "30")
-    assert merged.startswith("merged.safetensors: wte.weight, 30 x 6 float32, ")
+    pve("convert", "parts", "more", "--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even")
+    pve("convert", "more", "merged.safetensors", "--vocab-size", "30")
     assert load_file("merged.safetensors")["wte.weight"].tobytes() == values.tobytes()
     # Parts do not know their vocabulary, so the size given is believed.
     pve("convert", "parts", "merged.safetensors", "--vocab-size", "25", "--force")

@@ -68,8 +68,9 @@ def test_ties_round_to_even(backend, dtype):
         np.testing.assert_array_equal(gradients(backend, np.zeros(2, int), terms, 1, (2, 8))[0][0], expected)
 
 
-def test_nan_reaches_only_the_row_asked_for(backend):
-    ids, upstream = np.array([0, 4, 5, 4, -1, 12]), np.ones((6, 3), np.float32)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_reaches_only_the_row_asked_for(backend, dtype):
+    ids, upstream = np.array([0, 4, 5, 4, -1, 12]), np.ones((6, 3), DTYPES[dtype])
     upstream[1], upstream[4] = np.nan, np.inf
     grads = np.concatenate(gradients(backend, ids, upstream, shape=(12, 3)))
     assert np.isnan(grads[4]).all()

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from marks import slower
-from meshes import backward, collectives, compiled, make_mesh, on
+from meshes import backward, collectives, compiled, on
 
 from jax_impl import ParallelVocabEmbedding
 
@@ -20,12 +20,6 @@ IDS = np.arange(64, dtype=np.int32).reshape(4, 16)
 
 def forward(emb, ids):
     return emb(ids)
-
-
-def test_the_counter_sees_collectives():
-    mesh = make_mesh()
-    summed = jax.shard_map(lambda x: jax.lax.psum(x, "tp"), mesh=mesh, in_specs=P("tp"), out_specs=P())
-    assert collectives(compiled(summed, on(mesh, np.ones(8, np.float32), "tp"))) == {"all-reduce": 1}
 
 
 def test_a_partial_lookup_is_one_gather_without_communication(mesh_of):
@@ -69,18 +63,19 @@ def test_collectives(mesh_of, reduction, exchange, dtype, over_ranks, of_gradien
     assert collectives(compiled(backward, emb, ids, program(emb, ids))) == of_gradient
 
 
-def test_collectives_with_data_ranks(mesh_of):
-    """The data ranks' gradients are added up, once; over the ranks of the table nothing is sent for all_reduce."""
-    mesh = mesh_of((2, 4), ("dp", "tp"))
-    ids, emb = on(mesh, IDS, "dp"), ParallelVocabEmbedding(VOCAB, EMB, mesh, reduction="all_reduce")
+@pytest.mark.parametrize(("reduction", "over_ranks"), [("none", {}), ("all_reduce", {"all-reduce": 1})])
+def test_collectives_with_data_ranks(mesh_of, reduction, over_ranks):
+    """The data ranks' gradients are added up, once; over the ranks of the table no gradient is sent."""
+    mesh = mesh_of((2, 4), ("tp2", "tp"))  # names that contain each other
+    ids, emb = on(mesh, IDS, "tp2"), ParallelVocabEmbedding(VOCAB, EMB, mesh, reduction=reduction)
     program = compiled(forward, emb, ids)
-    assert collectives(program) == {"all-reduce": 1}
+    assert collectives(program) == over_ranks
     found = compiled(backward, emb, ids, program(emb, ids)).as_text()
     assert not re.search("all-gather|all-to-all|collective-permute", found)  # the compiler would gather the tokens
     groups = set(re.findall(r"all-reduce[^\n]*replica_groups=(.+?),? (?:use|chan|metadata|dim)", found))
     # Devices 0 to 3 hold the table for one data rank, 4 to 7 for the other: only i and i + 4 talk.
     assert groups
-    assert groups <= {"{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "mesh['dp'=2,'tp'=4] {'dp'}"}, groups
+    assert groups <= {"{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "mesh['tp2'=2,'tp'=4] {'tp2'}"}, groups
 
 
 @pytest.mark.parametrize(

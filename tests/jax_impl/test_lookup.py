@@ -22,15 +22,6 @@ def call(emb, ids):
 checked_call = jax.jit(checkify.checkify(call))
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("jit", [False, True])
-def test_partials_and_gradients_on_a_mesh_of_several_axes(mesh_of, rng, jit):
-    mesh = mesh_of((2, 2, 2), ("dp", "tp", "sp"))
-    emb = ParallelVocabEmbedding(48, 6, mesh, dtype=jnp.bfloat16, padding_idx=17)
-    ids = np.concatenate([np.arange(-2, 50), rng.integers(0, 48, 500), np.full(300, 17)])
-    assert_is_right(emb, ids.astype(np.int32).reshape(4, -1), jit)
-
-
 @pytest.mark.parametrize("x64", [False, True])
 def test_no_integer_dtype_narrows_in_jit(x64):
     emb = ParallelVocabEmbedding(600, 4, make_mesh((3,)))
