@@ -63,23 +63,35 @@ def test_there_and_back_bit_for_bit(dtype):
             assert [address(each) == address(tensor) for each in (array, back)] == [copy is not True] * 2
 
 
-def test_arrays_of_jax_and_numpy_are_shared(rng):
-    array = jax.random.normal(jax.random.key(0), (7, 5), jnp.bfloat16)
-    assert address(to_torch.from_dlpack(array, copy=False)) == address(array)
-    table = np.zeros((64, 33), ml_dtypes.bfloat16)  # NumPy itself hands no bfloat16 out
-    tensor = to_torch.from_dlpack(table, copy=False)
-    assert (tensor.dtype, address(tensor)) == (torch.bfloat16, table.ctypes.data)
-    tensor[0, 0] = 3
-    assert table[0, 0] == 3
-    np.testing.assert_array_equal(jax_bits(to_jax.from_dlpack(table)), jax_bits(table))
-    room = np.zeros(64 * 33 * 4 + 64, np.uint8)
-    aligned = room[-room.ctypes.data % 64 :][: 64 * 33 * 4].view(np.float32)
-    aligned.flags.writeable = False
-    assert address(to_jax.from_dlpack(aligned, copy=False)) == aligned.ctypes.data
-
-
 def base():
     return torch.arange(24 * 16, dtype=torch.float32).reshape(24, 16)
+
+
+def read_only():
+    room = np.zeros(64 * 33 * 4 + 64, np.uint8)
+    table = room[-room.ctypes.data % 64 :][: 64 * 33 * 4].view(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+SHARED = {
+    "torch's transposed": (to_jax, lambda: base().T),
+    "NumPy's read-only": (to_jax, read_only),
+    "JAX's own": (to_torch, lambda: jax.random.normal(jax.random.key(0), (7, 5), jnp.bfloat16)),
+    "JAX's in a layout of its own": (to_torch, lambda: jax.dlpack.from_dlpack(base().T)),
+    "NumPy's bfloat16": (to_torch, lambda: np.arange(60).astype(ml_dtypes.bfloat16)),  # which NumPy hands to nobody
+    "NumPy's stepped": (to_torch, lambda: np.arange(6.0)[::2]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_memory_that_can_be_shared_is(name):
+    importer, make = SHARED[name]
+    given = make()
+    imported = importer.from_dlpack(given, copy=False)
+    assert address(imported) == (given.ctypes.data if isinstance(given, np.ndarray) else address(given))
+    found, expected = (tensor_bits(x) if isinstance(x, torch.Tensor) else jax_bits(x) for x in (imported, given))
+    np.testing.assert_array_equal(found, expected)
 
 
 UNSHARED = {
@@ -110,18 +122,6 @@ def test_memory_that_cannot_be_shared_is_copied_or_refused(name):
         else:
             (given[0] if name == "expanded" else given)[:] += 1
             np.testing.assert_array_equal(np.asarray(imported), expected)
-
-
-def test_strides_of_ones_own_are_shared():
-    tensor = base().T
-    array = to_jax.from_dlpack(tensor, copy=False)
-    assert address(array) == address(tensor)
-    np.testing.assert_array_equal(np.asarray(array + 1), tensor.numpy() + 1)
-    array = jax.dlpack.from_dlpack(base().T)  # JAX in a layout of its own
-    tensor = to_torch.from_dlpack(array, copy=False)
-    assert (tensor.stride(), address(tensor)) == ((1, 16), address(array))
-    strided = np.arange(6.0)[::2]
-    assert address(to_torch.from_dlpack(strided, copy=False)) == strided.ctypes.data
 
 
 PRODUCERS = [
