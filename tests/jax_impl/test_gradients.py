@@ -79,7 +79,7 @@ def test_forward_mode_and_second_order(mesh_of, reduction, exchange, dtype, inva
 )
 def test_vmap_scan_and_checkpoint(mesh_of, rng, reduction, exchange, dtype):
     emb, whole = layer(mesh_of((2,)), reduction, dtype, exchange=exchange), VocabPartition(VOCAB, 1)
-    batches = np.stack([IDS, IDS[::-1]]).astype(np.int32)
+    batches = np.stack([IDS, np.arange(len(IDS))]).astype(np.int32)  # the second needs too many rows to be routed
     upstreams = rng.integers(-7, 8, (2, len(IDS), EMB)).astype(dtype)
     expected = [weight_grad(upstream, ids, whole, 0) for ids, upstream in zip(batches, upstreams, strict=True)]
 
