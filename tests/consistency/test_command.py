@@ -11,8 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from marks import slower
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from table_files import save, save_parts
 
 from shared.cli import compare as compare_command
@@ -41,28 +39,17 @@ ALL_PAIRS = {("torch", "jax"), ("torch", "oracle"), ("jax", "oracle")}
 
 
 @pytest.mark.slow
-def test_defaults_prove_a_real_size_equal(pve):
-    result = pve.json("compare")
-    assert result["equal"] is True
-    case = result["case"]
-    assert (case["vocab_size"], case["emb_size"], case["world_size"]) == (131072, 1024, 8)
-    assert (case["dtype"], case["ids_shape"]) == ("bfloat16", [4, 2048])
-    assert pairs(result) == ALL_PAIRS
-    for pair in ALL_PAIRS:
-        found = {(c["what"], c["rank"]) for c in result["comparisons"] if (c["left"], c["right"]) == pair}
-        assert found == {(what, rank) for what in ("forward", "gradient") for rank in [*range(8), None]}
-    assert all(c["differing"] == 0 and c["max_ulp"] == 0 and c["max_abs"] == 0 for c in result["comparisons"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_every_dtype_with_a_table_to_read(pve, dtype):
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_dtypes_with_a_table_to_read(pve, dtype):
     output = pve("compare", *SMALL, "--dtype", dtype, "--padding-idx", "3", "--seed", "5")
     for words in (f"96 x 16 {dtype} over 3 ranks, ids 4x2048", "EQUAL: 24 comparisons", "torch = jax"):
         assert words in output
 
 
-@pytest.mark.parametrize(("reduction", "exchange"), [slower("all_reduce", "routed"), slower("reduce_scatter", "dense")])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reduction", "exchange"), [("all_reduce", "routed"), ("reduce_scatter", "dense"), ("all_to_all", "routed")]
+)
 def test_reductions_in_real_processes(pve, own, rng, reduction, exchange):
     """A user's own table, an odd number of columns, ids of [s, b], three torch processes and three JAX devices."""
     files = own(rng.standard_normal((42, 5)).astype(ml_dtypes.bfloat16), rng.integers(-2, 45, (6, 4)))
@@ -86,9 +73,8 @@ def test_records_of_different_exchanges_compare(pve, tmp_path):
     assert "96 x 16 float32 over 3 ranks, ids 2x48, reduce_scatter" in output
 
 
-@pytest.mark.parametrize(
-    ("shape", "world_size"), [slower((), 1), slower((), 4), slower((1,), 4), slower((0,), 1), slower((2, 0, 3), 4)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "world_size"), [((), 1), ((2, 0, 3), 4)])
 def test_ids_of_any_shape(pve, own, rng, shape, world_size):
     files = own(rng.standard_normal((4, 3)).astype(np.float32), np.full(shape, 3))
     assert pve.json("compare", *files, "--world-size", world_size)["case"]["ids_shape"] == list(shape)
@@ -121,31 +107,20 @@ def test_compare_over_padded_ranks_from_parts(pve, tmp_path):
 def test_missing_framework_is_skipped_and_named(pve, monkeypatch):
     monkeypatch.setattr(compare_command, "is_installed", lambda name: name == "jax")
     printed = pve("compare", *SMALL)
-    for words in (
-        "torch is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[torch]'",
-        "EQUAL: 8 comparisons",
-        "jax = oracle",
-    ):
-        assert words in printed
+    assert "torch is not installed, so its layer was not run: pip install 'parallel-vocab-embedding[torch]'" in printed
+    assert "EQUAL: 8 comparisons" in printed
+    assert "jax = oracle" in printed
     pve.refused("--backends names torch, which is not installed", "compare", *SMALL, "--backends", "torch,jax")
     monkeypatch.setattr(compare_command, "is_installed", lambda name: False)
     pve.refused("neither torch nor jax is installed", "compare", *SMALL)
 
 
-@pytest.mark.parametrize(("backends", "comparisons"), [("torch", 8), slower("torch,jax", 24)])
-def test_layer_off_by_one_row_is_found(pve, monkeypatch, backends, comparisons):
+def test_layer_off_by_one_row_is_found(pve, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(RUNNERS), prepend=os.pathsep)
     monkeypatch.setitem(BACKENDS, "torch", "off_by_one_runner")
-    command = ["compare", *SMALL, "--backends", backends]
-    output = pve(*command, status=1)
-    assert f"DIFFERENT: {4 * len(backends.split(','))} of {comparisons} comparisons" in output
-    assert "torch has row 1" in output
-    if backends == "torch":
-        return
-    result = pve.json(*command, status=1)
-    assert result["equal"] is False
+    result = pve.json("compare", *SMALL, "--backends", "torch", status=1)
+    assert (result["equal"], len(result["comparisons"])) == (False, 8)
     different = [c for c in result["comparisons"] if c["differing"]]
-    assert {c["left"] for c in different} == {"torch"}
     assert {(c["what"], c["rank"]) for c in different} == {("forward", r) for r in (0, 1, 2, None)}
     for comparison in different:
         assert max(comparison["kinds"], key=comparison["kinds"].get) == "off by one row"
@@ -177,9 +152,7 @@ def test_crashing_backend_is_named(pve, monkeypatch, tmp_path):
 
 
 def test_record_and_diff_are_its_halves(pve, tmp_path):
-    torch, jax, oracle, other, cut = (
-        tmp_path / f"{name}.record" for name in ("torch", "jax", "oracle", "other", "cut")
-    )
+    torch, jax, oracle = (tmp_path / f"{name}.record" for name in ("torch", "jax", "oracle"))
     for path in (torch, jax, oracle):
         recorded = pve.json("record", "--backend", path.stem, "-o", path, *SMALL, "--padding-idx", "3")
         assert (recorded["backend"], recorded["vocab_size"]) == (path.stem, 96)
@@ -197,42 +170,25 @@ def test_record_and_diff_are_its_halves(pve, tmp_path):
     assert oracle.read_bytes() == b"mine"
     assert "oracle.record: oracle, 96 x 16 bfloat16 over 3 ranks" in pve(*command, "--force")
     pve.refused("seed 0 against seed 1", "diff", torch, oracle)
-
-    cut.write_bytes(torch.read_bytes()[:-1])
-    pve.refused("not a whole safetensors file", "diff", jax, cut)
-    with safe_open(oracle, "np") as file:
-        metadata = file.metadata()
-    save_file(load_file(oracle), other, {**metadata, "format": "something else"})
-    pve.refused("not a record of `pve record`", "diff", jax, other)
-    pve.refused("--tensor is for tables", "diff", jax, torch, "--tensor", "sum")
+    jax.write_bytes(torch.read_bytes()[:-1])
+    pve.refused("not a whole safetensors file", "diff", torch, jax)
+    pve.refused("--tensor is for tables", "diff", oracle, torch, "--tensor", "sum")
     pve.refused("its folder does not exist", "record", "--backend", "torch", "-o", "/no/where/record", *SMALL)
 
 
 def test_plan(pve):
-    output = pve("plan", "--vocab-size", "131072", "--world-size", "8", "--emb-size", "1024")
-    for words in ("131072 rows over 8 ranks, 16384 each", "114688", "33.6 MB"):
-        assert words in output
-    sizes = ["--vocab-size", "12", "--world-size", "3", "--emb-size", "5"]
-    plan = pve.json("plan", *sizes, "--dtype", "float32")
+    sizes = ["--vocab-size", "12", "--world-size", "3", "--emb-size"]
+    plan = pve.json("plan", *sizes, "5", "--dtype", "float32")
     assert plan["ranks"][1] == {"rank": 1, "start": 4, "stop": 8}
     assert (plan["rows_per_rank"], plan["bytes_per_rank"], plan["table_bytes"]) == (4, 80, 240)
-    short, long = (pve.json("plan", *sizes, "--dtype", name) for name in ("bf16", "bfloat16"))
-    assert short == long
-    assert short["dtype"] == "bfloat16"
-    pve.refused("--emb-size must be at least 1", "plan", *sizes[:4], "--emb-size", "0")
+    assert pve.json("plan", *sizes, "5", "--dtype", "bf16")["dtype"] == "bfloat16"
+    pve.refused("--emb-size must be at least 1", "plan", *sizes, "0")
 
 
 def test_plan_with_padding(pve):
     sizes = ["--vocab-size", "50257", "--world-size", "8"]
-    output = pve("plan", *sizes, "--padded-vocab-size", "128*w", "--emb-size", "768")
-    assert "50257 rows, padded to 51200, over 8 ranks, 6400 each" in output
-    lines = [[cell.strip() for cell in line.split("│")[1:]] for line in output.splitlines()]
-    for cells in (["7", "44800", "50256", "5457", "943"], ["even", "50264", "6283", "7"], ["128*w", "51200", "6400"]):
-        assert cells in [line[: len(cells)] for line in lines]
     plan = pve.json("plan", "--vocab-size", "3", "--world-size", "5", "--padded-vocab-size", "even")
-    assert plan["padded_vocab_size"] == 5
     assert plan["ranks"][3:] == [{"rank": 3, "start": 3, "stop": 3}, {"rank": 4, "start": 3, "stop": 3}]
-    assert plan["padding_rules"] == {"even": 5, "multiple-of:64": 320, "128*w": 640}
     output = pve("plan", *sizes)  # without a rule, what each would make of it
     assert "50257 rows over 8 ranks leave 1 over: pad with --padded-vocab-size." in output
     assert re.search(r"even +│ +50264 │ +6283 │ +7 ", output)

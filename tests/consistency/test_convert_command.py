@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from table_files import contents, save, save_zeros
+from table_files import contents, save
 
 from shared.bits import cast
 from shared.tables.find_table import open_table
@@ -32,11 +32,8 @@ def place(tmp_path, values, monkeypatch, pve):
 
 def test_there_and_back(pve, place, values):
     assert [len(load_file(path)["wte.weight"]) for path in sorted((place / "parts").glob("*/*"))] == [8] * 4
-    options = ["--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even"]
-    again = pve("convert", "parts", "more", *options)
-    assert again.startswith("more: wte.weight, 30 x 6 float32, padded to 35 in 7 parts, ")
-    merged = pve("convert", "more", "merged.safetensors", "--vocab-size", "30")
-    assert merged.startswith("merged.safetensors: wte.weight, 30 x 6 float32, ")
+    pve("convert", "parts", "more", "--vocab-size", "30", "--world-size", "7", "--padded-vocab-size", "even")
+    pve("convert", "more", "merged.safetensors", "--vocab-size", "30")
     assert load_file("merged.safetensors")["wte.weight"].tobytes() == values.tobytes()
     # Parts do not know their vocabulary, so the size given is believed.
     pve("convert", "parts", "merged.safetensors", "--vocab-size", "25", "--force")
@@ -106,7 +103,7 @@ def test_progress_goes_to_the_terminal_and_not_into_the_output(place):
     assert b"30 of 30 rows" in shown
 
 
-WORLD = ["--world-size", "3"]
+NEW = ["model.safetensors", "new"]
 
 
 @pytest.mark.parametrize(
@@ -114,21 +111,16 @@ WORLD = ["--world-size", "3"]
     [
         ("nowhere: no such file or folder", ["nowhere", "new.safetensors"]),
         ("model.safetensors: exists; pass --force", ["parts", "model.safetensors", "--vocab-size", "30"]),
-        ("parts: exists; parts are written to a new folder", ["model.safetensors", "parts", *WORLD, "--force"]),
-        ("model.safetensors: exists; parts are", ["model.safetensors", "model.safetensors", *WORLD]),
+        ("parts: exists; parts are written to a new", ["model.safetensors", "parts", "--world-size", "3", "--force"]),
         ("parts: a table is written to one safetensors file", ["model.safetensors", "parts", "--force"]),
-        ("no/where.safetensors: its folder does not exist", ["model.safetensors", "no/where.safetensors"]),
-        ("a name of its own", ["model.safetensors", ".", *WORLD]),
-        ("the next size that divides is 32", ["model.safetensors", "new", "--world-size", "4"]),
-        ("the least such size is 32", ["model.safetensors", "new", "--world-size", "4", "--padded-vocab-size", "30"]),
-        ("--world-size must be at least 1, got 0", ["model.safetensors", "new", "--world-size", "0"]),
-        ("--padded-vocab-size must be", ["model.safetensors", "new", *WORLD, "--padded-vocab-size", "odd"]),
-        ("--padded-vocab-size pads parts", ["model.safetensors", "new.safetensors", "--padded-vocab-size", "even"]),
-        ("invalid choice: 'int8'", ["model.safetensors", "new.safetensors", "--dtype", "int8"]),
-        ("no tensor 'lm_head' in it; there are: ", ["model.safetensors", "new.safetensors", "--tensor", "lm_head"]),
+        ("the next size that divides is 32", [*NEW, "--world-size", "4"]),
+        ("the least such size is 32", [*NEW, "--world-size", "4", "--padded-vocab-size", "30"]),
+        ("--world-size must be at least 1, got 0", [*NEW, "--world-size", "0"]),
+        ("--padded-vocab-size must be", [*NEW, "--world-size", "3", "--padded-vocab-size", "odd"]),
+        ("--padded-vocab-size pads parts", [*NEW, "--padded-vocab-size", "even"]),
+        ("invalid choice: 'int8'", [*NEW, "--dtype", "int8"]),
+        ("no tensor 'lm_head' in it; there are: ", [*NEW, "--tensor", "lm_head"]),
         ("--vocab-size must be given for parts that may be padded", ["parts", "new.safetensors"]),
-        ("the 32 rows that the parts have, got 33", ["parts", "new.safetensors", "--vocab-size", "33"]),
-        ("that of the table: asked for 29", ["model.safetensors", "new.safetensors", "--vocab-size", "29"]),
         ("the following arguments are required: OUTPUT", ["model.safetensors"]),
     ],
 )
@@ -145,53 +137,29 @@ from shared.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-# From inside, so that a busy machine delays the interrupt and the writing alike.
+# At the first temporary file. A shell ignores the signal in what it starts in the background.
 INTERRUPTED = """
-import os, signal, sys, threading
+import os, signal, sys
 from shared.cli import main
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
-interrupt = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-interrupt.daemon = True
-
-def interrupt_soon(event, arguments):
-    if event in ("open", "os.mkdir") and str(arguments[0]).endswith(".tmp") and interrupt.ident is None:
-        interrupt.start()
-
-sys.addaudithook(interrupt_soon)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+seen = []
+def interrupt(event, arguments):
+    if event in ("open", "os.mkdir") and str(arguments[0]).endswith(".tmp") and not seen:
+        seen.append(event)
+        signal.raise_signal(signal.SIGINT)
+sys.addaudithook(interrupt)
 sys.exit(main(sys.argv[1:]))
 """
 
-WRITING = {
-    "file": ["convert", "model.safetensors", "new.safetensors"],
-    "over a file": ["convert", "parts", "model.safetensors", "--vocab-size", "30", "--force"],
-    "parts": ["convert", "model.safetensors", "new", "--world-size", "5"],
-}
 
-
-@pytest.mark.parametrize("writing", WRITING)
-def test_refusal_by_the_operating_system_changes_nothing(place, writing):
-    """A real one: files may not become as large as these."""
+@pytest.mark.parametrize(("program", "says"), [(TOO_LARGE, "File too large"), (INTERRUPTED, "interrupted")])
+@pytest.mark.parametrize("arguments", [["model.safetensors", "--force"], ["new", "--world-size", "5"]])
+def test_refusal_by_the_operating_system_and_ctrl_c_change_nothing(place, program, says, arguments):
+    """Real ones: files may not become as large as these, and a signal."""
     before = contents(place)
-    done = subprocess.run([sys.executable, "-c", TOO_LARGE, *WRITING[writing]], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, "convert", "model.safetensors", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("pve: error: ")
-    assert "File too large" in done.stderr
+    assert says in done.stderr
     assert contents(place) == before
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["large.safetensors", "model.safetensors", "--force"],
-        pytest.param(["large.safetensors", "new", "--world-size", "8"], marks=pytest.mark.slow),
-    ],
-)
-def test_ctrl_c_during_a_long_conversion_leaves_nothing_behind(place, arguments):
-    """Half a gigabyte, interrupted soon after there is a temporary file."""
-    save_zeros(place / "large.safetensors", 2**16, 2048)
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    command = [sys.executable, "-c", INTERRUPTED, "convert", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "pve: error: interrupted\n")
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before

@@ -1,11 +1,14 @@
-"""Importing one room does not import the framework of another, and each room imports only what it may."""
+"""What each room imports, the name for both backends, and a foreign package called `shared`."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import parallel_vocab_embedding
 
 ROOT = Path(__file__).parents[2]
 MAY_NOT = {
@@ -71,19 +74,16 @@ def test_hidden_module_is_noticed():
     assert run_without(("json",), "import json") == (1, "looked for json\n")
 
 
-UMBRELLA = "parallel_vocab_embedding"
-
-
 @pytest.mark.parametrize(
-    ("hidden", "program", "loaded"),
+    ("hidden", "module", "loaded"),
     [
-        (("torch", "jax", "torch_impl", "jax_impl"), f"import {UMBRELLA}", UMBRELLA),
-        (("jax",), f"from {UMBRELLA}.torch import ParallelVocabEmbedding", "torch_impl"),
-        (("torch",), f"from {UMBRELLA}.jax import ParallelVocabEmbedding", "jax_impl"),
+        (("torch", "jax", "torch_impl", "jax_impl"), "parallel_vocab_embedding", "parallel_vocab_embedding"),
+        (("jax",), "parallel_vocab_embedding.torch", "torch_impl"),
+        (("torch",), "parallel_vocab_embedding.jax", "jax_impl"),
     ],
 )
-def test_the_umbrella_imports_a_backend_on_use_and_needs_one(hidden, program, loaded):
-    status, printed = run_without(hidden, program)
+def test_the_umbrella_imports_a_backend_on_use_and_needs_one(hidden, module, loaded):
+    status, printed = run_without(hidden, f"import {module}")
     assert status == 0
     assert loaded in printed.split()
 
@@ -117,17 +117,43 @@ def test_no_import_runs_upward(wing):
 
 
 def test_backends_have_the_same_files():
-    torch_only = {
-        "accumulation",
-        "clipping",
-        "data_parallel",
-        "further_split",
-        "host_rows",
-        "mesh",
-        "process_group",
-        "table_rows",
-        "zero_row",
-    }
+    torch_only = {"accumulation", "clipping", "data_parallel", "further_split", "host_rows", "mesh"}
+    torch_only |= {"process_group", "table_rows", "zero_row"}
     jax_only = {"over_mesh", "placement"}  # one program over a mesh in the place of a group
-    names = [{path.stem for path in (ROOT / room).glob("*.py")} for room in ("torch_impl", "jax_impl")]
-    assert (names[0] - names[1], names[1] - names[0]) == (torch_only, jax_only)
+    torch, jax = ({path.stem for path in (ROOT / room).glob("*.py")} for room in ("torch_impl", "jax_impl"))
+    assert (torch - jax, jax - torch) == (torch_only, jax_only)
+
+
+# One name for both backends, and a foreign `shared`
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_the_same_objects(name):
+    ours, backend = importlib.import_module(f"parallel_vocab_embedding.{name}"), importlib.import_module(f"{name}_impl")
+    assert getattr(parallel_vocab_embedding, name) is ours
+    assert ours.__all__ == backend.__all__
+    for each in backend.__all__:
+        assert getattr(ours, each) is getattr(backend, each)
+
+
+def test_another_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="'parallel_vocab_embedding' has no attribute 'numpy'"):
+        _ = parallel_vocab_embedding.numpy
+
+
+def test_documentation(check_documentation):
+    check_documentation("parallel_vocab_embedding", {"parallel_vocab_embedding"})
+
+
+@pytest.mark.parametrize("room", ["torch_impl", "jax_impl"])
+@pytest.mark.parametrize("where", ["shared/__init__.py", "shared.py", "shared/no_package.py"])
+def test_another_package_called_shared_is_named(room, where, tmp_path):
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    (tmp_path / where).write_text("")
+    (tmp_path / room).symlink_to(ROOT / room)
+    command = [sys.executable, "-S", "-c", f"import {room}"]  # without site-packages, where ours may be
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: {room} needs the package `shared` of parallel-vocab-embedding")
+    assert str(tmp_path / where.removesuffix("/no_package.py")) in last
+    assert "pip uninstall shared" in last

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
 from marks import slower
 from meshes import assert_is_right, assert_same_bits, make_mesh, on
 
@@ -19,15 +20,6 @@ def call(emb, ids):
 
 
 checked_call = jax.jit(checkify.checkify(call))
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("jit", [False, True])
-def test_partials_and_gradients_on_a_mesh_of_several_axes(mesh_of, rng, jit):
-    mesh = mesh_of((2, 2, 2), ("dp", "tp", "sp"))
-    emb = ParallelVocabEmbedding(48, 6, mesh, dtype=jnp.bfloat16, padding_idx=17)
-    ids = np.concatenate([np.arange(-2, 50), rng.integers(0, 48, 500), np.full(300, 17)])
-    assert_is_right(emb, ids.astype(np.int32).reshape(4, -1), jit)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -52,77 +44,55 @@ def test_no_integer_dtype_narrows_in_jit(x64):
             np.testing.assert_array_equal(np.asarray(partials[dtype]).sum(0), rows, err_msg=dtype)
 
 
-def test_invalid_64_bit_ids_are_named_without_x64():
+def test_invalid_ids_are_named_without_x64():
     emb = ParallelVocabEmbedding(24, 4, make_mesh(), invalid_ids="error")
     with jax.enable_x64(True):
         ids = jnp.array([2**32 + 5, 5])
     with pytest.raises(IndexError, match=r"ids\[0\] = 4294967301 is outside"):
         emb(ids)
     assert "ids[0]" in checked_call(emb, ids)[0].get()
+    with pytest.raises(checkify.JaxRuntimeError, match="ids = -7 is outside"):
+        checked_call(emb, jnp.array(-7))[0].throw()
 
 
 def test_as_ids_keeps_what_is_right():
     ids = jnp.arange(3)
     assert as_ids(ids, 24) is ids
     assert as_ids(7, 24) == 7
-    np.testing.assert_array_equal(as_ids(np.array([2**32 + 5, 5]), 24), [-1, 5])
 
 
-@pytest.mark.parametrize("shape", [(), (3, 0, 2)])
-def test_jax_ids_of_any_shape(mesh_of, rng, shape):
-    emb = ParallelVocabEmbedding(24, 5, mesh_of((3,)))
-    ids = rng.integers(0, 24, shape)
-    expected = np.asarray(emb.weight)[ids]
-    np.testing.assert_array_equal(np.asarray(emb(jnp.asarray(ids))).sum(0), expected)
-    grad = jax.jit(jax.grad(lambda emb: emb(ids).sum()))(emb).weight
-    np.testing.assert_array_equal(np.asarray(grad)[:, 0], np.bincount(ids.ravel(), minlength=24))
+def with_gradient(emb, ids):
+    return emb(ids), jax.grad(lambda emb: emb(ids).sum())(emb).weight
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
-    [([[0, 1], [24, -1]], r"ids\[1, 0\] = 24 is outside the vocabulary \[0, 24\)"), (-7, r"ids = -7 is outside")],
+    ("kinds", "spec", "options"),
+    [
+        (("Auto", "Auto"), P("dp"), {}),
+        (("Explicit", "Auto"), P("tp"), {}),
+        (("Auto", "Explicit"), P("dp"), {}),
+        (("Auto", "Auto"), P(), {"reduction": "reduce_scatter", "exchange": "routed"}),
+        slower(("Explicit", "Explicit"), P("dp"), {}),
+        slower(("Auto", "Auto"), P("tp"), {"reduction": "all_to_all"}),
+    ],
 )
-def test_invalid_ids_error_in_checked_jit(ids, message):
-    emb = ParallelVocabEmbedding(24, 5, make_mesh((3,)), invalid_ids="error")
-    ids = jnp.array(ids)
-    with pytest.raises(checkify.JaxRuntimeError, match=message):
-        checked_call(emb, ids)[0].throw()
-    error, out = checked_call(emb, ids.clip(0, 23))
-    error.throw()
-    assert_same_bits(out, emb(ids.clip(0, 23)))
-
-
-def test_invalid_ids_error_over_data_and_in_gradients(mesh_of):
-    mesh = mesh_of((2, 4), ("dp", "tp"))
-    emb = ParallelVocabEmbedding(24, 5, mesh, invalid_ids="error", padding_idx=2)
-    ids = on(mesh, np.array([[0, 1], [2, 30]]), "dp")
-    with pytest.raises(IndexError, match=r"ids\[1, 1\] = 30"):
-        emb(ids)
-    gradient = jax.jit(checkify.checkify(lambda emb, ids: jax.grad(lambda emb: emb(ids).sum())(emb)))
-    error, _ = gradient(emb, ids)
-    assert "ids[1, 1] = 30 is outside the vocabulary" in error.get()
-    error, grad = gradient(emb, ids - 3 * (ids > 3) * 9)
-    assert error.get() is None
-    np.testing.assert_array_equal(np.asarray(grad.weight)[:, 0], np.eye(24)[[0, 1, 3]].sum(0))
-
-
-@pytest.mark.parametrize(("kinds", "axis"), [(("Explicit", "Auto"), "tp"), (("Auto", "Explicit"), "dp")])
-def test_invalid_ids_error_on_mixed_meshes(kinds, axis):
+def test_invalid_ids_error(kinds, spec, options):
+    """Outside jit by an IndexError, inside by checkify, in gradients too."""
     mesh = jax.make_mesh((2, 4), ("dp", "tp"), tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds))
+    ids = np.arange(32, dtype=np.int32).reshape(8, 4) % 24
+    valid, invalid = (on(mesh, ids + 30 * wrong, *spec) for wrong in (False, ids == 9))
+    checked = jax.jit(checkify.checkify(with_gradient))
     with jax.set_mesh(mesh):
-        emb = ParallelVocabEmbedding(24, 4, mesh, invalid_ids="error")
-        ids = on(mesh, np.arange(8).reshape(4, 2), axis)
-        error, out = checked_call(emb, ids)
+        emb = ParallelVocabEmbedding(24, 5, mesh, invalid_ids="error", padding_idx=2, **options)
+        error, (output, gradient) = checked(emb, valid)
         assert error.get() is None
-        assert_same_bits(out, emb(ids))
-
-
-def test_an_empty_batch_has_no_invalid_ids(mesh_of):
-    emb = ParallelVocabEmbedding(24, 5, mesh_of(), invalid_ids="error")
-    error, out = checked_call(emb, jnp.zeros((0,), int))
-    assert error.get() is None
-    assert out.shape == (8, 0, 5)
-    assert emb(np.zeros((0, 2), int)).shape == (8, 0, 2, 5)
+        assert_same_bits(output, assert_is_right(emb, valid, jit=False))
+        counts = np.bincount(ids.ravel(), minlength=24) * (np.arange(24) != 2)
+        np.testing.assert_array_equal(np.asarray(gradient)[:, 0], counts)
+        error, _ = checked(emb, invalid)
+        assert "ids[2, 1] = 39 is outside the vocabulary [0, 24)" in error.get()
+        with pytest.raises(IndexError, match=r"ids\[2, 1\] = 39 is outside the vocabulary \[0, 24\)"):
+            emb(invalid)
 
 
 @pytest.mark.parametrize("invalid_ids", ["zero", "error"])

@@ -55,18 +55,6 @@ def test_table_and_result_are_flaxs_own(mesh_of, dtype, param_dtype):
     np.testing.assert_array_equal(nnx.jit(lambda embed, ids: embed(ids))(ours, IDS), expected)
 
 
-def test_it_says_how_it_is_sharded(mesh_of):
-    mesh = mesh_of((2, 4), ("dp", "tp"))
-    model = Model(Embed, mesh=mesh, padded_vocab_size="even")
-    spec = nnx.get_partition_spec(nnx.state(model, nnx.Param))
-    assert spec["embed"]["embedding"].get_value() == P("tp", None)
-    graphdef, state = nnx.get_abstract_model(lambda: Model(Embed, mesh=mesh, padded_vocab_size="even"), mesh)
-    assert state["embed"]["embedding"].sharding == NamedSharding(mesh, P("tp", None))
-    assert graphdef == nnx.graphdef(model)
-    again = nnx.merge(*nnx.split(model))
-    np.testing.assert_array_equal(again.embed(IDS), model.embed(IDS))
-
-
 def test_logical_axes():
     mesh = make_mesh((2, 4), ("dp", "model"))
     metadata = {"out_sharding": ("vocab", "embed"), "sharding_rules": (("vocab", "model"), ("embed", None))}

@@ -4,44 +4,34 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import on
 
 import jax_impl
 from jax_impl.private_api import all_gather_invarying, varying_axes
 
 
-def test_varying_axes(mesh_of):
+def test_axes_over_which_an_array_varies(mesh_of):
     mesh, found = mesh_of((2, 2), ("dp", "tp")), []
-    split, whole = (jax.device_put(jnp.ones(2), NamedSharding(mesh, spec)) for spec in (P("dp"), P()))
 
-    def on_each_device(split, whole):
-        found.extend([varying_axes(split), varying_axes(whole), varying_axes(split + whole)])
-        return split
+    def on_each_device(rows, whole):
+        gathered = all_gather_invarying(rows, "tp")
+        found.extend(map(varying_axes, (rows, whole, rows + whole, gathered)))
+        return gathered
 
-    jax.shard_map(on_each_device, mesh=mesh, in_specs=(P("dp"), P()), out_specs=P("dp"))(split, whole)
-    assert found == [{"dp"}, set(), {"dp"}]
-    assert varying_axes(jnp.ones(2)) == set()
-
-
-def test_gathered_rows_do_not_vary(mesh_of):
-    mesh, found = mesh_of((4,)), []
-    rows = jax.device_put(jnp.arange(8), NamedSharding(mesh, P("tp")))
-
-    def on_each_device(rows):
-        found.append(varying_axes(all_gather_invarying(rows, "tp")))
-        return all_gather_invarying(rows, "tp")
-
-    gathered = jax.shard_map(on_each_device, mesh=mesh, in_specs=P("tp"), out_specs=P())(rows)
-    assert (gathered.tolist(), found) == ([*range(8)], [set()])
+    mapped = jax.shard_map(on_each_device, mesh=mesh, in_specs=(P("tp"), P()), out_specs=P())
+    assert mapped(on(mesh, np.arange(8), "tp"), on(mesh, np.ones(4, int))).tolist() == [*range(8)]
+    assert found == [{"tp"}, set(), {"tp"}, set()]
+    assert varying_axes(np.ones(2)) == set()
 
 
 @pytest.mark.parametrize("name", ["jax._src", "jax.interpreters", "jax.extend", "manual_axis_type", ".vma", "jaxlib"])
 def test_private_names_are_in_one_file(name):
-    folder = Path(jax_impl.__file__).parent
-    assert [path.name for path in folder.glob("**/*.py") if re.search(re.escape(name) + r"\b", path.read_text())] in (
-        [],
-        ["private_api.py"],
-    )
+    users = [
+        path.name
+        for path in Path(jax_impl.__file__).parent.rglob("*.py")
+        if re.search(rf"{re.escape(name)}\b", path.read_text())
+    ]
+    assert users in ([], ["private_api.py"])

@@ -1,4 +1,4 @@
-"""Building the layer: what it holds, how it is drawn, what it refuses."""
+"""Building the layer: what it holds, how it is drawn and padded, what it refuses."""
 
 import copy
 import inspect
@@ -12,47 +12,31 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import make_mesh
+from meshes import assert_is_right, make_mesh
 
 from jax_impl import ParallelVocabEmbedding
 from shared import VocabPartition
 
+IDS = np.array([[0, 9, 10, 11], [2, 3, 3, -1], [12, 5, 9, 8], [8, 8, 0, 1]])  # of 10 rows; 12 is past any padding
+
 
 def test_the_signature_is_the_promised_one():
-    parameters = inspect.signature(ParallelVocabEmbedding).parameters
-    sizes, seeds = ["vocab_size", "emb_size", "mesh", "axis_name"], ["init_mean", "init_std", "init_base_seed", "dtype"]
-    assert [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == sizes + seeds
-    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    assert defaults == {
-        "mesh": None,
-        "axis_name": "tp",
-        "init_mean": 0.0,
-        "init_std": 1.0,
-        "init_base_seed": 42,
-        "dtype": jnp.float32,
-        "reduction": "none",
-        "exchange": "auto",
-        "invalid_ids": "zero",
-        "padding_idx": None,
-        "padded_vocab_size": None,
-        "init": "per_rank",
-        "seq_dim": -1,
-        "check": False,
-        "key": None,
-    }
+    signature = inspect.signature(ParallelVocabEmbedding)
+    assert " ".join(str(each.replace(annotation=each.empty)) for each in signature.parameters.values()) == (
+        "vocab_size emb_size mesh=None axis_name='tp' init_mean=0.0 init_std=1.0 init_base_seed=42 "
+        f"dtype={jnp.float32} reduction='none' exchange='auto' invalid_ids='zero' padding_idx=None "
+        "padded_vocab_size=None init='per_rank' seq_dim=-1 check=False key=None"
+    )
+    keywords = [name for name, each in signature.parameters.items() if each.kind is each.KEYWORD_ONLY]
+    assert (keywords[0], len(keywords)) == ("reduction", 9)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mean", "shape", "names"),
-    [
-        (jnp.float16, 0.0, (1,), ("tp",)),
-        (jnp.float32, 0.5, (3,), ("tp",)),
-        (jnp.float64, 0.5, (2,), ("tp",)),
-        (jnp.bfloat16, 0.5, (2, 4), ("dp", "tp")),
-    ],
+    ("dtype", "mean", "shape"),
+    [(jnp.float16, 0.0, (1,)), (jnp.float32, 0.5, (3,)), (jnp.float64, 0.5, (2,)), (jnp.bfloat16, 0.5, (2, 4))],
 )
-def test_each_rank_draws_from_its_own_key(mesh_of, dtype, mean, shape, names):
-    mesh = mesh_of(shape, names)
+def test_each_rank_draws_from_its_own_key(mesh_of, dtype, mean, shape):
+    mesh = mesh_of(shape, ("dp", "tp")[-len(shape) :])
     with jax.enable_x64(dtype == jnp.float64):
         emb = ParallelVocabEmbedding(8 * shape[-1], 5, mesh, "tp", mean, 0.02, 7, dtype, padding_idx=3)
         keys = [jax.random.key(7 + rank) for rank in range(shape[-1])]
@@ -117,15 +101,7 @@ def test_the_mesh_in_force_is_taken(mesh_of):
     np.testing.assert_array_equal(made_in_jit(np.arange(24)), emb(np.arange(24)))
 
 
-def test_shapes_without_computing_anything(mesh_of):
-    mesh = mesh_of()
-    emb = jax.eval_shape(lambda: ParallelVocabEmbedding(2**30, 8192, mesh, dtype=jnp.bfloat16))
-    assert (emb.weight.shape, emb.weight.dtype) == ((2**30, 8192), jnp.bfloat16)
-    out = jax.eval_shape(emb, jax.ShapeDtypeStruct((4, 2048), jnp.int32))
-    assert (out.shape, out.dtype) == ((8, 4, 2048, 8192), jnp.bfloat16)
-
-
-def test_an_abstract_layer_has_all_but_the_table(mesh_of, rng):
+def test_an_abstract_layer_has_all_but_the_table(mesh_of):
     mesh = mesh_of((4,))
     arguments = (10, 5, mesh, "tp", 0.0, 0.02, 7, jnp.bfloat16)
     emb = ParallelVocabEmbedding.abstract(*arguments, padded_vocab_size="even", reduction="all_reduce", init="global")
@@ -182,6 +158,7 @@ def test_misplaced_table_names_with_weight(mesh_of, transform):
     [
         ({"vocab_size": 50257}, ValueError, "50257 over world_size=8 .* is 50264"),
         ({"vocab_size": 2**31}, ValueError, "vocab_size must fit JAX's int32 indices"),
+        ({"padded_vocab_size": 2**31}, ValueError, r"below 2\*\*31, got 2147483648"),
         ({"mesh": "tp"}, TypeError, "mesh must be a jax.sharding.Mesh"),
         ({"axis_name": "model"}, ValueError, r"one of \('tp',\), got 'model'"),
         ({"axis_name": ("tp",)}, TypeError, "axis_name must be a string"),
@@ -200,22 +177,19 @@ def test_bad_arguments_are_refused(arguments, error, match):
 
 
 @pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
-def test_from_a_table_in_memory(mesh_of, make):
-    mesh = mesh_of((4,))
-    table = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
-    emb = ParallelVocabEmbedding.from_embedding(
-        make(table), mesh, padded_vocab_size="even", padding_idx=7, reduction="all_reduce"
-    )
+def test_from_a_table_in_memory(mesh_of, rng, make):
+    mesh, table = mesh_of((4,)), rng.standard_normal((10, 3)).astype(np.float32)
+    emb = ParallelVocabEmbedding.from_embedding(make(table), mesh, padded_vocab_size="even", padding_idx=7)
     assert emb.weight.sharding.is_equivalent_to(NamedSharding(mesh, P("tp", None)), 2)
-    np.testing.assert_array_equal(np.asarray(emb.weight), np.pad(table, ((0, 2), (0, 0))))
-    np.testing.assert_array_equal(emb(np.arange(10)), table)
+    np.testing.assert_array_equal(emb.weight, np.pad(table, ((0, 2), (0, 0))))
     assert emb.padding_idx == 7
-    with pytest.raises(TypeError, match="table must be a JAX or NumPy array, got list"):
-        ParallelVocabEmbedding.from_embedding([[1.0]], mesh)
-    with pytest.raises(ValueError, match=r"table must be \[v, e\], got \[4\]"):
-        ParallelVocabEmbedding.from_embedding(np.ones(4, np.float32), mesh)
-    with pytest.raises(ValueError, match="divisible"):
-        ParallelVocabEmbedding.from_embedding(table, mesh)
+    for error, match, given in (
+        (TypeError, "table must be a JAX or NumPy array, got list", [[1.0]]),
+        (ValueError, r"table must be \[v, e\], got \[4\]", make(np.ones(4, np.float32))),
+        (ValueError, "divisible", make(table)),
+    ):
+        with pytest.raises(error, match=match):
+            ParallelVocabEmbedding.from_embedding(given, mesh)
 
 
 def test_a_callable_is_asked_for_each_devices_rows(mesh_of):
@@ -247,3 +221,41 @@ def test_initial_values_without_numbers_of_rows():
     np.testing.assert_array_equal(emb.weight, np.full((8, 2), 0.5))
     with pytest.raises(ValueError, match=r"a row for each of the row numbers that it is given, \[2, 2\], got \[2\]"):
         ParallelVocabEmbedding(8, 2, mesh, init=lambda rows: rows)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "exchange"), [("all_reduce", "dense"), ("reduce_scatter", "routed"), ("all_to_all", "dense")]
+)
+def test_every_reduction_with_padding(reduction, exchange):
+    """On 4 ranks, of which the last has padding only, and whatever the padding's rows hold."""
+    options = {"padded_vocab_size": 16, "reduction": reduction, "exchange": exchange}
+    emb = ParallelVocabEmbedding(10, 3, make_mesh(), **options)
+    assert np.asarray(emb.weight)[:10].all()
+    assert not np.asarray(emb.weight)[10:].any()
+    assert_is_right(emb.with_weight(emb.weight.at[10:].set(jnp.nan)), IDS)
+
+
+def test_global_numbers_do_not_depend_on_the_layout(mesh_of):
+    options = {"init": "global", "init_std": 0.02, "padding_idx": 4}
+    plain = np.asarray(ParallelVocabEmbedding(10, 3, mesh_of((1,)), **options).weight)
+    assert (plain.any(1) == (np.arange(10) != 4)).all()
+    mesh = mesh_of((2, 4), ("dp", "tp"))
+    for padded in ("even", 32):
+        make = lambda padded=padded: ParallelVocabEmbedding(10, 3, mesh, padded_vocab_size=padded, **options)  # noqa: E731
+        for table in (make().weight, jax.jit(make)().weight):
+            np.testing.assert_array_equal(table, np.pad(plain, ((0, len(table) - 10), (0, 0))))
+
+
+def test_a_head_of_the_callers_own():
+    """It trains padding rows, and no others that it should not, unless their gradient is removed."""
+    emb = ParallelVocabEmbedding(10, 3, make_mesh(), padded_vocab_size=16, padding_idx=9)
+
+    @jax.jit
+    def gradients(emb):
+        grads = jax.grad(lambda emb: (emb(IDS) ** 2).sum() + jax.nn.logsumexp(jnp.ones(3) @ emb.weight.T))(emb)
+        return grads, emb.zero_padding_grad(grads)
+
+    given, kept = gradients(emb)
+    assert np.asarray(given.weight)[9:].all()
+    for found in (kept, emb.zero_padding_grad(given)):
+        np.testing.assert_array_equal(found.weight, np.asarray(given.weight) * (np.arange(16) < 10)[:, None])

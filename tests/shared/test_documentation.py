@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for room in ("shared", "torch_impl") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(path for room in ("shared", "torch_impl", "jax_impl") for path in (ROOT / room).rglob("*.py"))
 
 
 def test_documentation(check_documentation):
