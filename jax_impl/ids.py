@@ -138,7 +138,7 @@ def as_targets(targets: ArrayLike, vocab_size: int, ignore_index: int) -> jax.Ar
     Args:
         targets: a JAX array, a NumPy array or a number, of any integer dtype.
         vocab_size: rows of the whole table.
-        ignore_index: any integer.
+        ignore_index: an integer in ``[-2**63, 2**63)``.
 
     Returns:
         int32 of the same shape: a JAX array for JAX targets, else a NumPy array.

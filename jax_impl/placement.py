@@ -137,7 +137,10 @@ def likely_split(
         return split
     has_sequence = (ids.ndim > 1 or config.reduction == "reduce_scatter") and config.reduction != "all_to_all"
     sequence = config.seq_dim % ids.ndim if ids.ndim and has_sequence else None
-    return guess_split(ids.shape, split, mesh, axis_name, sequence)
+    shape = ids.shape
+    if config.reduction == "all_to_all" and axis_name not in axes_of(split):  # it splits the batch too
+        shape = (shape[0] // mesh.shape[axis_name], *shape[1:])
+    return guess_split(shape, split, mesh, axis_name, sequence)
 
 
 def guess_split(

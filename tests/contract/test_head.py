@@ -81,7 +81,7 @@ def test_loss_and_gradients(head, options, dtype, world_size, seq_dim, padded):
 
 @pytest.mark.parametrize(
     ("options", "dtype", "world_size"),
-    [(OPTIONS[2], "bfloat16", 1), (OPTIONS[3], "float32", 4), slower(OPTIONS[1], "float32", 4)],
+    [(OPTIONS[2], "bfloat16", 1), (OPTIONS[3], "float32", 4), slower(OPTIONS[1], "float64", 4)],
 )
 def test_loss_of_logits_and_their_gradients(head, options, dtype, world_size):
     partition, arrays, known = case(dtype, world_size, options=options)
@@ -145,7 +145,7 @@ def test_special_logits(head):
     assert head("parallel_cross_entropy", partition, one_token, label_smoothing=0.1)[0] == [np.inf]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint16", slower("uint8"), slower("uint32"), slower("int32")])
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "uint64", slower("uint8"), slower("uint32"), slower("int32")])
 def test_targets_of_any_integer_dtype(head, dtype):
     """One that is large is invalid, also where it would wrap to the ignored one."""
     (partition, arrays, _), large = case("float32", 1), np.iinfo(dtype).max - 99
@@ -194,6 +194,7 @@ def test_invalid_targets_are_named(head, name, bad):
         ("parallel_logits", {"hidden": (4, 4, 7)}, ValueError, "emb_size=8 as weight has"),
         ("linear_cross_entropy", {"targets": (4,)}, ValueError, "targets must be one a token, of shape"),
         ("linear_cross_entropy", {"seq_dim": -3}, ValueError, "seq_dim must name"),
+        ("linear_cross_entropy", {"returns": "lse"}, TypeError, "returns must be a sequence of names, got 'lse'"),
         ("parallel_sample", {"uniform": (4,)}, ValueError, "uniform must be one a token"),
         ("parallel_top_k", {"k": 22}, ValueError, r"k must be in \[1, vocab_size\] = \[1, 21\], got 22"),
         ("parallel_top_k", {"k": 1.0}, TypeError, "k must be an integer"),

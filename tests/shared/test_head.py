@@ -50,6 +50,7 @@ def test_blocks_and_merge_order_are_the_same_for_any_ranks(size):
     ("options", "error", "message"),
     [
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index must be in \[-2\*\*63, 2\*\*63\), got"),
         ({"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, got 'a'"),
         ({"z_loss": -1}, ValueError, "z_loss must be finite and not negative"),
         ({"z_loss": float("nan")}, ValueError, "z_loss must be finite"),
