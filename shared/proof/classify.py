@@ -8,9 +8,9 @@ import numpy as np
 from shared.bits import row_hashes, ulp_distance, unsigned_view
 from shared.partition import VocabPartition
 
-__all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows", "rows_at_once"]
+__all__ = ["KINDS", "Side", "classify", "rows_at_once"]
 
-MAX_ROUNDING_ULP = 4
+_MAX_ROUNDING_ULP = 4
 """Largest distance, in representable values, that counts as rounding: a sum in another order or precision."""
 
 KINDS = {
@@ -22,7 +22,7 @@ KINDS = {
     "zeroed": "zeros in place of the row",
     "hole filled": "values where zeros should be: the rank does not own the id, or the id does not occur",
     "padding only": "only rows without meaning: of ids outside the vocabulary, or the gradient of padding_idx",
-    "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
+    "rounding only": f"no element further away than {_MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
     "row missing": "a row that only one of two tables has",
     "NaN": "NaN on one side only, or another NaN",
@@ -49,7 +49,7 @@ class Side:
     reference: np.ndarray
 
 
-def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
+def _held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
     """Find the id of each row by its hash; -1 for none.
 
     Of several ids, the one in ``ids`` is taken, else a neighbour of it, else any.
@@ -73,15 +73,18 @@ def classify(
     ids: np.ndarray,
     sides: tuple[Side, Side],
     partition: VocabPartition,
-    padding_idx: int | None,
     expected: np.ndarray,
+    kinds: np.ndarray,
+    padding_idx: int | None = None,
 ) -> np.ndarray:
-    """Classify each differing row as the first kind that fits.
+    """Set the kind of each row that has none, the first that fits.
 
     ``ids`` ``[k]`` are those of the rows, ``expected`` ``[k]`` says which should be present rather than zero. The row of
     ``padding_idx`` does not matter.
+
+    Returns:
+        ``[2, k]``: the id whose row each side holds; -1 for none.
     """
-    kinds = np.full(len(ids), "", object)
 
     def settle(kind: str, where: np.ndarray | np.bool_) -> None:
         kinds[(kinds == "") & where] = kind
@@ -91,7 +94,7 @@ def classify(
         settle("padding only", ids == padding_idx)
     left, right = (side.values for side in sides)
     settle("sign of zero", (left == right).all(axis=1))
-    held = np.stack([held_rows(ids, side) for side in sides])
+    held = np.stack([_held_rows(ids, side) for side in sides])
     distance = np.where(held >= 0, np.abs(held - ids), 0)
     across = (distance > 0) & (distance % partition.rows_per_rank == 0)
     settle("rows swapped", (held[0] == held[1]) & (distance[0] > 0) & ~across[0])
@@ -108,12 +111,12 @@ def classify(
         a, b = left[part], right[part]
         ulp = np.where(unsigned_view(a) != unsigned_view(b), ulp_distance(a, b), 0)  # NaN where either is NaN
         looks = np.select(
-            [np.isnan(ulp).any(axis=1), (ulp <= MAX_ROUNDING_ULP).all(axis=1)],
+            [np.isnan(ulp).any(axis=1), (ulp <= _MAX_ROUNDING_ULP).all(axis=1)],
             ["NaN", "rounding only"],
             "other values",
         )
         kinds[part] = looks.astype(object)
-    return kinds
+    return held
 
 
 def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -1,18 +1,19 @@
-"""Differing rows of two arrays, gathered batch by batch."""
+"""Differing rows of two arrays, and their summary."""
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
-from shared.proof.classify import Side, held_rows, rows_at_once
+from shared.proof.classify import Side, classify, rows_at_once
 
-__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow", "distances", "first_of_each_kind", "number"]
+__all__ = ["Comparison", "DifferingRow", "Distances", "combined", "describe", "distances", "number"]
 
-EXAMPLES = 5
+_EXAMPLES = 5
 """Most rows of a kind that are listed."""
 
 
@@ -77,86 +78,101 @@ class Comparison:
         """Number of differing rows of each kind, in words."""
         return ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
 
+    def with_differing(
+        self,
+        partition: VocabPartition,
+        kinds: np.ndarray,
+        found: "Distances",
+        place: Callable[[int], tuple[Iterable[int], int, str]],
+    ) -> Self:
+        """Add rows, all or only those that differ.
+
+        ``kinds`` ``[k]`` is empty text where they do not, and ``place`` gives position, id and note of a row.
+        """
+        counts = Counter(map(str, kinds[kinds != ""]))
+        examples = []
+        for i in sorted(int(i) for kind in counts for i in np.flatnonzero(kinds == kind)[:_EXAMPLES]):
+            index, id_, note = place(i)
+            ulp = None if np.isnan(found.ulp[i]) else float(found.ulp[i])
+            row = DifferingRow(tuple(map(int, index)), int(id_), int(partition.owner(id_)), str(kinds[i]), ulp, note)
+            examples.append(row)
+        return replace(
+            self,
+            differing=counts.total(),
+            max_ulp=float(np.nanmax(found.ulp, initial=0)),
+            max_abs=float(np.nanmax(found.absolute, initial=0)),
+            kinds=dict(counts.most_common()),
+            ulps=found.ulps,
+            examples=tuple(examples),
+        )
+
 
 def number(distance: float) -> str:
     """Format a distance."""
     return f"{distance:.0f}" if abs(distance) < 1e6 and distance == round(distance) else f"{distance:.3g}"
 
 
-class Differences:
-    """Accumulator of the differing rows of one array."""
+def describe(
+    equal: Comparison,
+    partition: VocabPartition,
+    ids: np.ndarray,
+    index: np.ndarray,
+    sides: tuple[Side, Side],
+    expected: np.ndarray,
+    kinds: np.ndarray,
+    padding_idx: int | None = None,
+) -> Comparison:
+    """Classify differing rows and add them to a comparison.
 
-    def __init__(self, names: tuple[str, str], partition: VocabPartition) -> None:
-        self._names, self._partition = names, partition
-        self._max_ulp = self._max_abs = 0.0
-        self._kinds: Counter[str] = Counter()
-        self._ulps: Counter[str] = Counter()
-        self._examples: list[DifferingRow] = []
-
-    def add(self, ids: np.ndarray, index: np.ndarray, sides: tuple[Side, Side], kinds: np.ndarray) -> None:
-        """Add rows: ids ``[k]``, positions ``[k, d]``, values, kinds ``[k]``."""
-        ulp, absolute, ulps = distances(sides[0].values, sides[1].values)
-        self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
-        self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))
-        shown = first_of_each_kind(kinds)
-        held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
-        for i, *rows in zip(map(int, shown), *held, strict=True):
-            notes = [
-                f"{name} has row {row}" for name, row in zip(self._names, rows, strict=True) if row not in (-1, ids[i])
-            ]
-            example = DifferingRow(
-                index=tuple(map(int, index[i])),
-                id=int(ids[i]),
-                owner=int(self._partition.owner(ids[i])),
-                kind=str(kinds[i]),
-                max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
-                note="; ".join(notes),
-            )
-            self._keep(example)
-        self._kinds.update(map(str, kinds))
-        self._ulps.update(ulps)
-
-    def _keep(self, example: DifferingRow) -> None:
-        if sum(kept.kind == example.kind for kept in self._examples) < EXAMPLES:
-            self._examples.append(example)
-
-    def merge(self, other: Self) -> None:
-        """Add the differences of another part of the array."""
-        self._max_ulp = max(self._max_ulp, other._max_ulp)
-        self._max_abs = max(self._max_abs, other._max_abs)
-        self._kinds.update(other._kinds)
-        self._ulps.update(other._ulps)
-        for example in other._examples:
-            self._keep(example)
-
-    def comparison(self, what: str, rank: int | None, rows: int, nonzero: int) -> Comparison:
-        """Summarise as a comparison of ``rows`` rows."""
-        return Comparison(
-            *self._names,
-            what=what,
-            rank=rank,
-            rows=rows,
-            nonzero=nonzero,
-            differing=self._kinds.total(),
-            max_ulp=self._max_ulp,
-            max_abs=self._max_abs,
-            kinds=dict(self._kinds.most_common()),
-            ulps=dict(sorted(self._ulps.items(), key=lambda bin: float(bin[0]) if bin[0] != "NaN" else np.inf)),
-            examples=tuple(self._examples),
-        )
-
-
-def first_of_each_kind(kinds: np.ndarray) -> np.ndarray:
-    """Indices of the first ``EXAMPLES`` rows of each kind, ascending."""
-    found = (np.flatnonzero(kinds == kind)[:EXAMPLES] for kind in set(kinds))
-    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
-
-
-def distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-    """Largest ULP and absolute distance of each row, and ``Comparison.ulps``.
-
-    A row whose elements are all NaN on a side has distance NaN.
+    ``index`` ``[k, d]`` are their positions; all else is as in ``classify``.
     """
+    held = classify(ids, sides, partition, expected, kinds, padding_idx)
+
+    def place(i: int) -> tuple[Iterable[int], int, str]:
+        rows = zip((equal.left, equal.right), held[:, i], strict=True)
+        return index[i], ids[i], "; ".join(f"{name} has row {row}" for name, row in rows if row not in (-1, ids[i]))
+
+    return equal.with_differing(partition, kinds, distances(sides[0].values, sides[1].values), place)
+
+
+def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequence[Comparison]) -> Comparison:
+    """Comparison of all rows of several parts of one array."""
+    kinds, ulps, shown = Counter[str](), Counter[str](), Counter[str]()
+    examples = []
+    for part in parts:
+        kinds.update(part.kinds)
+        ulps.update(part.ulps)
+        for row in part.examples:
+            shown[row.kind] += 1
+            if shown[row.kind] <= _EXAMPLES:
+                examples.append(row)
+    return Comparison(
+        *sides,
+        what=what,
+        rank=rank,
+        rows=sum(part.rows for part in parts),
+        nonzero=sum(part.nonzero for part in parts),
+        differing=kinds.total(),
+        max_ulp=max((part.max_ulp for part in parts), default=0.0),
+        max_abs=max((part.max_abs for part in parts), default=0.0),
+        kinds=dict(kinds.most_common()),
+        ulps=dict(ulps),
+        examples=tuple(examples),
+        bound=max((part.bound for part in parts), default=0.0),
+        share=max((part.share for part in parts), default=0.0),
+    )
+
+
+class Distances(NamedTuple):
+    """Largest distances of rows, NaN where all elements are NaN on a side, and ``Comparison.ulps``."""
+
+    ulp: np.ndarray
+    absolute: np.ndarray
+    ulps: dict[str, int]
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> Distances:
+    """Measure two arrays ``[k, e]`` of one dtype, row by row."""
     ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
     step = rows_at_once(a)
     for start in range(0, len(a), step):
@@ -173,4 +189,4 @@ def distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Cou
         bins += np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
     # frexp's exponent is 0 for 0 and k + 1 for [2**k, 2**(k + 1)); distances stay below 2**65.
     names = ["0", *(str(2**k) for k in range(65)), "NaN"]
-    return ulp, absolute, Counter({name: int(count) for name, count in zip(names, bins, strict=True) if count})
+    return Distances(ulp, absolute, {name: int(count) for name, count in zip(names, bins, strict=True) if count})

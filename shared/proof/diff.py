@@ -6,8 +6,8 @@ import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, unsigned_view
 from shared.proof.case import Progress, sha256
-from shared.proof.classify import Side, classify
-from shared.proof.comparison import Comparison, Differences
+from shared.proof.classify import Side
+from shared.proof.comparison import Comparison, combined, describe
 from shared.proof.record import Record
 from shared.proof.rows import Rows
 
@@ -29,9 +29,9 @@ def compare_records(left: Record, right: Record, progress: Progress = lambda *_:
     pair = _Pair(left, right)
     results = []
     for rank in range(left.world_size):
-        progress(f"{left.backend} and {right.backend}", rank, left.world_size)
+        progress(" and ".join(pair.names), rank, left.world_size)
         results += [pair.compare("forward", rank), pair.compare("gradient", rank)]
-    return [*results, pair.compare("forward", None), pair.compare("gradient", None)]
+    return [*results, pair.compare("forward", None), combined(pair.names, "gradient", None, results[1::2])]
 
 
 class _Pair:
@@ -39,6 +39,7 @@ class _Pair:
 
     def __init__(self, left: Record, right: Record) -> None:
         self.records, self.facts, self.partition = (left, right), left, left.partition
+        self.names = left.backend, right.backend
         self.ids, self.table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
         if self.ids.dtype != np.int64 or len(self.ids) != math.prod(left.ids_shape):
             raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
@@ -51,35 +52,26 @@ class _Pair:
                 raise ValueError(f"{left.path} and {right.path} disagree about {name}: one of them is damaged")
 
     def compare(self, what: str, rank: int | None) -> Comparison:
-        """Compare one array of one rank; of all ranks together for None."""
-        a, b = (self._rows(record, what, rank) for record in self.records)
+        """Compare one array of one rank; the sum for None."""
+        a, b = (record.rows("sum" if rank is None else f"{what}.{rank}") for record in self.records)
+        equal = Comparison(*self.names, what, rank, a.total, len(a.index))
         differing = _differing(a, b, arithmetic=rank is None or what == "gradient")
-        found = Differences((self.records[0].backend, self.records[1].backend), self.partition)
-        if len(differing):
-            hashes, padding_idx = [self.table_hashes, self.table_hashes], None
-            if what == "forward":
-                positions = self._positions(rank)[differing]
-                ids, expected = self.ids[positions], self._expected(self.ids[positions], rank)
-                index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
-            else:
-                ids = differing + (0 if rank is None else self.partition.start(rank))
-                index, expected, padding_idx = ids[:, None], np.isin(ids, self.ids), self.facts.padding_idx
-                hashes = [self._gradient_hashes(record) for record in self.records[::-1]]
-            sides = (Side(a.take(differing), hashes[0]), Side(b.take(differing), hashes[1]))
-            kinds = classify(ids, sides, self.partition, padding_idx, expected)
-            if self._is_another_ranks(what, rank, a, b):
-                kinds[:] = "ranks swapped"
-            found.add(ids, index, sides, kinds)
-        return found.comparison(what, rank, a.total, len(a.index))
-
-    def _rows(self, record: Record, what: str, rank: int | None) -> Rows:
-        if rank is not None:
-            return record.rows(f"{what}.{rank}")
+        if not len(differing):
+            return equal
         if what == "forward":
-            return record.rows("sum")
-        n, parts = self.partition.rows_per_rank, [record.rows(f"gradient.{r}") for r in range(record.world_size)]
-        index = np.concatenate([rows.index + r * n for r, rows in enumerate(parts)])
-        return Rows(index, np.concatenate([rows.values for rows in parts]), n * len(parts))
+            positions = self._positions(rank)[differing]
+            ids = self.ids[positions]
+            index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
+            expected, padding_idx, hashes = self._expected(ids, rank), None, [self.table_hashes, self.table_hashes]
+        else:
+            assert rank is not None
+            ids = differing + self.partition.start(rank)
+            index, expected, padding_idx = ids[:, None], np.isin(ids, self.ids), self.facts.padding_idx
+            hashes = [self._gradient_hashes(record) for record in self.records[::-1]]
+        sides = (Side(a.take(differing), hashes[0]), Side(b.take(differing), hashes[1]))
+        kind = "ranks swapped" if self._is_another_ranks(what, rank, a, b) else ""
+        kinds = np.full(len(ids), kind, object)
+        return describe(equal, self.partition, ids, index, sides, expected, kinds, padding_idx)
 
     def _positions(self, rank: int | None) -> np.ndarray:
         """Flat positions in the ids of the rows of a forward result."""
@@ -104,8 +96,10 @@ class _Pair:
 
     def _gradient_hashes(self, record: Record) -> np.ndarray:
         """Hash of every row of the whole gradient; 0 for zero rows."""
-        rows, hashes = self._rows(record, "gradient", None), np.zeros(self.partition.padded_vocab_size, np.uint64)
-        hashes[rows.index] = row_hashes(rows.values)
+        hashes = np.zeros(self.partition.padded_vocab_size, np.uint64)
+        for rank in range(record.world_size):
+            rows = record.rows(f"gradient.{rank}")
+            hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
         return hashes
 
 

@@ -1,17 +1,14 @@
 """Comparison of heads, kinds of difference, and the report."""
 
 import itertools
-import math
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from shared.bits import DTYPES, cast
 from shared.proof.case import Progress
-from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow, distances, first_of_each_kind
+from shared.proof.comparison import Comparison, Distances, combined, distances
 from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
 from shared.proof.head_record import ARRAYS, HeadRecord
 from shared.proof.report import Report, sizes
@@ -64,14 +61,17 @@ class HeadDiff:
         Raises:
             ValueError: a backend recorded an array of another shape or dtype.
         """
-        results, w = [], self.case.world_size
+        w = self.case.world_size
+        results: list[Comparison] = []
         for pair in itertools.combinations([*self.records, "oracle"], 2):
+            of_table = []
             for rank in range(w):
                 progress(" and ".join(pair), rank, w)
-                results += [self._compare(pair, what, rank) for what in ARRAYS]
-            for what in ARRAYS:
-                whole = what == "table gradient"
-                results.append(self._compare(pair, what, None) if whole else self._ranks_agree(pair, what))
+                found = {what: self._compare(pair, what, rank) for what in ARRAYS}
+                of_table.append(found["table gradient"])
+                results += found.values()
+            whole = combined(pair, "table gradient", None, of_table)
+            results += [whole if what == whole.what else self._ranks_agree(pair, what) for what in ARRAYS]
         return results
 
     def report(self, comparisons: Sequence[Comparison], missing: Sequence[str], seconds: float) -> Report:
@@ -112,61 +112,49 @@ class HeadDiff:
             seconds=seconds,
         )
 
-    def _array(self, name: str, what: str, rank: int | None) -> np.ndarray:
+    def _array(self, name: str, what: str, rank: int) -> np.ndarray:
         """Rows of one side, float64."""
-        n, expected = self.case.partition.rows_per_rank, self.expected.values[what]
-        split = what == "table gradient"
+        expected = self.expected.values[what][self._rows(what, rank)]
         if name == "oracle":
-            return expected if rank is None or not split else expected[rank * n : (rank + 1) * n]
-        if rank is None:
-            return np.concatenate([self._array(name, what, each) for each in range(self.case.world_size)])
-        array, shape = self.records[name].array(f"{what}.{rank}"), (n if split else len(expected), expected.shape[1])
-        legal = self._dtype(what)
-        if array.size != math.prod(shape) or (array.dtype != legal if what != "argmax" else array.dtype.kind != "i"):
+            return expected
+        array, legal = self.records[name].array(f"{what}.{rank}"), self._dtype(what)
+        if array.size != expected.size or (array.dtype != legal if what != "argmax" else array.dtype.kind != "i"):
             raise ValueError(
-                f"the {what} of {name} on rank {rank} must be {legal} with {math.prod(shape)} elements, "
+                f"the {what} of {name} on rank {rank} must be {legal} with {expected.size} elements, "
                 f"got {array.dtype} with {array.size}"
             )
-        return array.reshape(shape).astype(np.float64)
+        return array.reshape(expected.shape).astype(np.float64)
+
+    def _rows(self, what: str, rank: int) -> slice:
+        """A rank's rows of an array: all but of the table's gradient."""
+        n = self.case.partition.rows_per_rank
+        return slice(rank * n, (rank + 1) * n) if what == "table gradient" else slice(None)
 
     def _dtype(self, what: str) -> np.dtype:
         return DTYPES[self.case.dtype] if "gradient" in what else np.dtype(np.float32)
 
-    def _compare(self, pair: tuple[str, str], what: str, rank: int | None) -> Comparison:
+    def _compare(self, pair: tuple[str, str], what: str, rank: int) -> Comparison:
         a, b = (self._array(name, what, rank) for name in pair)
-        first = 0 if rank is None or what != "table gradient" else rank * len(a)
-        bounds = self.expected.bounds[what][first : first + len(a)] * (1 if "oracle" in pair else 2)
+        first = self._rows(what, rank).start or 0
+        bounds = self.expected.bounds[what][self._rows(what, rank)] * (1 if "oracle" in pair else 2)
         differing, share = _beyond(a, b, bounds)
         if what == "argmax":
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
-            ulps = np.zeros(len(a))
+            found = Distances(np.zeros(len(a)), np.abs(a - b)[:, 0], {})
         else:
-            ulps = distances(cast(a, self._dtype(what)), cast(b, self._dtype(what)))[0]
-        rows = np.flatnonzero(differing)
-        kinds, notes = np.full(len(rows), "not examined", object), [""] * len(rows)
-        if len(rows):
-            some = rows[:_EXAMINED]
-            kinds[: len(some)], notes[: len(some)] = self._classify(what, rank, a[some], b[some], first + some)
-        examples = (
-            self._example(what, int(first + rows[i]), str(kinds[i]), ulps[rows[i]], notes[i])
-            for i in first_of_each_kind(kinds)
-        )
-        with np.errstate(invalid="ignore"):  # infinity minus itself
-            max_abs = _largest(np.abs(a - b))
-        return Comparison(
-            *pair,
-            what=what,
-            rank=rank,
-            rows=len(a),
-            nonzero=int(a.any(axis=1).sum()),
-            differing=len(rows),
-            max_ulp=_largest(ulps),
-            max_abs=max_abs,
-            kinds=dict(Counter(map(str, kinds)).most_common()),
-            examples=tuple(examples),
-            bound=_largest(bounds),
-            share=share,
-        )
+            found = distances(cast(a, self._dtype(what)), cast(b, self._dtype(what)))
+        some = np.flatnonzero(differing)[:_EXAMINED]
+        kinds, notes = np.where(differing, "not examined", "").astype(object), dict[int, str]()
+        if len(some):
+            kinds[some], found_notes = self._classify(what, a[some], b[some], first + some)
+            notes = dict(zip(some.tolist(), found_notes, strict=True))
+
+        def place(row: int) -> tuple[Sequence[int], int, str]:
+            return *self._place(what, first + row), notes.get(row, "")
+
+        nonzero, bound = int(a.any(axis=1).sum()), float(np.nanmax(bounds, initial=0))
+        equal = Comparison(*pair, what, rank, len(a), nonzero, bound=bound, share=share)
+        return equal.with_differing(self.case.partition, kinds, found, place)
 
     def _near_ties(self, *sides: np.ndarray) -> np.ndarray:
         """Tokens whose ids on both sides have the greatest logit, within rounding."""
@@ -177,9 +165,7 @@ class HeadDiff:
         self.near_ties |= set(map(int, np.flatnonzero(found)))
         return found
 
-    def _classify(
-        self, what: str, rank: int | None, a: np.ndarray, b: np.ndarray, rows: np.ndarray
-    ) -> tuple[np.ndarray, list[str]]:
+    def _classify(self, what: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Kind and note of each differing row: the first fault that fits."""
         expected = self.expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
@@ -203,30 +189,27 @@ class HeadDiff:
             settle("ignored target counted", ~expected.counted_T[rows])
         # Of several ranks that explain a row, the one that explains most rows is named.
         guesses = []
-        for fault in expected.faults(what, rank):
-            if (kinds != "").all():
-                break
-            with np.errstate(all="ignore"):
-                guess = fault.rows(rows)
-            scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
-            fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
-            guesses.append((fault, fits))
-        for fault, fits in sorted(guesses, key=lambda each: -int(each[1].sum())):
-            settle(fault.kind, fits, fault.note)
+        with np.errstate(all="ignore"):
+            for kind, note, guess in expected.faults(what, rows):
+                if (kinds != "").all():
+                    break
+                scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
+                fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
+                guesses.append((kind, fits, note))
+        for kind, fits, note in sorted(guesses, key=lambda each: -int(each[1].sum())):
+            settle(kind, fits, note)
         settle("imprecise", ~_beyond(wrong, right, bounds * _IMPRECISE)[0] & (what != "argmax"))
         settle("other values", kinds == "")
         return kinds, notes
 
-    def _example(self, what: str, row: int, kind: str, ulp: float, note: str) -> DifferingRow:
-        index: tuple[Any, ...] = ()
-        id_ = -1
+    def _place(self, what: str, row: int) -> tuple[Sequence[int], int]:
+        """Position and id of a row of an array."""
         if what == "table gradient":
-            index, id_ = (row,), row
-        elif what != "loss":
-            index = np.unravel_index(row, self.case.ids_shape)
-            id_ = int(self.expected.targets_T[row]) if self.expected.counted_T[row] else -1
-        owner, max_ulp = int(self.case.partition.owner(id_)), None if np.isnan(ulp) else float(ulp)
-        return DifferingRow(tuple(map(int, index)), id_, owner, kind, max_ulp, note)
+            return (row,), row
+        if what == "loss":
+            return (), -1
+        target = self.expected.targets_T[row] if self.expected.counted_T[row] else -1
+        return tuple(map(int, np.unravel_index(row, self.case.ids_shape))), int(target)
 
     def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
         """Compare the ranks' copies of one array; a row is a rank."""
@@ -235,12 +218,12 @@ class HeadDiff:
             if name != "oracle":
                 copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
                 differing |= {rank for rank in range(w) if copies[rank] != copies[0]}
-        rows = tuple(
-            DifferingRow((rank,), -1, rank, "ranks disagree", None, f"rank {rank} against rank 0")
-            for rank in sorted(differing)
+        kinds = np.array(["ranks disagree" if rank in differing else "" for rank in range(w)], object)
+        found = Distances(np.full(w, np.nan), np.zeros(w), {})
+        equal = Comparison(*pair, what, None, w, w)
+        return equal.with_differing(
+            self.case.partition, kinds, found, lambda rank: ((rank,), -1, f"rank {rank} against rank 0")
         )
-        kinds = {"ranks disagree": len(rows)} if rows else {}
-        return Comparison(*pair, what, None, w, w, len(rows), kinds=kinds, examples=rows[:EXAMPLES])
 
 
 def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
@@ -250,9 +233,4 @@ def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarra
         error = np.where(same, 0, np.abs(a - b))
         beyond = ~(same | (error <= bounds))
         share = np.where(same, 0, error / bounds)
-    return beyond.any(axis=1), _largest(share)
-
-
-def _largest(values: np.ndarray) -> float:
-    """Largest of the numbers, NaN left out."""
-    return float(np.nanmax(np.where(np.isnan(values), 0, values), initial=0))
+    return beyond.any(axis=1), float(np.nanmax(share, initial=0))

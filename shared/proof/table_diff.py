@@ -9,8 +9,8 @@ from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
 from shared.checks import check_size
 from shared.partition import VocabPartition
 from shared.proof.case import Progress
-from shared.proof.classify import Side, classify
-from shared.proof.comparison import Comparison, Differences
+from shared.proof.classify import Side
+from shared.proof.comparison import Comparison, combined, describe
 from shared.proof.report import Report
 from shared.tables.table_file import TableFile
 
@@ -103,27 +103,26 @@ class _Pair:
 
     def differences(self, facts: np.ndarray, progress: Progress) -> list[Comparison]:
         """Compare the rows of each rank, then all rows."""
-        ranks = range(self.partition.world_size)
         references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
-        total, results = Differences(self.names, self.partition), []
-        for rank in ranks:
-            found, (first, last) = Differences(self.names, self.partition), self.partition.owned_range(rank)
+        results = []
+        for rank in range(self.partition.world_size):
+            first, last = self.partition.owned_range(rank)
+            parts = []
             for start in range(first, last, self.step):
                 stop = min(start + self.step, last)
+                nonzero = int(facts["nonzero"][start:stop].sum())
+                part = Comparison(*self.names, "table", rank, stop - start, nonzero)
                 ids = start + np.flatnonzero(facts["differs"][start:stop])
-                if not len(ids):
-                    continue
-                progress("describing", start, self.vocab_size)
-                values = [self.rows(side, start, stop)[ids - start] for side in (0, 1)]
-                sides = (Side(values[0], references[0]), Side(values[1], references[1]))
-                kinds = classify(ids, sides, self.partition, None, np.ones(len(ids), bool))
-                kinds[ids >= self.shorter] = "row missing"
-                found.add(ids, ids[:, None], sides, kinds)
-            total.merge(found)
-            nonzero = int(facts["nonzero"][first:last].sum())
-            results.append(found.comparison("table", rank, last - first, nonzero))
-        whole = total.comparison("table", None, self.vocab_size, int(facts["nonzero"].sum()))
-        return [*results, whole] if len(ranks) > 1 else [whole]
+                if len(ids):
+                    progress("describing", start, self.vocab_size)
+                    values = [self.rows(side, start, stop)[ids - start] for side in (0, 1)]
+                    sides = (Side(values[0], references[0]), Side(values[1], references[1]))
+                    kinds = np.where(ids >= self.shorter, "row missing", "").astype(object)
+                    part = describe(part, self.partition, ids, ids[:, None], sides, np.ones(len(ids), bool), kinds)
+                parts.append(part)
+            results.append(combined(self.names, "table", rank, parts))
+        whole = combined(self.names, "table", None, results)
+        return [*results, whole] if len(results) > 1 else [whole]
 
     def report(self, comparisons: list[Comparison]) -> Report:
         tables: list[dict[str, Any]] = []
