@@ -1,8 +1,8 @@
 """Comparison of heads, kinds of difference, and the report."""
 
 import itertools
-import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from shared.proof.case import Progress
 from shared.proof.comparison import Comparison, Distances, combined, distances
 from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
 from shared.proof.head_record import ARRAYS, HeadRecord
-from shared.proof.report import Report, sizes
+from shared.proof.record import VERSIONS
+from shared.proof.report import Report, case_report, sizes
 
 __all__ = ["HEAD_KINDS", "HeadDiff"]
 
@@ -77,7 +78,6 @@ class HeadDiff:
     def report(self, comparisons: Sequence[Comparison], missing: Sequence[str], seconds: float) -> Report:
         """Report on the backends, given the result of ``compare``."""
         case, counted = self.case, self.expected.counted_T
-        shape = "x".join(map(str, case.ids_shape)) or "one"
         notes = [
             f"{case.source}; {'hidden states looked up in the table' if case.tied else 'normal hidden states'}",
             f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})"
@@ -89,27 +89,15 @@ class HeadDiff:
             notes.append(
                 f"argmax of {near_ties} tokens: two logits are within rounding of each other, and either id is right"
             )
-        versions = {name: record.versions for name, record in self.records.items()}
-        versions["oracle"] = {"python": platform.python_version(), "numpy": np.__version__}
-        return Report(
-            title=f"{'tied head' if case.tied else 'head'} of {sizes(case)}, tokens {shape}",
+        versions = {name: record.versions for name, record in self.records.items()} | {"oracle": VERSIONS}
+        report = case_report(case, case.batch_array("targets"), versions, comparisons, missing, seconds)
+        return replace(
+            report,
+            title=f"{'tied head' if case.tied else 'head'} of {sizes(case, 'tokens')}",
             notes=tuple(notes),
-            sides=versions,
-            partition=case.partition,
             arrays=dict.fromkeys(ARRAYS, ""),
-            comparisons=comparisons,
-            facts={
-                "case": case.facts,
-                "ids_outside": int((~counted).sum()),
-                "backends": versions,
-                "missing": list(missing),
-                "unit_roundoff": UNIT_ROUNDOFF,
-                "bounds": BOUNDS,
-                "near_ties": near_ties,
-            },
-            missing=missing,
+            facts={**report.facts, "unit_roundoff": UNIT_ROUNDOFF, "bounds": BOUNDS, "near_ties": near_ties},
             kinds=HEAD_KINDS,
-            seconds=seconds,
         )
 
     def _array(self, name: str, what: str, rank: int) -> np.ndarray:

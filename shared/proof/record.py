@@ -18,7 +18,10 @@ from shared.proof.case import Case, CaseFacts, sha256
 from shared.proof.rows import Rows
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Record", "RecordWriter", "is_record", "replacing", "writable_file"]
+__all__ = ["VERSIONS", "Record", "RecordWriter", "is_record", "replacing", "writable_file"]
+
+VERSIONS = {"python": platform.python_version(), "numpy": np.__version__}
+"""Versions of what every backend runs on."""
 
 _FORMAT = "parallel-vocab-embedding record"
 _VERSION = 5
@@ -63,7 +66,7 @@ class RecordWriter:
         self._case = case
         self._header: dict[str, Any] = {
             "backend": backend,
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
+            "versions": VERSIONS | versions,
             "machine": platform.machine(),
             **case.facts,
         }
