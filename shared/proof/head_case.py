@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.bits import DTYPES
 from shared.global_normal import normal_rows
-from shared.proof.case import Case, CaseOptions, Inputs, MadeUp, Progress
+from shared.proof.case import Case, CaseOptions, Progress, find_inputs
 from shared.proof.generate import normal_chunks
 
 __all__ = ["IGNORE_INDEX", "HeadCase", "build_head_case"]
@@ -57,7 +57,7 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     """
     if tied:
         options = replace(options, reduction="all_reduce")
-    inputs = Inputs.find(options, folder, MadeUp((32768, 256), normal_chunks, (4, 128)), progress)
+    inputs = find_inputs(options, folder, (32768, 256), normal_chunks, (4, 128), progress)
     table, ids = inputs.table, inputs.ids
     if table.dtype == "float64":
         raise ValueError(

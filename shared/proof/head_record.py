@@ -1,10 +1,13 @@
 """Results of a backend's head for one case, in one file."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from shared.proof.record import Record, RecordWriter
+from shared.proof.record import RecordWriter
+from shared.tables.tensor_file import open_safetensors
 
 __all__ = ["ARRAYS", "HeadRecord", "HeadWriter"]
 
@@ -13,24 +16,30 @@ ARRAYS = ("loss", "logprobs", "hidden gradient", "table gradient", "argmax")
 
 
 class HeadWriter(RecordWriter):
-    """Collects the ranks' arrays and writes them to a safetensors file."""
-
-    inputs = ()
+    """Collects the ranks' arrays, and writes them and the versions to a safetensors file."""
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Keep an array: ``WHAT.R``, for one of ``ARRAYS`` and a rank."""
         self._tensors[name] = np.array(array, order="C")
 
-    @staticmethod
-    def tensors(world_size: int) -> set[str]:
-        """Names of all arrays."""
-        return {f"{what}.{rank}" for what in ARRAYS for rank in range(world_size)}
+    def write(self, path: Path) -> None:
+        """Write the file, which only the process that asked for it reads."""
+        save_file(self._tensors, path, self._versions)
 
 
 @dataclass(frozen=True)
-class HeadRecord(Record):
+class HeadRecord:
     """A file of ``HeadWriter``."""
 
-    tied: bool
+    path: Path
 
-    writer = HeadWriter
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries, by name."""
+        with open_safetensors(self.path) as file:
+            return dict(file.metadata())
+
+    def array(self, name: str) -> np.ndarray:
+        """Read an array."""
+        with open_safetensors(self.path) as file:
+            return np.asarray(file.get_tensor(name))

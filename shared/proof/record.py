@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -59,18 +59,10 @@ class RecordWriter:
     case's inputs and of every tensor.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("ids", "row_hashes")
-    """Arrays of the case's batch that the record holds too."""
-
     def __init__(self, case: Case, backend: str, versions: dict[str, str]) -> None:
-        self._case = case
-        self._header: dict[str, Any] = {
-            "backend": backend,
-            "versions": VERSIONS | versions,
-            "machine": platform.machine(),
-            **case.facts,
-        }
-        self._tensors = {name: case.batch_array(name) for name in self.inputs}
+        self._case, self._tensors = case, dict[str, np.ndarray]()
+        self._versions = VERSIONS | versions
+        self._header = {"backend": backend, "machine": platform.machine(), **case.facts}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Keep an array: ``forward.R``, ``gradient.R`` (R a rank) or ``sum``."""
@@ -79,19 +71,19 @@ class RecordWriter:
 
     def write(self, path: Path) -> None:
         """Write the file atomically; a symbolic link is followed."""
-        if missing := self.tensors(self._case.world_size) - set(self._tensors):
+        tensors = {**self._tensors, **{name: self._case.batch_array(name) for name in ("ids", "row_hashes")}}
+        if missing := _tensor_names(self._case.world_size) - set(tensors):
             raise ValueError(f"the record lacks {', '.join(sorted(missing))}")
-        sums = {name: sha256(array) for name, array in self._tensors.items()}
-        header = {**self._header, "sha256": sums}
+        sums = {name: sha256(array) for name, array in tensors.items()}
+        header = {**self._header, "versions": self._versions, "sha256": sums}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "header": json.dumps(header)}
         with replacing(path) as temporary:
-            save_file(self._tensors, temporary, metadata)
+            save_file(tensors, temporary, metadata)
 
-    @staticmethod
-    def tensors(world_size: int) -> set[str]:
-        """Names of all tensors but the inputs."""
-        arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
-        return {f"{name}.{part}" for name in arrays for part in ("index", "values")}
+
+def _tensor_names(world_size: int) -> set[str]:
+    arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+    return {"ids", "row_hashes", *(f"{name}.{part}" for name in arrays for part in ("index", "values"))}
 
 
 @dataclass(frozen=True)
@@ -103,8 +95,6 @@ class Record(CaseFacts):
     versions: dict[str, str]
     machine: str
     sha256: dict[str, str]
-
-    writer: ClassVar[type[RecordWriter]] = RecordWriter
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -127,8 +117,7 @@ class Record(CaseFacts):
 
     def _check_header(self, names: set[str]) -> None:
         texts = [self.backend, self.machine, self.source]
-        for facts in (self.versions, self.checksums, self.sha256):
-            texts += facts.values()
+        texts += [text for facts in (self.versions, self.checksums, self.sha256) for text in facts.values()]
         valid = {
             "dtype": self.dtype in DTYPES,
             "ids_shape": all(type(size) is int and size >= 0 for size in self.ids_shape),
@@ -140,7 +129,7 @@ class Record(CaseFacts):
             if not holds:
                 raise ValueError(f"invalid {name}")
         _ = self.output_shape  # raises ValueError for a sequence that cannot be split
-        if not {*self.writer.tensors(self.world_size), *self.writer.inputs} == names == set(self.sha256):
+        if not _tensor_names(self.world_size) == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
 
     def array(self, name: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from shared.proof.case import Case, Progress
-from shared.proof.harness import serve
+from shared.proof.launch import serve
 from shared.proof.oracle import partial_lookup, sum_partials, weight_grad
 from shared.proof.record import RecordWriter
 
