@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
-from shared.proof.classify import Side, classify, rows_at_once
+from shared.proof.classify import Differing, classify
 
 __all__ = ["Comparison", "DifferingRow", "Distances", "combined", "describe", "distances", "number"]
 
@@ -113,26 +113,17 @@ def number(distance: float) -> str:
 
 
 def describe(
-    equal: Comparison,
-    partition: VocabPartition,
-    ids: np.ndarray,
-    index: np.ndarray,
-    sides: tuple[Side, Side],
-    expected: np.ndarray,
-    kinds: np.ndarray,
-    padding_idx: int | None = None,
+    equal: Comparison, rows: Differing, partition: VocabPartition, padding_idx: int | None = None
 ) -> Comparison:
-    """Classify differing rows and add them to a comparison.
-
-    ``index`` ``[k, d]`` are their positions; all else is as in ``classify``.
-    """
-    held = classify(ids, sides, partition, expected, kinds, padding_idx)
+    """Classify differing rows and add them to a comparison."""
+    elements = ulp_distance(*rows.values)
+    held = classify(rows, elements, partition, padding_idx)
 
     def place(i: int) -> tuple[Iterable[int], int, str]:
-        rows = zip((equal.left, equal.right), held[:, i], strict=True)
-        return index[i], ids[i], "; ".join(f"{name} has row {row}" for name, row in rows if row not in (-1, ids[i]))
+        id_, sides = rows.ids[i], zip((equal.left, equal.right), held[:, i], strict=True)
+        return rows.index[i], id_, "; ".join(f"{name} has row {row}" for name, row in sides if row not in (-1, id_))
 
-    return equal.with_differing(partition, kinds, distances(sides[0].values, sides[1].values), place)
+    return equal.with_differing(partition, rows.kinds, distances(*rows.values, elements), place)
 
 
 def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequence[Comparison]) -> Comparison:
@@ -164,29 +155,25 @@ def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequenc
 
 
 class Distances(NamedTuple):
-    """Largest distances of rows, NaN where all elements are NaN on a side, and ``Comparison.ulps``."""
+    """Largest distances of each row, NaN where all elements are NaN on a side, and ``Comparison.ulps``."""
 
     ulp: np.ndarray
     absolute: np.ndarray
     ulps: dict[str, int]
 
 
-def distances(a: np.ndarray, b: np.ndarray) -> Distances:
-    """Measure two arrays ``[k, e]`` of one dtype, row by row."""
-    ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
-    step = rows_at_once(a)
-    for start in range(0, len(a), step):
-        part = slice(start, start + step)
-        distance = ulp_distance(a[part], b[part])
-        with np.errstate(invalid="ignore"):  # infinity minus itself
-            difference = np.abs(a[part].astype(np.float64) - b[part].astype(np.float64))
-        comparable = ~np.isnan(distance)
-        none = ~comparable.any(axis=1)
-        ulp[part] = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
-        finite = comparable & ~np.isnan(difference)
-        absolute[part] = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
-        unequal = distance[unsigned_view(a[part]) != unsigned_view(b[part])]
-        bins += np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
+def distances(a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> Distances:
+    """Measure two arrays ``[k, e]`` row by row, given the ULP distances of their elements."""
+    with np.errstate(invalid="ignore"):  # infinity minus itself
+        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    comparable = ~np.isnan(distance)
+    none = ~comparable.any(axis=1)
+    ulp = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
+    finite = comparable & ~np.isnan(difference)
+    absolute = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
+    unequal = distance[unsigned_view(a) != unsigned_view(b)]
     # frexp's exponent is 0 for 0 and k + 1 for [2**k, 2**(k + 1)); distances stay below 2**65.
+    bins = np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
     names = ["0", *(str(2**k) for k in range(65)), "NaN"]
-    return Distances(ulp, absolute, {name: int(count) for name, count in zip(names, bins, strict=True) if count})
+    ulps = {name: int(count) for name, count in zip(names, bins, strict=True) if count}
+    return Distances(ulp, absolute, ulps)

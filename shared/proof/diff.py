@@ -1,12 +1,13 @@
 """Comparison of two records, bit by bit."""
 
 import math
+from functools import cached_property
 
 import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, unsigned_view
 from shared.proof.case import Progress, sha256
-from shared.proof.classify import Side
+from shared.proof.classify import Differing, Reference
 from shared.proof.comparison import Comparison, combined, describe
 from shared.proof.record import Record
 from shared.proof.rows import Rows
@@ -40,16 +41,17 @@ class _Pair:
     def __init__(self, left: Record, right: Record) -> None:
         self.records, self.facts, self.partition = (left, right), left, left.partition
         self.names = left.backend, right.backend
-        self.ids, self.table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
+        self.ids, table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
         if self.ids.dtype != np.int64 or len(self.ids) != math.prod(left.ids_shape):
             raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
-        if self.table_hashes.shape != (left.vocab_size,) or self.table_hashes.dtype != np.uint64:
+        if table_hashes.shape != (left.vocab_size,) or table_hashes.dtype != np.uint64:
             raise ValueError(f"{left.path}: a damaged record, its row hashes do not fit the table")
         if sha256(self.ids) != left.checksums.get("ids"):
             raise ValueError(f"{left.path}: a damaged record, its ids do not match the checksum in its header")
-        for name, mine in (("ids", self.ids), ("row_hashes", self.table_hashes)):
+        for name, mine in (("ids", self.ids), ("row_hashes", table_hashes)):
             if not np.array_equal(mine, right.array(name).reshape(-1)):
                 raise ValueError(f"{left.path} and {right.path} disagree about {name}: one of them is damaged")
+        self.table = Reference(table_hashes)
 
     def compare(self, what: str, rank: int | None) -> Comparison:
         """Compare one array of one rank; the sum for None."""
@@ -58,20 +60,23 @@ class _Pair:
         differing = _differing(a, b, arithmetic=rank is None or what == "gradient")
         if not len(differing):
             return equal
-        if what == "forward":
-            positions = self._positions(rank)[differing]
-            ids = self.ids[positions]
-            index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
-            expected, padding_idx, hashes = self._expected(ids, rank), None, [self.table_hashes, self.table_hashes]
-        else:
-            assert rank is not None
-            ids = differing + self.partition.start(rank)
-            index, expected, padding_idx = ids[:, None], np.isin(ids, self.ids), self.facts.padding_idx
-            hashes = [self._gradient_hashes(record) for record in self.records[::-1]]
-        sides = (Side(a.take(differing), hashes[0]), Side(b.take(differing), hashes[1]))
         kind = "ranks swapped" if self._is_another_ranks(what, rank, a, b) else ""
-        kinds = np.full(len(ids), kind, object)
-        return describe(equal, self.partition, ids, index, sides, expected, kinds, padding_idx)
+        parts = [equal]
+        for start in range(0, len(differing), _CHUNK):
+            some = differing[start : start + _CHUNK]
+            if what == "forward":
+                positions = self._positions(rank)[some]
+                ids, references, padding_idx = self.ids[positions], (self.table, self.table), None
+                index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
+                expected = self._expected(ids, rank)
+            else:
+                assert rank is not None
+                ids, references, padding_idx = some + self.partition.start(rank), self.gradients, self.facts.padding_idx
+                index, expected = ids[:, None], np.isin(ids, self.ids)
+            values, kinds = (a.take(some), b.take(some)), np.full(len(some), kind, object)
+            rows = Differing(ids, index, values, references, expected, kinds)
+            parts.append(describe(Comparison(*self.names, what, rank, 0, 0), rows, self.partition, padding_idx))
+        return combined(self.names, what, rank, parts)
 
     def _positions(self, rank: int | None) -> np.ndarray:
         """Flat positions in the ids of the rows of a forward result."""
@@ -94,13 +99,17 @@ class _Pair:
                 return True
         return False
 
-    def _gradient_hashes(self, record: Record) -> np.ndarray:
-        """Hash of every row of the whole gradient; 0 for zero rows."""
-        hashes = np.zeros(self.partition.padded_vocab_size, np.uint64)
-        for rank in range(record.world_size):
-            rows = record.rows(f"gradient.{rank}")
-            hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
-        return hashes
+    @cached_property
+    def gradients(self) -> tuple[Reference, Reference]:
+        """The whole gradient of the other side, for each side."""
+        found = []
+        for record in self.records:
+            hashes = np.zeros(self.partition.padded_vocab_size, np.uint64)
+            for rank in range(record.world_size):
+                rows = record.rows(f"gradient.{rank}")
+                hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
+            found.append(Reference(hashes))
+        return found[1], found[0]
 
 
 def _equal(a: Rows, b: Rows) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from shared.bits import DTYPES, cast
+from shared.bits import DTYPES, cast, ulp_distance
 from shared.proof.case import Progress
 from shared.proof.comparison import Comparison, Distances, combined, distances
 from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
@@ -130,7 +130,8 @@ class HeadDiff:
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
             found = Distances(np.zeros(len(a)), np.abs(a - b)[:, 0], {})
         else:
-            found = distances(cast(a, self._dtype(what)), cast(b, self._dtype(what)))
+            left, right = (cast(side, self._dtype(what)) for side in (a, b))
+            found = distances(left, right, ulp_distance(left, right))
         some = np.flatnonzero(differing)[:_EXAMINED]
         kinds, notes = np.where(differing, "not examined", "").astype(object), dict[int, str]()
         if len(some):

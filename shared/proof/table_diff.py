@@ -9,7 +9,7 @@ from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
 from shared.checks import check_size
 from shared.partition import VocabPartition
 from shared.proof.case import Progress
-from shared.proof.classify import Side
+from shared.proof.classify import Differing, Reference
 from shared.proof.comparison import Comparison, combined, describe
 from shared.proof.report import Report
 from shared.tables.table_file import TableFile
@@ -103,7 +103,7 @@ class _Pair:
 
     def differences(self, facts: np.ndarray, progress: Progress) -> list[Comparison]:
         """Compare the rows of each rank, then all rows."""
-        references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
+        references = Reference(facts["hash"][:, 1].copy()), Reference(facts["hash"][:, 0].copy())
         results = []
         for rank in range(self.partition.world_size):
             first, last = self.partition.owned_range(rank)
@@ -115,10 +115,10 @@ class _Pair:
                 ids = start + np.flatnonzero(facts["differs"][start:stop])
                 if len(ids):
                     progress("describing", start, self.vocab_size)
-                    values = [self.rows(side, start, stop)[ids - start] for side in (0, 1)]
-                    sides = (Side(values[0], references[0]), Side(values[1], references[1]))
+                    values = self.rows(0, start, stop)[ids - start], self.rows(1, start, stop)[ids - start]
                     kinds = np.where(ids >= self.shorter, "row missing", "").astype(object)
-                    part = describe(part, self.partition, ids, ids[:, None], sides, np.ones(len(ids), bool), kinds)
+                    rows = Differing(ids, ids[:, None], values, references, np.ones(len(ids), bool), kinds)
+                    part = describe(part, rows, self.partition)
                 parts.append(part)
             results.append(combined(self.names, "table", rank, parts))
         whole = combined(self.names, "table", None, results)
