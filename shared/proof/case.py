@@ -224,7 +224,7 @@ def find_inputs(
     ids_shape: tuple[int, ...],
     progress: Progress,
 ) -> Inputs:
-    """Read the given table and ids; generate what is not given, by default of these sizes.
+    """Read the given table and ids; generate what is not given.
 
     Raises:
         ValueError, TypeError, IndexError: as in ``build_case``.

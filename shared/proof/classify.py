@@ -32,7 +32,10 @@ KINDS = {
 
 
 class Reference:
-    """Correct rows of a whole table, known by their hashes: uint64 ``[v]``, 0 for zero rows."""
+    """Correct rows of a whole table, by hash.
+
+    ``hashes`` are uint64 ``[v]``, 0 for zero rows.
+    """
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._hashes, self._order = hashes, np.argsort(hashes, kind="stable")
@@ -72,7 +75,7 @@ class Differing:
 
 
 def classify(rows: Differing, ulp: np.ndarray, partition: VocabPartition, padding_idx: int | None = None) -> np.ndarray:
-    """Set the kind of each row that has none, the first that fits.
+    """Set the kind of rows that have none: the first that fits.
 
     ``ulp`` ``[k, e]`` are distances. The row of ``padding_idx`` does not matter.
 

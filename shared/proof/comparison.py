@@ -155,7 +155,10 @@ def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequenc
 
 
 class Distances(NamedTuple):
-    """Largest distances of each row, NaN where all elements are NaN on a side, and ``Comparison.ulps``."""
+    """Largest distances by row, and ``Comparison.ulps``.
+
+    A row whose elements are all NaN on a side has distance NaN.
+    """
 
     ulp: np.ndarray
     absolute: np.ndarray
@@ -163,7 +166,7 @@ class Distances(NamedTuple):
 
 
 def distances(a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> Distances:
-    """Measure two arrays ``[k, e]`` row by row, given the ULP distances of their elements."""
+    """Measure rows ``[k, e]``, given the ULP distances of their elements."""
     with np.errstate(invalid="ignore"):  # infinity minus itself
         difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
     comparable = ~np.isnan(distance)

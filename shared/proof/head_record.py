@@ -16,7 +16,7 @@ ARRAYS = ("loss", "logprobs", "hidden gradient", "table gradient", "argmax")
 
 
 class HeadWriter(RecordWriter):
-    """Collects the ranks' arrays, and writes them and the versions to a safetensors file."""
+    """Collects the ranks' arrays and writes them to a safetensors file."""
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Keep an array: ``WHAT.R``, for one of ``ARRAYS`` and a rank."""

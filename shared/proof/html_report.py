@@ -77,7 +77,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str = "")
 
 
 def _map(report: Report, pair: tuple[str, str]) -> list[str]:
-    """One row per rank, with the number of differing rows by kind, shaded by their share."""
+    """Number of differing rows by rank and kind, shaded by share."""
     parts = [part for part in report.comparisons if (part.left, part.right) == pair]
     found = {(part.what, kind) for part in parts for kind in part.kinds}
     if not found:

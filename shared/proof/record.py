@@ -13,12 +13,11 @@ from typing import Self
 import numpy as np
 from safetensors.numpy import save_file
 
-from shared.bits import DTYPES
+from shared.bits import DTYPES, unsigned_view
 from shared.proof.case import Case, CaseFacts, sha256
-from shared.proof.rows import Rows
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["VERSIONS", "Record", "RecordWriter", "is_record", "replacing", "writable_file"]
+__all__ = ["VERSIONS", "Record", "RecordWriter", "Rows", "is_record", "replacing", "writable_file"]
 
 VERSIONS = {"python": platform.python_version(), "numpy": np.__version__}
 """Versions of what every backend runs on."""
@@ -49,6 +48,44 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with any nonzero bit, of an array ``[total, e]``.
+
+    Attributes:
+        index: row numbers, ascending, int64 ``[k]``.
+        values: the rows, ``[k, e]``.
+        total: number of all rows.
+    """
+
+    index: np.ndarray
+    values: np.ndarray
+    total: int
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Self:
+        """Nonzero rows of an array ``[..., e]``, its leading dimensions flattened.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared.proof.record import Rows
+            >>> Rows.of(np.array([[0.0, 0.0], [0.0, 5.0], [-0.0, 0.0]])).index
+            array([1, 2])
+        """
+        flat = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
+        index = np.flatnonzero(unsigned_view(flat).any(axis=1))
+        return cls(index, flat[index], len(flat))
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """Rows numbered ``index``, zero rows included."""
+        found = np.zeros((len(index), self.values.shape[1]), self.values.dtype)
+        if len(self.index):
+            slot = np.minimum(np.searchsorted(self.index, index), len(self.index) - 1)
+            present = self.index[slot] == index
+            found[present] = self.values[slot[present]]
+        return found
 
 
 class RecordWriter:
@@ -131,6 +168,8 @@ class Record(CaseFacts):
         _ = self.output_shape  # raises ValueError for a sequence that cannot be split
         if not _tensor_names(self.world_size) == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
+        if self.sha256["ids"] != self.checksums.get("ids"):
+            raise ValueError("ids are not those of the case")
 
     def array(self, name: str) -> np.ndarray:
         """Read a tensor and verify its checksum."""

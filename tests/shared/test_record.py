@@ -10,8 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from shared.proof.case import sha256
 from shared.proof.diff import compare_records
-from shared.proof.record import Record, RecordWriter, writable_file
-from shared.proof.rows import Rows
+from shared.proof.record import Record, RecordWriter, Rows, writable_file
 
 
 def rewrite(path, change):
@@ -103,7 +102,7 @@ def other_ids(tensors, metadata, header):
             "row hashes do not fit the table",
             lambda tensors, metadata, header: header.update(vocab_size=3 * 2**50, padded_vocab_size=3 * 2**50),
         ),
-        ("its ids do not match the checksum in its header", other_ids),
+        ("ids are not those of the case", other_ids),
     ],
 )
 def test_headers_that_contradict_what_is_there_are_refused(make_record, match, change):
