@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.proof.head_case import HeadCase
-from shared.proof.head_record import HeadWriter
+from shared.proof.head_case import HeadCase, HeadWriter
 from shared.proof.launch import serve
 from torch_impl.decode import parallel_argmax
 from torch_impl.lm_head import ParallelLMHead

@@ -37,10 +37,9 @@ from shared.cli.console import Steps, fail, progress_steps
 from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.case import build_case
 from shared.proof.diff import compare_records
-from shared.proof.head_case import build_head_case
+from shared.proof.head_case import HeadRecord, build_head_case
 from shared.proof.head_diff import HeadDiff
 from shared.proof.head_expected import Expected
-from shared.proof.head_record import HeadRecord
 from shared.proof.launch import BACKENDS, FRAMEWORKS, HEAD_BACKENDS, is_installed, run_backend
 from shared.proof.record import Record
 from shared.proof.report import Report, case_report

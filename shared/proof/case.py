@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,7 +22,7 @@ from shared.tables.find_table import open_table
 from shared.tables.table_file import TableFile
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Case", "CaseFacts", "CaseOptions", "Inputs", "Progress", "build_case", "find_inputs", "sha256"]
+__all__ = ["Case", "CaseFacts", "CaseOptions", "Progress", "build_case", "find_inputs", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, the amount done and the total."""
@@ -135,26 +135,14 @@ class Case(CaseFacts):
     batch: str
 
     @classmethod
-    def write(cls, folder: Path, inputs: "Inputs", batch: dict[str, np.ndarray], **more: Any) -> Self:
-        """Write a case to its folder; ``more`` are further fields."""
-        weights_sum, row_hashes = inputs.table.fingerprint()
+    def write(cls, folder: Path, table: TableFile, batch: dict[str, np.ndarray], **facts: Any) -> Self:
+        """Write a case to its folder; ``facts`` are its other fields."""
+        weights_sum, row_hashes = table.fingerprint()
         path = folder / "batch.safetensors"
         save_file({**batch, "row_hashes": row_hashes}, path)
-        files = {
-            "weights": str(inputs.table.path.absolute()),
-            "tensor": inputs.table.tensor,
-            "batch": str(path.absolute()),
-        }
-        case = cls(
-            **files,
-            config=inputs.config,
-            dtype=inputs.table.dtype,
-            ids_shape=inputs.ids.shape,
-            source=inputs.source,
-            seed=inputs.seed,
-            checksums={"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}},
-            **more,
-        )
+        files = {"weights": str(table.path.absolute()), "tensor": table.tensor, "batch": str(path.absolute())}
+        checksums = {"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}}
+        case = cls(**files, dtype=table.dtype, checksums=checksums, **facts)
         (folder / "case.json").write_text(json.dumps(case.facts | files))
         return case
 
@@ -193,23 +181,12 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         raise ValueError(
             f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
-    inputs = find_inputs(options, folder, (131072, 1024), table_chunks, (4, 2048), progress)
-    ids, config = inputs.ids, inputs.config
-    if config.reduction in ("reduce_scatter", "all_to_all"):
-        chunk_shape(ids.shape, config.seq_dim, config.world_size)
+    table, ids, facts = find_inputs(options, folder, (131072, 1024), table_chunks, (4, 2048), progress)
+    if options.reduction in ("reduce_scatter", "all_to_all"):
+        chunk_shape(ids.shape, options.seq_dim, options.world_size)
     progress("gradient and checksums", 0, 1)
-    grad_output = exact_gradient(ids, config.emb_size, DTYPES[inputs.table.dtype], options.seed)
-    return Case.write(folder, inputs, {"ids": ids, "grad_output": grad_output})
-
-
-class Inputs(NamedTuple):
-    """Table, ids and options of a case, and their origin."""
-
-    table: TableFile
-    ids: np.ndarray
-    config: EmbeddingConfig
-    source: str
-    seed: int
+    grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
+    return Case.write(folder, table, {"ids": ids, "grad_output": grad_output}, **facts)
 
 
 Chunks = Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
@@ -223,8 +200,11 @@ def find_inputs(
     chunks: Chunks,
     ids_shape: tuple[int, ...],
     progress: Progress,
-) -> Inputs:
+) -> tuple[TableFile, np.ndarray, dict[str, Any]]:
     """Read the given table and ids; generate what is not given.
+
+    Returns:
+        Table, ids, and the other fields of the case.
 
     Raises:
         ValueError, TypeError, IndexError: as in ``build_case``.
@@ -239,7 +219,8 @@ def find_inputs(
     if ids is None:
         ids_source = f"Zipf-distributed ids, seed {options.seed}"
         ids = zipf_ids(ids_shape, config.partition, options.seed)
-    return Inputs(table, ids, config, f"{table_source}; {ids_source}", options.seed)
+    source = f"{table_source}; {ids_source}"
+    return table, ids, {"config": config, "ids_shape": ids.shape, "source": source, "seed": options.seed}
 
 
 def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:

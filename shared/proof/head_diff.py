@@ -9,8 +9,8 @@ import numpy as np
 from shared.bits import DTYPES, cast, ulp_distance
 from shared.proof.case import Progress
 from shared.proof.comparison import Comparison, Distances, combined, distances
+from shared.proof.head_case import ARRAYS, HeadRecord
 from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
-from shared.proof.head_record import ARRAYS, HeadRecord
 from shared.proof.record import VERSIONS
 from shared.proof.report import Report, case_report, sizes
 

@@ -46,7 +46,7 @@ class Expected:
     """Result of the oracle for a case.
 
     Attributes:
-        values: each of ``shared.proof.head_record.ARRAYS`` by name, ``[rows, columns]``; a row is a token or a row of the
+        values: each of ``shared.proof.head_case.ARRAYS`` by name, ``[rows, columns]``; a row is a token or a row of the
             table, padding included.
         bounds: largest error of each, of a shape that broadcasts to it.
         count: number of targets that count.

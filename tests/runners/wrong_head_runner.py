@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from shared.bits import DTYPES
-from shared.proof.head_case import HeadCase
-from shared.proof.head_record import HeadWriter
+from shared.proof.head_case import HeadCase, HeadWriter
 from shared.proof.launch import serve
 
 FAULT = os.environ["HEAD_FAULT"]
