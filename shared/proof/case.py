@@ -140,7 +140,11 @@ class Case(CaseFacts):
         weights_sum, row_hashes = table.fingerprint()
         path = folder / "batch.safetensors"
         save_file({**batch, "row_hashes": row_hashes}, path)
-        files = {"weights": str(table.path.absolute()), "tensor": table.tensor, "batch": str(path.absolute())}
+        files: dict[str, Any] = {
+            "weights": str(table.path.absolute()),
+            "tensor": table.tensor,
+            "batch": str(path.absolute()),
+        }
         checksums = {"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}}
         case = cls(**files, dtype=table.dtype, checksums=checksums, **facts)
         (folder / "case.json").write_text(json.dumps(case.facts | files))
