@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Comparison:
         partition: VocabPartition,
         kinds: np.ndarray,
         found: "Distances",
-        place: Callable[[int], tuple[Iterable[int], int, str]],
+        place: Callable[[int], tuple[Iterable[Any], int, str]],
     ) -> Self:
         """Add rows, all or only those that differ.
 

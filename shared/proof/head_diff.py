@@ -1,8 +1,9 @@
 """Comparison of heads, kinds of difference, and the report."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -100,9 +101,8 @@ class HeadDiff:
             kinds=HEAD_KINDS,
         )
 
-    def _array(self, name: str, what: str, rank: int) -> np.ndarray:
-        """Rows of one side, float64."""
-        expected = self.expected.values[what][self._rows(what, rank)]
+    def _array(self, name: str, what: str, rank: int, expected: np.ndarray) -> np.ndarray:
+        """Rows of one side, in float64."""
         if name == "oracle":
             return expected
         array, legal = self.records[name].array(f"{what}.{rank}"), self._dtype(what)
@@ -113,18 +113,14 @@ class HeadDiff:
             )
         return array.reshape(expected.shape).astype(np.float64)
 
-    def _rows(self, what: str, rank: int) -> slice:
-        """A rank's rows of an array: all but of the table's gradient."""
-        n = self.case.partition.rows_per_rank
-        return slice(rank * n, (rank + 1) * n) if what == "table gradient" else slice(None)
-
     def _dtype(self, what: str) -> np.dtype:
         return DTYPES[self.case.dtype] if "gradient" in what else np.dtype(np.float32)
 
     def _compare(self, pair: tuple[str, str], what: str, rank: int) -> Comparison:
-        a, b = (self._array(name, what, rank) for name in pair)
-        first = self._rows(what, rank).start or 0
-        bounds = self.expected.bounds[what][self._rows(what, rank)] * (1 if "oracle" in pair else 2)
+        n = self.case.partition.rows_per_rank
+        first, stop = (rank * n, (rank + 1) * n) if what == "table gradient" else (0, None)
+        a, b = (self._array(name, what, rank, self.expected.values[what][first:stop]) for name in pair)
+        bounds = self.expected.bounds[what][first:stop] * (1 if "oracle" in pair else 2)
         differing, share = _beyond(a, b, bounds)
         if what == "argmax":
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
@@ -133,13 +129,16 @@ class HeadDiff:
             left, right = (cast(side, self._dtype(what)) for side in (a, b))
             found = distances(left, right, ulp_distance(left, right))
         some = np.flatnonzero(differing)[:_EXAMINED]
-        kinds, notes = np.where(differing, "not examined", "").astype(object), dict[int, str]()
-        if len(some):
-            kinds[some], found_notes = self._classify(what, a[some], b[some], first + some)
-            notes = dict(zip(some.tolist(), found_notes, strict=True))
+        kinds, notes = np.where(differing, "not examined", "").astype(object), np.full(len(a), "", object)
+        kinds[some], notes[some] = self._classify(what, a[some], b[some], first + some)
 
-        def place(row: int) -> tuple[Sequence[int], int, str]:
-            return *self._place(what, first + row), notes.get(row, "")
+        def place(row: int) -> tuple[Iterable[Any], int, str]:
+            if what == "loss":
+                return (), -1, notes[row]
+            if what == "table gradient":
+                return (first + row,), first + row, notes[row]
+            target = self.expected.targets_T[row] if self.expected.counted_T[row] else -1
+            return np.unravel_index(row, self.case.ids_shape), target, notes[row]
 
         nonzero, bound = int(a.any(axis=1).sum()), float(np.nanmax(bounds, initial=0))
         equal = Comparison(*pair, what, rank, len(a), nonzero, bound=bound, share=share)
@@ -154,7 +153,7 @@ class HeadDiff:
         self.near_ties |= set(map(int, np.flatnonzero(found)))
         return found
 
-    def _classify(self, what: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    def _classify(self, what: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Kind and note of each differing row: the first fault that fits."""
         expected = self.expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
@@ -162,11 +161,11 @@ class HeadDiff:
         if what == "argmax":
             left_is_wrong &= ~expected.is_best(rows, a[:, 0])
         wrong = np.where(left_is_wrong[:, None], a, b)
-        kinds, notes = np.full(len(rows), "", object), [""] * len(rows)
+        kinds, notes = np.full(len(rows), "", object), np.full(len(rows), "", object)
 
         def settle(kind: str, where: np.ndarray, note: str = "") -> None:
-            for row in np.flatnonzero(where & (kinds == "")):
-                kinds[row], notes[row] = kind, note
+            new = where & (kinds == "")
+            kinds[new], notes[new] = kind, note
 
         settle("NaN", (np.isnan(wrong) & ~np.isnan(right)).any(axis=1))
         if what == "argmax":
@@ -191,23 +190,12 @@ class HeadDiff:
         settle("other values", kinds == "")
         return kinds, notes
 
-    def _place(self, what: str, row: int) -> tuple[Sequence[int], int]:
-        """Position and id of a row of an array."""
-        if what == "table gradient":
-            return (row,), row
-        if what == "loss":
-            return (), -1
-        target = self.expected.targets_T[row] if self.expected.counted_T[row] else -1
-        return tuple(map(int, np.unravel_index(row, self.case.ids_shape))), int(target)
-
     def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
         """Compare the ranks' copies of one array; a row is a rank."""
-        w, differing = self.case.world_size, set[int]()
-        for name in pair:
-            if name != "oracle":
-                copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
-                differing |= {rank for rank in range(w) if copies[rank] != copies[0]}
-        kinds = np.array(["ranks disagree" if rank in differing else "" for rank in range(w)], object)
+        w, kinds = self.case.world_size, np.full(self.case.world_size, "", object)
+        for name in set(pair) - {"oracle"}:
+            copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
+            kinds[[copy != copies[0] for copy in copies]] = "ranks disagree"
         found = Distances(np.full(w, np.nan), np.zeros(w), {})
         equal = Comparison(*pair, what, None, w, w)
         return equal.with_differing(
