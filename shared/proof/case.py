@@ -193,19 +193,17 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
     return Case.write(folder, table, {"ids": ids, "grad_output": grad_output}, **facts)
 
 
-Chunks = Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
-"""Generates a table in chunks of rows, given its sizes, dtype and seed."""
-
-
 def find_inputs(
     options: CaseOptions,
     folder: Path,
     sizes: tuple[int, int],
-    chunks: Chunks,
+    chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]],
     ids_shape: tuple[int, ...],
     progress: Progress,
 ) -> tuple[TableFile, np.ndarray, dict[str, Any]]:
     """Read the given table and ids; generate what is not given.
+
+    ``chunks`` generates a table of these sizes in chunks of rows.
 
     Returns:
         Table, ids, and the other fields of the case.
@@ -213,54 +211,35 @@ def find_inputs(
     Raises:
         ValueError, TypeError, IndexError: as in ``build_case``.
     """
-    ids = _given_ids(options)
+    ids, table = _given_ids(options), None
     if options.weights is None:
-        table, table_source = _generated_table(options, folder, sizes, chunks, progress)
+        if options.tensor is not None:
+            raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
+        vocab_size = check_size("vocab_size", sizes[0] if options.vocab_size is None else options.vocab_size)
+        emb_size = check_size("emb_size", sizes[1] if options.emb_size is None else options.emb_size)
+        dtype, source = dtype_named(options.dtype or "bfloat16"), f"made-up table, seed {options.seed}"
+        rows = chunks(vocab_size, emb_size, dtype, options.seed)
     else:
-        table, table_source = _given_table(options, options.weights, folder, progress)
-    config = _config(table.vocab_size, table.emb_size, options)
+        table = open_table(options.weights, options.tensor, options.vocab_size)
+        vocab_size, emb_size, path, stored = table.vocab_size, table.emb_size, table.path, table.dtype
+        if options.emb_size not in (None, emb_size):
+            raise ValueError(f"emb_size must be that of the table: asked for {options.emb_size}, {path} has {emb_size}")
+        if options.dtype is None and stored not in DTYPES:
+            raise ValueError(f"--dtype must be given for a table of {stored}, to cast it: one of {', '.join(DTYPES)}")
+        dtype, source = dtype_named(options.dtype or stored), f"{table.tensor} of {options.weights.name}"
+        source += "" if dtype.name == stored else f", cast to {dtype.name}"
+        rows = (cast(chunk, dtype) for chunk in table.chunks())
+    padded = padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
+    given = {name: getattr(options, name) for name in ("reduction", "exchange", "seq_dim", "padding_idx")}
+    config = EmbeddingConfig(vocab_size, emb_size, options.world_size, padded, **given)
+    if table is None or table.dtype != dtype.name:
+        table = _write_table(folder, np.empty((vocab_size, emb_size), dtype), rows, progress)
     ids_source = f"ids of {(options.ids or options.text or Path()).name}"
     if ids is None:
         ids_source = f"Zipf-distributed ids, seed {options.seed}"
         ids = zipf_ids(ids_shape, config.partition, options.seed)
-    source = f"{table_source}; {ids_source}"
+    source = f"{source}; {ids_source}"
     return table, ids, {"config": config, "ids_shape": ids.shape, "source": source, "seed": options.seed}
-
-
-def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:
-    padded = padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
-    given = {name: getattr(options, name) for name in ("reduction", "exchange", "seq_dim", "padding_idx")}
-    return EmbeddingConfig(vocab_size, emb_size, options.world_size, padded, **given)
-
-
-def _generated_table(
-    options: CaseOptions, folder: Path, sizes: tuple[int, int], chunks: Chunks, progress: Progress
-) -> tuple[TableFile, str]:
-    if options.tensor is not None:
-        raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
-    vocab_size = check_size("vocab_size", sizes[0] if options.vocab_size is None else options.vocab_size)
-    emb_size = check_size("emb_size", sizes[1] if options.emb_size is None else options.emb_size)
-    dtype = dtype_named(options.dtype or "bfloat16")
-    _config(vocab_size, emb_size, options)  # raises before the work
-    table = np.empty((vocab_size, emb_size), dtype)
-    rows = chunks(vocab_size, emb_size, dtype, options.seed)
-    return _write_table(folder, table, rows, progress), f"made-up table, seed {options.seed}"
-
-
-def _given_table(options: CaseOptions, weights: Path, folder: Path, progress: Progress) -> tuple[TableFile, str]:
-    table = open_table(weights, options.tensor, options.vocab_size)
-    if options.emb_size not in (None, table.emb_size):
-        raise ValueError(
-            f"emb_size must be that of the table: asked for {options.emb_size}, {table.path} has {table.emb_size}"
-        )
-    source = f"{table.tensor} of {weights.name}"
-    if options.dtype is None and table.dtype not in DTYPES:
-        raise ValueError(f"--dtype must be given for a table of {table.dtype}, to cast it: one of {', '.join(DTYPES)}")
-    if options.dtype is None or options.dtype == table.dtype:
-        return table, source
-    rows = np.empty((table.vocab_size, table.emb_size), dtype_named(options.dtype))
-    chunks = (cast(chunk, rows.dtype) for chunk in table.chunks())
-    return _write_table(folder, rows, chunks, progress), f"{source}, cast to {options.dtype}"
 
 
 def _write_table(folder: Path, table: np.ndarray, chunks: Iterator[np.ndarray], progress: Progress) -> TableFile:
