@@ -13,6 +13,7 @@ from shared.proof.classify import Differing, classify
 
 __all__ = ["Comparison", "DifferingRow", "Distances", "combined", "describe", "distances", "number"]
 
+_BY_POSITION = ("forward", "logprobs", "hidden gradient", "argmax")
 _EXAMPLES = 5
 """Most rows of a kind that are listed."""
 
@@ -36,17 +37,16 @@ class DifferingRow:
     def cells(self, what: str) -> tuple[str, str, str, str, str, str]:
         """Position, id, owner, kind, distance and note, in words."""
         ulp = "NaN" if self.max_ulp is None else f"{number(self.max_ulp)} ULP"
+        numbers, id_ = ", ".join(map(str, self.index)), f"id {self.id}"
         owner = "no rank's" if self.owner < 0 else f"rank {self.owner}'s"
-        numbers = ", ".join(map(str, self.index))
+        place = f"position {numbers}" if what in _BY_POSITION else f"row {numbers}"
         if self.kind == "ranks disagree":
-            return f"rank {numbers}", "", "", self.kind, "", self.note
-        if what == "loss":
-            return "the loss", "", "", self.kind, ulp, self.note
-        if what in ("logprobs", "hidden gradient", "argmax"):
-            target = ("no target", "") if self.id < 0 else (f"target {self.id}", owner)
-            return f"position {numbers}", *target, self.kind, "" if what == "argmax" else ulp, self.note
-        place = "position" if what == "forward" else "row"
-        return f"{place} {numbers}", f"id {self.id}", owner, self.kind, ulp, self.note
+            place, id_, owner, ulp = f"rank {numbers}", "", "", ""
+        elif what == "loss":
+            place, id_, owner = "the loss", "", ""
+        elif what in _BY_POSITION[1:]:
+            id_, owner = (f"target {self.id}", owner) if self.id >= 0 else ("no target", "")
+        return place, id_, owner, self.kind, "" if what == "argmax" else ulp, self.note
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,12 @@ class Comparison:
 
         ``kinds`` ``[k]`` is empty text where they do not, and ``place`` gives position, id and note of a row.
         """
-        counts = Counter(map(str, kinds[kinds != ""]))
+        counts = Counter(kinds[kinds != ""].tolist())
         examples = []
         for i in sorted(int(i) for kind in counts for i in np.flatnonzero(kinds == kind)[:_EXAMPLES]):
             index, id_, note = place(i)
-            ulp = None if np.isnan(found.ulp[i]) else float(found.ulp[i])
-            row = DifferingRow(tuple(map(int, index)), int(id_), int(partition.owner(id_)), str(kinds[i]), ulp, note)
-            examples.append(row)
+            ulp, owner = None if np.isnan(found.ulp[i]) else float(found.ulp[i]), int(partition.owner(id_))
+            examples.append(DifferingRow(tuple(map(int, index)), int(id_), owner, kinds[i], ulp, note))
         return replace(
             self,
             differing=counts.total(),
@@ -137,21 +136,13 @@ def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequenc
             shown[row.kind] += 1
             if shown[row.kind] <= _EXAMPLES:
                 examples.append(row)
-    return Comparison(
-        *sides,
-        what=what,
-        rank=rank,
-        rows=sum(part.rows for part in parts),
-        nonzero=sum(part.nonzero for part in parts),
-        differing=kinds.total(),
-        max_ulp=max((part.max_ulp for part in parts), default=0.0),
-        max_abs=max((part.max_abs for part in parts), default=0.0),
-        kinds=dict(kinds.most_common()),
-        ulps=dict(ulps),
-        examples=tuple(examples),
-        bound=max((part.bound for part in parts), default=0.0),
-        share=max((part.share for part in parts), default=0.0),
-    )
+    whole: dict[str, Any] = {
+        name: sum(getattr(part, name) for part in parts) for name in ("rows", "nonzero", "differing")
+    }
+    for name in ("max_ulp", "max_abs", "bound", "share"):
+        whole[name] = max((getattr(part, name) for part in parts), default=0.0)
+    whole |= {"kinds": dict(kinds.most_common()), "ulps": dict(ulps), "examples": tuple(examples)}
+    return Comparison(*sides, what, rank, **whole)
 
 
 class Distances(NamedTuple):
