@@ -141,7 +141,8 @@ def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequenc
     }
     for name in ("max_ulp", "max_abs", "bound", "share"):
         whole[name] = max((getattr(part, name) for part in parts), default=0.0)
-    whole |= {"kinds": dict(kinds.most_common()), "ulps": dict(ulps), "examples": tuple(examples)}
+    whole["ulps"] = dict(sorted(ulps.items(), key=lambda each: float(each[0].replace("NaN", "inf"))))
+    whole |= {"kinds": dict(kinds.most_common()), "examples": tuple(examples)}
     return Comparison(*sides, what, rank, **whole)
 
 

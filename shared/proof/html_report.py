@@ -5,29 +5,24 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from shared.checks import printable
-from shared.proof.comparison import Comparison
+from shared.proof.comparison import Comparison, number
 from shared.proof.report import Report
 
 __all__ = ["as_html"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1c2024, #e6e8ea); --paper: light-dark(#fff, #16191d);
-  --faint: light-dark(#5b636b, #a3abb3); --line: light-dark(#d5dade, #3a4047);
-  --good: light-dark(#12703c, #5fd08f); --bad: light-dark(#b3261e, #ff8a80); --bar: light-dark(#c4554d, #e0766d); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem;
-  margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --good: light-dark(#12703c, #5fd08f); --bad: light-dark(#b3261e, #ff8a80); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-.equal { color: var(--good); } .different { color: var(--bad); } .note { color: var(--faint); overflow-wrap: anywhere; }
+.equal { color: var(--good); } .different { color: var(--bad); } .note { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; } th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: right; }
+table { border-collapse: collapse; } th, td { border: 1px solid GrayText; padding: .2rem .6rem; text-align: right; }
 td { white-space: nowrap; }
-th { font-weight: 600; }
 .facts th, .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-td.hot { background: color-mix(in srgb, var(--bad) calc(var(--share) * 45% + 8%), var(--paper)); }
+td.hot { background: color-mix(in srgb, var(--bad) calc(var(--share) * 45% + 8%), Canvas); }
 .bars td { border: 0; padding: .1rem .6rem; } .bars td:last-child { width: 30rem; }
-.bar { background: var(--bar); height: 1rem; min-width: 2px; border-radius: 2px; }
+.bar { background: var(--bad); height: 1rem; min-width: 2px; }
 """
-
 
 # The policy keeps a browser from loading or running anything, whatever the page contains.
 _HEAD = """<!doctype html>
@@ -111,18 +106,10 @@ def _rows(report: Report, part: Comparison) -> list[str]:
 
 
 def _bars(counts: dict[str, int]) -> list[str]:
-    """Number of elements by distance."""
+    """Number of elements by distance, from one power of two to the next."""
     rows = []
-    for least in sorted(counts, key=lambda name: math.inf if name == "NaN" else float(name)):
-        width = 100 * math.log1p(counts[least]) / math.log1p(max(counts.values()))
+    for least, count in counts.items():
+        width = 100 * math.log1p(count) / math.log1p(max(counts.values()))
         bar = f'<td><div class="bar" style="width: {width:.1f}%"></div></td>'
-        rows.append([_cell(_range(least)), _cell(str(counts[least])), bar])
-    return _table(["ULP", "elements", "logarithm"], rows, "bars") if rows else []
-
-
-def _range(least: str) -> str:
-    """Range of distances of a key of ``Comparison.ulps``."""
-    if least in ("0", "1", "NaN"):
-        return "0 (sign of zero)" if least == "0" else least
-    low = int(least)
-    return f"{low} - {2 * low - 1}" if low < 2**20 else f"2^{low.bit_length() - 1} - 2^{low.bit_length()}"
+        rows.append([_cell(number(float(least))), _cell(str(count)), bar])
+    return _table(["ULP from", "elements", "logarithm"], rows, "bars") if rows else []
