@@ -84,7 +84,6 @@ def test_text_becomes_ids(built, refused, tmp_path):
     refused("text: not a readable file of UTF-8 text", **both)
     text.write_text("a b b x")
     np.testing.assert_array_equal(built(**both).batch_array("ids"), [[3, 9, 9, 0]])
-    refused("need each other", text=text)
     refused("give ids in one way", ids=tmp_path / "ids.npy", **both)
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     refused("not a tokenizer.json", **both)
@@ -95,7 +94,6 @@ def test_text_becomes_ids(built, refused, tmp_path):
     [
         ("vocab_size must be that of the table: asked for 41", {"vocab_size": 41}),
         ("emb_size must be that of the table", {"emb_size": 5}),
-        ("vocab_size=40 over world_size=3", {"world_size": 3}),
         ("--tensor needs --weights", {"weights": None, "tensor": "x"}),
         ("emb_size must be at least 1", {"weights": None, "vocab_size": 8, "emb_size": -1}),
     ],

@@ -32,13 +32,6 @@ def path(make_record):
     return make_record("left").path
 
 
-def test_it_carries_sizes_versions_and_checksums(make_record, case):
-    record = make_record("oracle")
-    assert (record.vocab_size, record.emb_size, record.dtype, record.world_size) == (30, 6, "bfloat16", 3)
-    assert (record.ids_shape, record.versions["numpy"]) == ((3, 6), np.__version__)
-    assert record.checksums == case.checksums
-
-
 def test_rows_lose_nothing():
     array = np.array([[0.0, -0.0], [0.0, 0.0], [np.nan, 1.0]])
     rows = Rows.of(array)
