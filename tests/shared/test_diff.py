@@ -39,11 +39,16 @@ def flip_a_bit(arrays, case):
     unsigned_view(arrays["forward.1"])[1, 2, 4] ^= 1
 
 
-def shift_forward(arrays, case):
-    table, ids = case.table.rows(0, 30), case.batch_array("ids")
-    for rank in range(3):
-        owned = case.partition.owns(ids, rank) & (ids + 1 < case.partition.stop(rank))
-        arrays[f"forward.{rank}"][owned] = table[ids[owned] + 1]
+def shift(step, *ranks):
+    """Look up other rows."""
+
+    def change(arrays, case):
+        table, ids = case.table.rows(0, 30), case.batch_array("ids")
+        for rank in ranks:
+            owned = case.partition.owns(ids, rank) & (ids + step < 30)
+            arrays[f"forward.{rank}"][owned] = table[ids[owned] + step]
+
+    return change
 
 
 def swap_ranks(what):
@@ -51,12 +56,6 @@ def swap_ranks(what):
         arrays[f"{what}.0"], arrays[f"{what}.2"] = arrays[f"{what}.2"], arrays[f"{what}.0"]
 
     return swap
-
-
-def take_the_next_ranks_table(arrays, case):
-    ids = case.batch_array("ids")
-    owned = case.partition.owns(ids, 0)
-    arrays["forward.0"][owned] = case.rank_rows(1)[ids[owned]]
 
 
 def scale(factor):
@@ -71,10 +70,6 @@ def permute(rows):
         arrays["gradient.1"] = arrays["gradient.1"][rows]
 
     return change
-
-
-def take_row_7(arrays, case):
-    arrays["forward.0"][0, 0] = case.table.rows(7, 8)
 
 
 def negate_holes(arrays, case):
@@ -94,10 +89,10 @@ EVERYWHERE = [("gradient", 0), ("forward", 2), ("forward", None), ("gradient", N
 # What is done, the comparisons that are to differ, the kinds that each is to name, and the first row's note.
 TAMPERED = {
     "flipped bit": (flip_a_bit, FORWARD[1:2], {"rounding only"}, ""),
-    "off by one": (shift_forward, FORWARD, {"off by one row"}, "right has row 1"),
+    "off by one": (shift(1, 0, 1, 2), FORWARD, {"off by one row"}, "right has row 1"),
     "swapped": (swap_ranks("forward"), FORWARD[::2], {"ranks swapped"}, ""),
-    "another rank's table": (take_the_next_ranks_table, FORWARD[:1], {"ranks swapped"}, "right has row 10"),
-    "another row": (take_row_7, FORWARD[:1], {"other row"}, "right has row 7"),
+    "another rank's table": (shift(10, 0), FORWARD[:1], {"ranks swapped"}, "right has row 10"),
+    "another row": (shift(7, 0), FORWARD[:1], {"other row"}, "right has row 7"),
     "zeroed": (set_to(0, ("forward.1",)), FORWARD[1:2], {"zeroed"}, ""),
     "filled": (set_to(3, ("forward.1", 0, 0)), FORWARD[1:2], {"hole filled"}, ""),
     "padding": (fill_padding, EVERYWHERE, {"padding only"}, ""),
