@@ -106,7 +106,7 @@ def _rows(report: Report, part: Comparison) -> list[str]:
 
 
 def _bars(counts: dict[str, int]) -> list[str]:
-    """Number of elements by distance, from one power of two to the next."""
+    """Number of elements by distance, in powers of two."""
     rows = []
     for least, count in counts.items():
         width = 100 * math.log1p(count) / math.log1p(max(counts.values()))
