@@ -212,7 +212,6 @@ class Expected:
         hidden_CE = self.hidden_TE[self.counted_T]
         p_CK = np.exp(hidden_CE @ self.table_VE[rows_K].T - lse_T[self.counted_T, None])
         p_CK -= targets_T[self.counted_T, None] == rows_K
-        p_CK[:, rows_K >= self.case.vocab_size] = 0
         head_KE: np.ndarray = p_CK.T @ hidden_CE / self.count
         return head_KE + self._scatter(grad_TE)[rows_K] if self.case.tied else head_KE
 

@@ -116,6 +116,14 @@ def test_tampering_is_found_and_named(make_record, case, name):
     assert note in differing[places[0]].examples[0].note
 
 
+def test_empty_results_are_no_other_ranks(make_record):
+    left, right = (
+        make_record(side, lambda arrays, ranks=ranks: [arrays[f"forward.{r}"].fill(0) for r in ranks])
+        for side, ranks in (("left", [2]), ("right", [1, 2]))
+    )
+    assert found(left, right)["forward", 1].kinds == {"zeroed": 6}
+
+
 def test_every_kind_is_tested():
     """Here, and of tables in ``test_table_diff``."""
     tested = set().union(*(kinds for _, _, kinds, _ in TAMPERED.values()))
