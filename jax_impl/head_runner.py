@@ -10,9 +10,8 @@ from jax_impl.lm_head import ParallelLMHead
 from jax_impl.runner import make_mesh, shards
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 from shared.bits import DTYPES
-from shared.proof.harness import serve
-from shared.proof.head_case import HeadCase
-from shared.proof.head_record import HeadWriter
+from shared.proof.head_case import HeadCase, HeadWriter
+from shared.proof.launch import serve
 
 __all__ = ["run"]
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl.vocab_emb import ParallelVocabEmbedding
 from shared.proof.case import Case
-from shared.proof.harness import serve
+from shared.proof.launch import serve
 from shared.proof.record import RecordWriter
 
 __all__ = ["make_mesh", "run", "shards"]

@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shared.proof.harness import serve
-from shared.proof.head_case import HeadCase
-from shared.proof.head_record import HeadWriter
+from shared.proof.head_case import HeadCase, HeadWriter
+from shared.proof.launch import serve
 from torch_impl.decode import parallel_argmax
 from torch_impl.lm_head import ParallelLMHead
 from torch_impl.runner import run_processes, to_torch

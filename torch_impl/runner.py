@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from shared.proof.case import Case
-from shared.proof.harness import serve
+from shared.proof.launch import serve
 from shared.proof.record import RecordWriter
 from shared.tables.tensor_file import open_safetensors
 from torch_impl.vocab_emb import ParallelVocabEmbedding

@@ -37,10 +37,11 @@ from shared.cli.console import Steps, fail, progress_steps
 from shared.cli.results import add_result_arguments, check_result_arguments, show_result
 from shared.proof.case import build_case
 from shared.proof.diff import compare_records
-from shared.proof.head_case import build_head_case
+from shared.proof.head_case import HeadRecord, build_head_case
 from shared.proof.head_diff import HeadDiff
 from shared.proof.head_expected import Expected
-from shared.proof.launch import FRAMEWORKS, is_installed, record_backend, record_head
+from shared.proof.launch import BACKENDS, FRAMEWORKS, HEAD_BACKENDS, is_installed, run_backend
+from shared.proof.record import Record
 from shared.proof.report import Report, case_report
 
 __all__ = ["add_arguments", "run"]
@@ -79,7 +80,8 @@ def _compare_embeddings(
     started = time.perf_counter()
     case = build_case(case_options(options), folder, begin("case"))
     names = [*backends, "oracle"]
-    records = {name: record_backend(name, folder, folder / f"{name}.record", begin(name)) for name in names}
+    paths = {name: run_backend(name, BACKENDS[name], folder, folder / f"{name}.record", begin(name)) for name in names}
+    records = {name: Record.open(path) for name, path in paths.items()}
     step = begin("compare")
     comparisons = [
         result
@@ -102,8 +104,8 @@ def _compare_heads(
             )
     started = time.perf_counter()
     case = build_head_case(case_options(options), options.tied, folder, begin("case"))
-    records = {name: record_head(name, folder, folder / f"{name}.record", begin(name)) for name in backends}
-    diff = HeadDiff(Expected(case, begin("oracle")), records)
+    paths = {name: run_backend(name, HEAD_BACKENDS[name], folder, folder / name, begin(name)) for name in backends}
+    diff = HeadDiff(Expected(case, begin("oracle")), {name: HeadRecord(path) for name, path in paths.items()})
     comparisons = diff.compare(begin("compare"))
     return diff.report(comparisons, missing, time.perf_counter() - started)
 

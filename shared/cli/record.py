@@ -21,8 +21,8 @@ from pathlib import Path
 from shared.cli.case_arguments import add_case_arguments, case_options
 from shared.cli.console import print_json, progress_steps, say
 from shared.proof.case import build_case
-from shared.proof.launch import BACKENDS, is_installed, record_backend
-from shared.proof.record import writable_file
+from shared.proof.launch import BACKENDS, is_installed, run_backend
+from shared.proof.record import Record, writable_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="pve-") as temporary, progress_steps() as begin:
         folder = Path(temporary)
         build_case(case_options(options), folder, begin("case"))
-        record = record_backend(options.backend, folder, target, begin(options.backend))
+        run_backend(options.backend, BACKENDS[options.backend], folder, target, begin(options.backend))
+    record = Record.open(target)
     if options.json:
         facts = ("backend", "versions", "vocab_size", "emb_size", "dtype", "world_size", "padding_idx", "ids_shape")
         print_json("record", {"record": str(options.output), **{name: getattr(record, name) for name in facts}})

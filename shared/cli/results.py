@@ -54,8 +54,8 @@ def _print_report(report: Report) -> None:
     say(report.title, "bold")
     for note in report.notes:
         say(note)
-    for name, facts in report.side_lines.items():
-        say(f"  {name}: {facts}", "dim")
+    for line in report.side_lines:
+        say(f"  {line}", "dim")
     output().print(_overview(report))
     for part in report.different:
         say(f"{report.heading(part)}: {part.counts}{_distances(part)}", "bold")
@@ -68,8 +68,8 @@ def _print_report(report: Report) -> None:
 
 
 def _overview(report: Report) -> Table:
-    header, *rows = report.overview(counts=True)
-    first_result = len(header) - len(report.pairs())
+    header, *rows = report.overview()
+    first_result = len(header) - len(report.pairs)
     table = Table()
     for position, column in enumerate(header):
         table.add_column(Text(column), justify="left" if position >= first_result else "right")

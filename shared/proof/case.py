@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,7 +22,7 @@ from shared.tables.find_table import open_table
 from shared.tables.table_file import TableFile
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Case", "CaseFacts", "CaseOptions", "Inputs", "MadeUp", "Progress", "build_case", "sha256"]
+__all__ = ["Case", "CaseFacts", "CaseOptions", "Progress", "build_case", "find_inputs", "sha256"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, the amount done and the total."""
@@ -82,11 +82,8 @@ class CaseFacts:
     @property
     def facts(self) -> dict[str, Any]:
         """Facts and options of the lookup, by name, as plain values."""
-        return self._plain(each.name for each in fields(CaseFacts))
-
-    def _plain(self, names: Iterable[str]) -> dict[str, Any]:
         options = {name: getattr(self.config, name) for name in LOOKUP_OPTIONS}
-        return options | {name: getattr(self, name) for name in names if name != "config"}
+        return options | {each.name: getattr(self, each.name) for each in fields(CaseFacts) if each.name != "config"}
 
     @classmethod
     def from_stored(cls, stored: dict[str, Any], **more: Any) -> Self:
@@ -138,24 +135,19 @@ class Case(CaseFacts):
     batch: str
 
     @classmethod
-    def write(cls, folder: Path, inputs: "Inputs", batch: dict[str, np.ndarray], **more: Any) -> Self:
-        """Write a case to its folder; ``more`` are further fields."""
-        weights_sum, row_hashes = inputs.table.fingerprint()
+    def write(cls, folder: Path, table: TableFile, batch: dict[str, np.ndarray], **facts: Any) -> Self:
+        """Write a case to its folder; ``facts`` are its other fields."""
+        weights_sum, row_hashes = table.fingerprint()
         path = folder / "batch.safetensors"
         save_file({**batch, "row_hashes": row_hashes}, path)
-        case = cls(
-            weights=str(inputs.table.path.absolute()),
-            tensor=inputs.table.tensor,
-            batch=str(path.absolute()),
-            config=inputs.config,
-            dtype=inputs.table.dtype,
-            ids_shape=inputs.ids.shape,
-            source=inputs.source,
-            seed=inputs.seed,
-            checksums={"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}},
-            **more,
-        )
-        (folder / "case.json").write_text(json.dumps(case._plain(each.name for each in fields(cls))))
+        files: dict[str, Any] = {
+            "weights": str(table.path.absolute()),
+            "tensor": table.tensor,
+            "batch": str(path.absolute()),
+        }
+        checksums = {"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}}
+        case = cls(**files, dtype=table.dtype, checksums=checksums, **facts)
+        (folder / "case.json").write_text(json.dumps(case.facts | files))
         return case
 
     @classmethod
@@ -193,83 +185,61 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         raise ValueError(
             f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
-    inputs = Inputs.find(options, folder, MadeUp((131072, 1024), table_chunks, (4, 2048)), progress)
-    ids, config = inputs.ids, inputs.config
-    if config.reduction in ("reduce_scatter", "all_to_all"):
-        chunk_shape(ids.shape, config.seq_dim, config.world_size)
+    table, ids, facts = find_inputs(options, folder, (131072, 1024), table_chunks, (4, 2048), progress)
+    if options.reduction in ("reduce_scatter", "all_to_all"):
+        chunk_shape(ids.shape, options.seq_dim, options.world_size)
     progress("gradient and checksums", 0, 1)
-    grad_output = exact_gradient(ids, config.emb_size, DTYPES[inputs.table.dtype], options.seed)
-    return Case.write(folder, inputs, {"ids": ids, "grad_output": grad_output})
+    grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
+    return Case.write(folder, table, {"ids": ids, "grad_output": grad_output}, **facts)
 
 
-class MadeUp(NamedTuple):
-    """Sizes and rows of a generated table, and shape of generated ids."""
+def find_inputs(
+    options: CaseOptions,
+    folder: Path,
+    sizes: tuple[int, int],
+    chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]],
+    ids_shape: tuple[int, ...],
+    progress: Progress,
+) -> tuple[TableFile, np.ndarray, dict[str, Any]]:
+    """Read the given table and ids; generate what is not given.
 
-    sizes: tuple[int, int]
-    chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]]
-    ids_shape: tuple[int, ...]
+    ``chunks`` generates a table of these sizes in chunks of rows.
 
+    Returns:
+        Table, ids, and the other fields of the case.
 
-class Inputs(NamedTuple):
-    """Table, ids and options of a case, and their origin."""
-
-    table: TableFile
-    ids: np.ndarray
-    config: EmbeddingConfig
-    source: str
-    seed: int
-
-    @classmethod
-    def find(cls, options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> Self:
-        """Read the given table and ids; make up what is not given.
-
-        Raises:
-            ValueError, TypeError, IndexError: as in ``build_case``.
-        """
-        ids = _given_ids(options)
-        find_table = _generated_table if options.weights is None else _given_table
-        table, table_source = find_table(options, folder, made_up, progress)
-        config = _config(table.vocab_size, table.emb_size, options)
-        ids_source = f"ids of {(options.ids or options.text or Path()).name}"
-        if ids is None:
-            ids_source = f"Zipf-distributed ids, seed {options.seed}"
-            ids = zipf_ids(made_up.ids_shape, config.partition, options.seed)
-        return cls(table, ids, config, f"{table_source}; {ids_source}", options.seed)
-
-
-def _config(vocab_size: int, emb_size: int, options: CaseOptions) -> EmbeddingConfig:
+    Raises:
+        ValueError, TypeError, IndexError: as in ``build_case``.
+    """
+    ids, table = _given_ids(options), None
+    if options.weights is None:
+        if options.tensor is not None:
+            raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
+        vocab_size = check_size("vocab_size", sizes[0] if options.vocab_size is None else options.vocab_size)
+        emb_size = check_size("emb_size", sizes[1] if options.emb_size is None else options.emb_size)
+        dtype, source = dtype_named(options.dtype or "bfloat16"), f"made-up table, seed {options.seed}"
+        rows = chunks(vocab_size, emb_size, dtype, options.seed)
+    else:
+        table = open_table(options.weights, options.tensor, options.vocab_size)
+        vocab_size, emb_size, path, stored = table.vocab_size, table.emb_size, table.path, table.dtype
+        if options.emb_size not in (None, emb_size):
+            raise ValueError(f"emb_size must be that of the table: asked for {options.emb_size}, {path} has {emb_size}")
+        if options.dtype is None and stored not in DTYPES:
+            raise ValueError(f"--dtype must be given for a table of {stored}, to cast it: one of {', '.join(DTYPES)}")
+        dtype, source = dtype_named(options.dtype or stored), f"{table.tensor} of {options.weights.name}"
+        source += "" if dtype.name == stored else f", cast to {dtype.name}"
+        rows = (cast(chunk, dtype) for chunk in table.chunks())
     padded = padded_by_rule(options.padded_vocab_size, vocab_size, options.world_size)
     given = {name: getattr(options, name) for name in ("reduction", "exchange", "seq_dim", "padding_idx")}
-    return EmbeddingConfig(vocab_size, emb_size, options.world_size, padded, **given)
-
-
-def _generated_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
-    if options.tensor is not None:
-        raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
-    vocab_size = check_size("vocab_size", made_up.sizes[0] if options.vocab_size is None else options.vocab_size)
-    emb_size = check_size("emb_size", made_up.sizes[1] if options.emb_size is None else options.emb_size)
-    dtype = dtype_named(options.dtype or "bfloat16")
-    _config(vocab_size, emb_size, options)  # raises before the work
-    table = np.empty((vocab_size, emb_size), dtype)
-    chunks = made_up.chunks(vocab_size, emb_size, dtype, options.seed)
-    return _write_table(folder, table, chunks, progress), f"made-up table, seed {options.seed}"
-
-
-def _given_table(options: CaseOptions, folder: Path, made_up: MadeUp, progress: Progress) -> tuple[TableFile, str]:
-    assert options.weights is not None
-    table = open_table(options.weights, options.tensor, options.vocab_size)
-    if options.emb_size not in (None, table.emb_size):
-        raise ValueError(
-            f"emb_size must be that of the table: asked for {options.emb_size}, {table.path} has {table.emb_size}"
-        )
-    source = f"{table.tensor} of {options.weights.name}"
-    if options.dtype is None and table.dtype not in DTYPES:
-        raise ValueError(f"--dtype must be given for a table of {table.dtype}, to cast it: one of {', '.join(DTYPES)}")
-    if options.dtype is None or options.dtype == table.dtype:
-        return table, source
-    rows = np.empty((table.vocab_size, table.emb_size), dtype_named(options.dtype))
-    chunks = (cast(chunk, rows.dtype) for chunk in table.chunks())
-    return _write_table(folder, rows, chunks, progress), f"{source}, cast to {options.dtype}"
+    config = EmbeddingConfig(vocab_size, emb_size, options.world_size, padded, **given)
+    if table is None or table.dtype != dtype.name:
+        table = _write_table(folder, np.empty((vocab_size, emb_size), dtype), rows, progress)
+    ids_source = f"ids of {(options.ids or options.text or Path()).name}"
+    if ids is None:
+        ids_source = f"Zipf-distributed ids, seed {options.seed}"
+        ids = zipf_ids(ids_shape, config.partition, options.seed)
+    source = f"{source}; {ids_source}"
+    return table, ids, {"config": config, "ids_shape": ids.shape, "source": source, "seed": options.seed}
 
 
 def _write_table(folder: Path, table: np.ndarray, chunks: Iterator[np.ndarray], progress: Progress) -> TableFile:
@@ -287,8 +257,7 @@ def _given_ids(options: CaseOptions) -> np.ndarray | None:
         raise ValueError("--ids excludes --tokenizer and --text: give ids in one way")
     if (options.tokenizer is None) != (options.text is None):
         raise ValueError("--tokenizer and --text need each other: give a tokenizer.json and the text to tokenise")
-    if options.text is not None:
-        assert options.tokenizer is not None
+    if options.tokenizer is not None and options.text is not None:
         return _tokenise(options.tokenizer, options.text)
     if options.ids is None:
         return None
@@ -309,13 +278,10 @@ def _tokenise(tokenizer: Path, text: Path) -> np.ndarray:
         raise ValueError(
             "--tokenizer needs the tokenizers package: pip install 'parallel-vocab-embedding[text]'"
         ) from None
-    for path in (tokenizer, text):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
     try:
         words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text}: not UTF-8 text ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{text}: not a readable file of UTF-8 text ({error})") from error
     try:
         loaded = Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # the package raises bare Exceptions

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from shared.bits import row_hashes, ulp_distance, unsigned_view
+from shared.bits import row_hashes, unsigned_view
 from shared.partition import VocabPartition
 
-__all__ = ["KINDS", "MAX_ROUNDING_ULP", "Side", "classify", "held_rows", "rows_at_once"]
+__all__ = ["KINDS", "Differing", "Reference", "classify"]
 
-MAX_ROUNDING_ULP = 4
+_MAX_ROUNDING_ULP = 4
 """Largest distance, in representable values, that counts as rounding: a sum in another order or precision."""
 
 KINDS = {
@@ -22,7 +22,7 @@ KINDS = {
     "zeroed": "zeros in place of the row",
     "hole filled": "values where zeros should be: the rank does not own the id, or the id does not occur",
     "padding only": "only rows without meaning: of ids outside the vocabulary, or the gradient of padding_idx",
-    "rounding only": f"no element further away than {MAX_ROUNDING_ULP} representable values",
+    "rounding only": f"no element further away than {_MAX_ROUNDING_ULP} representable values",
     "sign of zero": "+0.0 against -0.0",
     "row missing": "a row that only one of two tables has",
     "NaN": "NaN on one side only, or another NaN",
@@ -30,68 +30,69 @@ KINDS = {
 }
 """Kinds of difference and their meaning."""
 
-_AT_ONCE = 1 << 16
-"""Elements whose distances are computed at once: their int64 stay in a cache. Two tables of 32768 x 1024 float32 that differ
-throughout took 12.1, 9.6 and 10.8 s with 2**14, 2**16 and 2**18."""
+
+class Reference:
+    """Correct rows of a whole table, by hash.
+
+    ``hashes`` are uint64 ``[v]``, 0 for zero rows.
+    """
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        self._hashes, self._order = hashes, np.argsort(hashes, kind="stable")
+
+    def find(self, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Id of each row; -1 for none.
+
+        Of several ids, the one in ``ids`` is taken, else a neighbour of it, else any.
+        """
+        hashes, known, order = row_hashes(rows), self._hashes, self._order
+        slot = np.minimum(np.searchsorted(known, hashes, sorter=order), len(known) - 1)
+        held = np.where(known[order[slot]] == hashes, order[slot], -1)
+        for near in (ids - 1, ids + 1, ids):
+            inside = (near >= 0) & (near < len(known))
+            held = np.where(inside & (known[np.where(inside, near, 0)] == hashes), near, held)
+        return np.where(unsigned_view(rows).any(axis=1), held, -1)
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side's differing rows.
+class Differing:
+    """Differing rows of two sides.
 
     Attributes:
-        values: the rows, ``[k, e]``.
-        reference: hash of each row of the correct whole table, uint64 ``[v]``, 0 for zero rows; by it a row in the wrong
-            place is recognised.
+        ids, index: their ids ``[k]``, and positions ``[k, d]``.
+        values: left and right rows, each ``[k, e]``.
+        references: what each side should have taken its rows from.
+        expected: whether each should be present rather than zero, ``[k]``.
+        kinds: of each, empty text if not known yet, ``[k]``.
     """
 
-    values: np.ndarray
-    reference: np.ndarray
+    ids: np.ndarray
+    index: np.ndarray
+    values: tuple[np.ndarray, np.ndarray]
+    references: tuple[Reference, Reference]
+    expected: np.ndarray
+    kinds: np.ndarray
 
 
-def held_rows(ids: np.ndarray, side: Side) -> np.ndarray:
-    """Find the id of each row by its hash; -1 for none.
+def classify(rows: Differing, ulp: np.ndarray, partition: VocabPartition, padding_idx: int | None = None) -> np.ndarray:
+    """Set the kind of rows that have none: the first that fits.
 
-    Of several ids, the one in ``ids`` is taken, else a neighbour of it, else any.
+    ``ulp`` ``[k, e]`` are distances. The row of ``padding_idx`` does not matter.
+
+    Returns:
+        ``[2, k]``: the id whose row each side holds; -1 for none.
     """
-    hashes, known = row_hashes(side.values), side.reference
-    order = np.argsort(known, kind="stable")
-    slot = np.minimum(np.searchsorted(known[order], hashes), len(known) - 1)
-    held = np.where(known[order[slot]] == hashes, order[slot], -1)
-    for near in (ids - 1, ids + 1, ids):
-        inside = (near >= 0) & (near < len(known))
-        held = np.where(inside & (known[np.where(inside, near, 0)] == hashes), near, held)
-    return np.where(unsigned_view(side.values).any(axis=1), held, -1)
-
-
-def rows_at_once(rows: np.ndarray) -> int:
-    """Number of rows per batch for computing distances."""
-    return max(1, _AT_ONCE // rows.shape[1])
-
-
-def classify(
-    ids: np.ndarray,
-    sides: tuple[Side, Side],
-    partition: VocabPartition,
-    padding_idx: int | None,
-    expected: np.ndarray,
-) -> np.ndarray:
-    """Classify each differing row as the first kind that fits.
-
-    ``ids`` ``[k]`` are those of the rows, ``expected`` ``[k]`` says which should be present rather than zero. The row of
-    ``padding_idx`` does not matter.
-    """
-    kinds = np.full(len(ids), "", object)
 
     def settle(kind: str, where: np.ndarray | np.bool_) -> None:
-        kinds[(kinds == "") & where] = kind
+        rows.kinds[(rows.kinds == "") & where] = kind
 
+    ids, (left, right) = rows.ids, rows.values
     settle("padding only", ~partition.is_valid(ids))
     if padding_idx is not None:
         settle("padding only", ids == padding_idx)
-    left, right = (side.values for side in sides)
     settle("sign of zero", (left == right).all(axis=1))
-    held = np.stack([held_rows(ids, side) for side in sides])
+    found = (reference.find(side, ids) for reference, side in zip(rows.references, rows.values, strict=True))
+    held = np.stack([*found])
     distance = np.where(held >= 0, np.abs(held - ids), 0)
     across = (distance > 0) & (distance % partition.rows_per_rank == 0)
     settle("rows swapped", (held[0] == held[1]) & (distance[0] > 0) & ~across[0])
@@ -100,29 +101,19 @@ def classify(
     settle("other row", (distance > 0).any(axis=0))
     settle("subnormal flushed", _flushed(left, right))
     zero = ~unsigned_view(left).any(axis=1) | ~unsigned_view(right).any(axis=1)
-    settle("zeroed", zero & expected)
+    settle("zeroed", zero & rows.expected)
     settle("hole filled", zero)
-    unsettled, step = np.flatnonzero(kinds == ""), rows_at_once(left)
-    for start in range(0, len(unsettled), step):
-        part = unsettled[start : start + step]
-        a, b = left[part], right[part]
-        ulp = np.where(unsigned_view(a) != unsigned_view(b), ulp_distance(a, b), 0)  # NaN where either is NaN
-        looks = np.select(
-            [np.isnan(ulp).any(axis=1), (ulp <= MAX_ROUNDING_ULP).all(axis=1)],
-            ["NaN", "rounding only"],
-            "other values",
-        )
-        kinds[part] = looks.astype(object)
-    return kinds
+    unequal = unsigned_view(left) != unsigned_view(right)
+    settle("NaN", (np.isnan(ulp) & unequal).any(axis=1))
+    settle("rounding only", (~unequal | (ulp <= _MAX_ROUNDING_ULP)).all(axis=1))
+    settle("other values", np.True_)
+    return held
 
 
 def _flushed(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Whether each row differs only by subnormals flushed to zero."""
-    smallest_normal = ml_dtypes.finfo(left.dtype).smallest_normal
-    found, step = np.empty(len(left), bool), rows_at_once(left)
-    for start in range(0, len(left), step):
-        a, b = np.abs(left[start : start + step]), np.abs(right[start : start + step])
-        with np.errstate(invalid="ignore"):  # bfloat16 warns about NaN
-            flushed = ((a == 0) & (b < smallest_normal)) | ((b == 0) & (a < smallest_normal))
-            found[start : start + step] = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
+    a, b, smallest_normal = np.abs(left), np.abs(right), ml_dtypes.finfo(left.dtype).smallest_normal
+    with np.errstate(invalid="ignore"):  # bfloat16 warns about NaN
+        flushed = ((a == 0) & (b < smallest_normal)) | ((b == 0) & (a < smallest_normal))
+        found: np.ndarray = ((a == b) | flushed).all(axis=1) & (a != b).any(axis=1)
     return found

@@ -1,18 +1,20 @@
-"""Differing rows of two arrays, gathered batch by batch."""
+"""Differing rows of two arrays, and their summary."""
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from shared.bits import ulp_distance, unsigned_view
 from shared.partition import VocabPartition
-from shared.proof.classify import Side, held_rows, rows_at_once
+from shared.proof.classify import Differing, classify
 
-__all__ = ["EXAMPLES", "Comparison", "Differences", "DifferingRow", "distances", "first_of_each_kind", "number"]
+__all__ = ["Comparison", "DifferingRow", "Distances", "combined", "describe", "distances", "number"]
 
-EXAMPLES = 5
+_BY_POSITION = ("forward", "logprobs", "hidden gradient", "argmax")
+_EXAMPLES = 5
 """Most rows of a kind that are listed."""
 
 
@@ -35,17 +37,16 @@ class DifferingRow:
     def cells(self, what: str) -> tuple[str, str, str, str, str, str]:
         """Position, id, owner, kind, distance and note, in words."""
         ulp = "NaN" if self.max_ulp is None else f"{number(self.max_ulp)} ULP"
+        numbers, id_ = ", ".join(map(str, self.index)), f"id {self.id}"
         owner = "no rank's" if self.owner < 0 else f"rank {self.owner}'s"
-        numbers = ", ".join(map(str, self.index))
+        place = f"position {numbers}" if what in _BY_POSITION else f"row {numbers}"
         if self.kind == "ranks disagree":
-            return f"rank {numbers}", "", "", self.kind, "", self.note
-        if what == "loss":
-            return "the loss", "", "", self.kind, ulp, self.note
-        if what in ("logprobs", "hidden gradient", "argmax"):
-            target = ("no target", "") if self.id < 0 else (f"target {self.id}", owner)
-            return f"position {numbers}", *target, self.kind, "" if what == "argmax" else ulp, self.note
-        place = "position" if what == "forward" else "row"
-        return f"{place} {numbers}", f"id {self.id}", owner, self.kind, ulp, self.note
+            place, id_, owner, ulp = f"rank {numbers}", "", "", ""
+        elif what == "loss":
+            place, id_, owner = "the loss", "", ""
+        elif what in _BY_POSITION[1:]:
+            id_, owner = (f"target {self.id}", owner) if self.id >= 0 else ("no target", "")
+        return place, id_, owner, self.kind, "" if what == "argmax" else ulp, self.note
 
 
 @dataclass(frozen=True)
@@ -77,100 +78,97 @@ class Comparison:
         """Number of differing rows of each kind, in words."""
         return ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
 
+    def with_differing(
+        self,
+        partition: VocabPartition,
+        kinds: np.ndarray,
+        found: "Distances",
+        place: Callable[[int], tuple[Iterable[Any], int, str]],
+    ) -> Self:
+        """Add rows, all or only those that differ.
+
+        ``kinds`` ``[k]`` is empty text where they do not, and ``place`` gives position, id and note of a row.
+        """
+        counts = Counter(kinds[kinds != ""].tolist())
+        examples = []
+        for i in sorted(int(i) for kind in counts for i in np.flatnonzero(kinds == kind)[:_EXAMPLES]):
+            index, id_, note = place(i)
+            ulp, owner = None if np.isnan(found.ulp[i]) else float(found.ulp[i]), int(partition.owner(id_))
+            examples.append(DifferingRow(tuple(map(int, index)), int(id_), owner, kinds[i], ulp, note))
+        return replace(
+            self,
+            differing=counts.total(),
+            max_ulp=float(np.nanmax(found.ulp, initial=0)),
+            max_abs=float(np.nanmax(found.absolute, initial=0)),
+            kinds=dict(counts.most_common()),
+            ulps=found.ulps,
+            examples=tuple(examples),
+        )
+
 
 def number(distance: float) -> str:
     """Format a distance."""
     return f"{distance:.0f}" if abs(distance) < 1e6 and distance == round(distance) else f"{distance:.3g}"
 
 
-class Differences:
-    """Accumulator of the differing rows of one array."""
+def describe(
+    equal: Comparison, rows: Differing, partition: VocabPartition, padding_idx: int | None = None
+) -> Comparison:
+    """Classify differing rows and add them to a comparison."""
+    elements = ulp_distance(*rows.values)
+    held = classify(rows, elements, partition, padding_idx)
 
-    def __init__(self, names: tuple[str, str], partition: VocabPartition) -> None:
-        self._names, self._partition = names, partition
-        self._max_ulp = self._max_abs = 0.0
-        self._kinds: Counter[str] = Counter()
-        self._ulps: Counter[str] = Counter()
-        self._examples: list[DifferingRow] = []
+    def place(i: int) -> tuple[Iterable[int], int, str]:
+        id_, sides = rows.ids[i], zip((equal.left, equal.right), held[:, i], strict=True)
+        return rows.index[i], id_, "; ".join(f"{name} has row {row}" for name, row in sides if row not in (-1, id_))
 
-    def add(self, ids: np.ndarray, index: np.ndarray, sides: tuple[Side, Side], kinds: np.ndarray) -> None:
-        """Add rows: ids ``[k]``, positions ``[k, d]``, values, kinds ``[k]``."""
-        ulp, absolute, ulps = distances(sides[0].values, sides[1].values)
-        self._max_ulp = max(self._max_ulp, float(np.nanmax(ulp, initial=0)))
-        self._max_abs = max(self._max_abs, float(np.nanmax(absolute, initial=0)))
-        shown = first_of_each_kind(kinds)
-        held = [held_rows(ids[shown], Side(side.values[shown], side.reference)) for side in sides]
-        for i, *rows in zip(map(int, shown), *held, strict=True):
-            notes = [
-                f"{name} has row {row}" for name, row in zip(self._names, rows, strict=True) if row not in (-1, ids[i])
-            ]
-            example = DifferingRow(
-                index=tuple(map(int, index[i])),
-                id=int(ids[i]),
-                owner=int(self._partition.owner(ids[i])),
-                kind=str(kinds[i]),
-                max_ulp=None if np.isnan(ulp[i]) else float(ulp[i]),
-                note="; ".join(notes),
-            )
-            self._keep(example)
-        self._kinds.update(map(str, kinds))
-        self._ulps.update(ulps)
-
-    def _keep(self, example: DifferingRow) -> None:
-        if sum(kept.kind == example.kind for kept in self._examples) < EXAMPLES:
-            self._examples.append(example)
-
-    def merge(self, other: Self) -> None:
-        """Add the differences of another part of the array."""
-        self._max_ulp = max(self._max_ulp, other._max_ulp)
-        self._max_abs = max(self._max_abs, other._max_abs)
-        self._kinds.update(other._kinds)
-        self._ulps.update(other._ulps)
-        for example in other._examples:
-            self._keep(example)
-
-    def comparison(self, what: str, rank: int | None, rows: int, nonzero: int) -> Comparison:
-        """Summarise as a comparison of ``rows`` rows."""
-        return Comparison(
-            *self._names,
-            what=what,
-            rank=rank,
-            rows=rows,
-            nonzero=nonzero,
-            differing=self._kinds.total(),
-            max_ulp=self._max_ulp,
-            max_abs=self._max_abs,
-            kinds=dict(self._kinds.most_common()),
-            ulps=dict(sorted(self._ulps.items(), key=lambda bin: float(bin[0]) if bin[0] != "NaN" else np.inf)),
-            examples=tuple(self._examples),
-        )
+    return equal.with_differing(partition, rows.kinds, distances(*rows.values, elements), place)
 
 
-def first_of_each_kind(kinds: np.ndarray) -> np.ndarray:
-    """Indices of the first ``EXAMPLES`` rows of each kind, ascending."""
-    found = (np.flatnonzero(kinds == kind)[:EXAMPLES] for kind in set(kinds))
-    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+def combined(sides: tuple[str, str], what: str, rank: int | None, parts: Sequence[Comparison]) -> Comparison:
+    """Comparison of all rows of several parts of one array."""
+    kinds, ulps, shown = Counter[str](), Counter[str](), Counter[str]()
+    examples = []
+    for part in parts:
+        kinds.update(part.kinds)
+        ulps.update(part.ulps)
+        for row in part.examples:
+            shown[row.kind] += 1
+            if shown[row.kind] <= _EXAMPLES:
+                examples.append(row)
+    whole: dict[str, Any] = {
+        name: sum(getattr(part, name) for part in parts) for name in ("rows", "nonzero", "differing")
+    }
+    for name in ("max_ulp", "max_abs", "bound", "share"):
+        whole[name] = max((getattr(part, name) for part in parts), default=0.0)
+    whole["ulps"] = dict(sorted(ulps.items(), key=lambda each: float(each[0].replace("NaN", "inf"))))
+    whole |= {"kinds": dict(kinds.most_common()), "examples": tuple(examples)}
+    return Comparison(*sides, what, rank, **whole)
 
 
-def distances(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
-    """Largest ULP and absolute distance of each row, and ``Comparison.ulps``.
+class Distances(NamedTuple):
+    """Largest distances by row, and ``Comparison.ulps``.
 
     A row whose elements are all NaN on a side has distance NaN.
     """
-    ulp, absolute, bins = np.empty(len(a)), np.empty(len(a)), np.zeros(67, np.int64)
-    step = rows_at_once(a)
-    for start in range(0, len(a), step):
-        part = slice(start, start + step)
-        distance = ulp_distance(a[part], b[part])
-        with np.errstate(invalid="ignore"):  # infinity minus itself
-            difference = np.abs(a[part].astype(np.float64) - b[part].astype(np.float64))
-        comparable = ~np.isnan(distance)
-        none = ~comparable.any(axis=1)
-        ulp[part] = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
-        finite = comparable & ~np.isnan(difference)
-        absolute[part] = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
-        unequal = distance[unsigned_view(a[part]) != unsigned_view(b[part])]
-        bins += np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
+
+    ulp: np.ndarray
+    absolute: np.ndarray
+    ulps: dict[str, int]
+
+
+def distances(a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> Distances:
+    """Measure rows ``[k, e]``, given the ULP distances of their elements."""
+    with np.errstate(invalid="ignore"):  # infinity minus itself
+        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    comparable = ~np.isnan(distance)
+    none = ~comparable.any(axis=1)
+    ulp = np.where(none, np.nan, np.max(distance, axis=1, where=comparable, initial=0))
+    finite = comparable & ~np.isnan(difference)
+    absolute = np.where(none, np.nan, np.max(difference, axis=1, where=finite, initial=0))
+    unequal = distance[unsigned_view(a) != unsigned_view(b)]
     # frexp's exponent is 0 for 0 and k + 1 for [2**k, 2**(k + 1)); distances stay below 2**65.
+    bins = np.bincount(np.where(np.isnan(unequal), 66, np.frexp(unequal)[1]), minlength=67)
     names = ["0", *(str(2**k) for k in range(65)), "NaN"]
-    return ulp, absolute, Counter({name: int(count) for name, count in zip(names, bins, strict=True) if count})
+    ulps = {name: int(count) for name, count in zip(names, bins, strict=True) if count}
+    return Distances(ulp, absolute, ulps)

@@ -1,15 +1,15 @@
 """Comparison of two records, bit by bit."""
 
 import math
+from functools import cached_property
 
 import numpy as np
 
 from shared.bits import canonical_nan, row_hashes, unsigned_view
-from shared.proof.case import Progress, sha256
-from shared.proof.classify import Side, classify
-from shared.proof.comparison import Comparison, Differences
-from shared.proof.record import Record
-from shared.proof.rows import Rows
+from shared.proof.case import Progress
+from shared.proof.classify import Differing, Reference
+from shared.proof.comparison import Comparison, combined, describe
+from shared.proof.record import Record, Rows
 
 __all__ = ["compare_records"]
 
@@ -29,9 +29,9 @@ def compare_records(left: Record, right: Record, progress: Progress = lambda *_:
     pair = _Pair(left, right)
     results = []
     for rank in range(left.world_size):
-        progress(f"{left.backend} and {right.backend}", rank, left.world_size)
+        progress(" and ".join(pair.names), rank, left.world_size)
         results += [pair.compare("forward", rank), pair.compare("gradient", rank)]
-    return [*results, pair.compare("forward", None), pair.compare("gradient", None)]
+    return [*results, pair.compare("forward", None), combined(pair.names, "gradient", None, results[1::2])]
 
 
 class _Pair:
@@ -39,88 +39,76 @@ class _Pair:
 
     def __init__(self, left: Record, right: Record) -> None:
         self.records, self.facts, self.partition = (left, right), left, left.partition
-        self.ids, self.table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
+        self.names = left.backend, right.backend
+        self.ids, table_hashes = left.array("ids").reshape(-1), left.array("row_hashes")
         if self.ids.dtype != np.int64 or len(self.ids) != math.prod(left.ids_shape):
             raise ValueError(f"{left.path}: a damaged record, its ids do not fit their shape")
-        if self.table_hashes.shape != (left.vocab_size,) or self.table_hashes.dtype != np.uint64:
+        if table_hashes.shape != (left.vocab_size,) or table_hashes.dtype != np.uint64:
             raise ValueError(f"{left.path}: a damaged record, its row hashes do not fit the table")
-        if sha256(self.ids) != left.checksums.get("ids"):
-            raise ValueError(f"{left.path}: a damaged record, its ids do not match the checksum in its header")
-        for name, mine in (("ids", self.ids), ("row_hashes", self.table_hashes)):
+        for name, mine in (("ids", self.ids), ("row_hashes", table_hashes)):
             if not np.array_equal(mine, right.array(name).reshape(-1)):
                 raise ValueError(f"{left.path} and {right.path} disagree about {name}: one of them is damaged")
+        self.table = Reference(table_hashes)
 
     def compare(self, what: str, rank: int | None) -> Comparison:
-        """Compare one array of one rank; of all ranks together for None."""
-        a, b = (self._rows(record, what, rank) for record in self.records)
-        differing = _differing(a, b, arithmetic=rank is None or what == "gradient")
-        found = Differences((self.records[0].backend, self.records[1].backend), self.partition)
-        if len(differing):
-            hashes, padding_idx = [self.table_hashes, self.table_hashes], None
-            if what == "forward":
-                positions = self._positions(rank)[differing]
-                ids, expected = self.ids[positions], self._expected(self.ids[positions], rank)
-                index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
-            else:
-                ids = differing + (0 if rank is None else self.partition.start(rank))
-                index, expected, padding_idx = ids[:, None], np.isin(ids, self.ids), self.facts.padding_idx
-                hashes = [self._gradient_hashes(record) for record in self.records[::-1]]
-            sides = (Side(a.take(differing), hashes[0]), Side(b.take(differing), hashes[1]))
-            kinds = classify(ids, sides, self.partition, padding_idx, expected)
-            if self._is_another_ranks(what, rank, a, b):
-                kinds[:] = "ranks swapped"
-            found.add(ids, index, sides, kinds)
-        return found.comparison(what, rank, a.total, len(a.index))
+        """Compare one array of one rank; the sum for None."""
+        a, b = (record.rows("sum" if rank is None else f"{what}.{rank}") for record in self.records)
+        arithmetic = rank is None or what == "gradient"
+        kind = "ranks swapped" if self._are_another_ranks(what, rank, a, b) else ""
+        parts = [Comparison(*self.names, what, rank, a.total, len(a.index))]
+        index = np.union1d(a.index, b.index)
+        for start in range(0, len(index), _CHUNK):
+            rows = index[start : start + _CHUNK]
+            left, right = a.take(rows), b.take(rows)
+            bits = [unsigned_view(canonical_nan(side) if arithmetic else side) for side in (left, right)]
+            differ = (bits[0] != bits[1]).any(axis=1)
+            if differ.any():
+                parts.append(self._describe(what, rank, kind, rows[differ], (left[differ], right[differ])))
+        return combined(self.names, what, rank, parts)
 
-    def _rows(self, record: Record, what: str, rank: int | None) -> Rows:
-        if rank is not None:
-            return record.rows(f"{what}.{rank}")
+    def _describe(
+        self, what: str, rank: int | None, kind: str, rows: np.ndarray, values: tuple[np.ndarray, np.ndarray]
+    ) -> Comparison:
+        """Describe differing rows of one array, given their numbers."""
         if what == "forward":
-            return record.rows("sum")
-        n, parts = self.partition.rows_per_rank, [record.rows(f"gradient.{r}") for r in range(record.world_size)]
-        index = np.concatenate([rows.index + r * n for r, rows in enumerate(parts)])
-        return Rows(index, np.concatenate([rows.values for rows in parts]), n * len(parts))
+            positions = self._positions(rank)[rows]
+            ids, references, padding_idx = self.ids[positions], (self.table, self.table), None
+            index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
+            whole = rank is None or self.facts.reduction != "none"
+            expected = self.partition.is_valid(ids) if whole else self.partition.owns(ids, rank)
+        else:
+            ids = rows + self.partition.start(rank)
+            references, padding_idx = self.gradients, self.facts.padding_idx
+            index, expected = ids[:, None], np.isin(ids, self.ids)
+        found = Differing(ids, index, values, references, expected, np.full(len(ids), kind, object))
+        return describe(Comparison(*self.names, what, rank, 0, 0), found, self.partition, padding_idx)
 
     def _positions(self, rank: int | None) -> np.ndarray:
         """Flat positions in the ids of the rows of a forward result."""
         positions = np.arange(len(self.ids)).reshape(self.facts.ids_shape)
         return (positions if rank is None else self.facts.part_of(positions, rank)).reshape(-1)
 
-    def _expected(self, ids: np.ndarray, rank: int | None) -> np.ndarray:
-        """Whether a forward result holds the row of each id."""
-        if rank is None or self.facts.reduction != "none":
-            return self.partition.is_valid(ids)
-        return self.partition.owns(ids, rank)
-
-    def _is_another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
-        """Whether a side's array is the other's for another rank."""
+    def _are_another_ranks(self, what: str, rank: int | None, a: Rows, b: Rows) -> bool:
+        """Whether the rows of a side are the other's for another rank."""
         if rank is None or (what == "forward" and self.facts.reduction == "all_reduce"):  # there all ranks' are equal
             return False
-        for other in set(range(self.partition.world_size)) - {rank}:
-            theirs = [record.rows(f"{what}.{other}") for record in self.records]
-            if any(len(mine.index) and _equal(mine, its) for mine, its in zip((b, a), theirs, strict=True)):
-                return True
-        return False
+        left, right = (
+            [(each.sha256[f"{what}.{r}.index"], each.sha256[f"{what}.{r}.values"]) for r in range(each.world_size)]
+            for each in self.records
+        )
+        return any(
+            (len(a.index) > 0 and left[rank] == right[other]) or (len(b.index) > 0 and right[rank] == left[other])
+            for other in set(range(len(left))) - {rank}
+        )
 
-    def _gradient_hashes(self, record: Record) -> np.ndarray:
-        """Hash of every row of the whole gradient; 0 for zero rows."""
-        rows, hashes = self._rows(record, "gradient", None), np.zeros(self.partition.padded_vocab_size, np.uint64)
-        hashes[rows.index] = row_hashes(rows.values)
-        return hashes
-
-
-def _equal(a: Rows, b: Rows) -> bool:
-    return np.array_equal(a.index, b.index) and np.array_equal(unsigned_view(a.values), unsigned_view(b.values))
-
-
-def _differing(a: Rows, b: Rows, arithmetic: bool) -> np.ndarray:
-    """Numbers of the differing rows; ``arithmetic`` makes all NaN equal."""
-    index = np.union1d(a.index, b.index)
-    found = [index[:0]]
-    for start in range(0, len(index), _CHUNK):
-        some = index[start : start + _CHUNK]
-        left, right = a.take(some), b.take(some)
-        if arithmetic:
-            left, right = canonical_nan(left), canonical_nan(right)
-        found.append(some[(unsigned_view(left) != unsigned_view(right)).any(axis=1)])
-    return np.concatenate(found)
+    @cached_property
+    def gradients(self) -> tuple[Reference, Reference]:
+        """The whole gradient of the other side, for each side."""
+        found = []
+        for record in self.records:
+            hashes = np.zeros(self.partition.padded_vocab_size, np.uint64)
+            for rank in range(record.world_size):
+                rows = record.rows(f"gradient.{rank}")
+                hashes[rows.index + self.partition.start(rank)] = row_hashes(rows.values)
+            found.append(Reference(hashes))
+        return found[1], found[0]

@@ -1,4 +1,4 @@
-"""Inputs of a comparison of heads, in files."""
+"""Inputs of a comparison of heads, and a backend's results, in files."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from shared.bits import DTYPES
 from shared.global_normal import normal_rows
-from shared.proof.case import Case, CaseOptions, Inputs, MadeUp, Progress
+from shared.proof.case import Case, CaseOptions, Progress, find_inputs
 from shared.proof.generate import normal_chunks
+from shared.proof.record import RecordWriter
+from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["IGNORE_INDEX", "HeadCase", "build_head_case"]
+__all__ = ["ARRAYS", "IGNORE_INDEX", "HeadCase", "HeadRecord", "HeadWriter", "build_head_case"]
+
+ARRAYS = ("loss", "logprobs", "hidden gradient", "table gradient", "argmax")
+"""Results of every rank; all but the gradient of its own rows are the same on all ranks."""
 
 IGNORE_INDEX = -100
 """Target of a token without a next one; as every target outside the vocabulary, it gives no loss."""
@@ -57,8 +63,7 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     """
     if tied:
         options = replace(options, reduction="all_reduce")
-    inputs = Inputs.find(options, folder, MadeUp((32768, 256), normal_chunks, (4, 128)), progress)
-    table, ids = inputs.table, inputs.ids
+    table, ids, facts = find_inputs(options, folder, (32768, 256), normal_chunks, (4, 128), progress)
     if table.dtype == "float64":
         raise ValueError(
             "--dtype must be given for a head over a table of float64, to cast it: its argmax takes no float64"
@@ -71,4 +76,34 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
         first, dtype = table.vocab_size, DTYPES[table.dtype]
         hidden = normal_rows(first, first + math.prod(ids.shape), table.emb_size, dtype, options.seed)
         batch = {"targets": ids, "hidden": hidden.reshape(*ids.shape, table.emb_size)}
-    return HeadCase.write(folder, inputs, batch, tied=tied)
+    return HeadCase.write(folder, table, batch, **facts, tied=tied)
+
+
+class HeadWriter(RecordWriter):
+    """Collects the ranks' arrays and writes them to a safetensors file."""
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Keep an array: ``WHAT.R``, for one of ``ARRAYS`` and a rank."""
+        self._tensors[name] = np.array(array, order="C")
+
+    def write(self, path: Path) -> None:
+        """Write the file, which only the process that asked for it reads."""
+        save_file(self._tensors, path, self._versions)
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """A file of ``HeadWriter``."""
+
+    path: Path
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries, by name."""
+        with open_safetensors(self.path) as file:
+            return dict(file.metadata())
+
+    def array(self, name: str) -> np.ndarray:
+        """Read an array."""
+        with open_safetensors(self.path) as file:
+            return np.asarray(file.get_tensor(name))

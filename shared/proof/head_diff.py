@@ -1,20 +1,19 @@
 """Comparison of heads, kinds of difference, and the report."""
 
 import itertools
-import math
-import platform
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from shared.bits import DTYPES, cast
+from shared.bits import DTYPES, cast, ulp_distance
 from shared.proof.case import Progress
-from shared.proof.comparison import EXAMPLES, Comparison, DifferingRow, distances, first_of_each_kind
+from shared.proof.comparison import Comparison, Distances, combined, distances
+from shared.proof.head_case import ARRAYS, HeadRecord
 from shared.proof.head_expected import BOUNDS, UNIT_ROUNDOFF, Expected
-from shared.proof.head_record import ARRAYS, HeadRecord
-from shared.proof.report import Report, sizes
+from shared.proof.record import VERSIONS
+from shared.proof.report import Report, case_report, sizes
 
 __all__ = ["HEAD_KINDS", "HeadDiff"]
 
@@ -64,20 +63,22 @@ class HeadDiff:
         Raises:
             ValueError: a backend recorded an array of another shape or dtype.
         """
-        results, w = [], self.case.world_size
+        w = self.case.world_size
+        results: list[Comparison] = []
         for pair in itertools.combinations([*self.records, "oracle"], 2):
+            of_table = []
             for rank in range(w):
                 progress(" and ".join(pair), rank, w)
-                results += [self._compare(pair, what, rank) for what in ARRAYS]
-            for what in ARRAYS:
-                whole = what == "table gradient"
-                results.append(self._compare(pair, what, None) if whole else self._ranks_agree(pair, what))
+                found = {what: self._compare(pair, what, rank) for what in ARRAYS}
+                of_table.append(found["table gradient"])
+                results += found.values()
+            whole = combined(pair, "table gradient", None, of_table)
+            results += [whole if what == whole.what else self._ranks_agree(pair, what) for what in ARRAYS]
         return results
 
     def report(self, comparisons: Sequence[Comparison], missing: Sequence[str], seconds: float) -> Report:
         """Report on the backends, given the result of ``compare``."""
         case, counted = self.case, self.expected.counted_T
-        shape = "x".join(map(str, case.ids_shape)) or "one"
         notes = [
             f"{case.source}; {'hidden states looked up in the table' if case.tied else 'normal hidden states'}",
             f"{counted.sum()} of {counted.size} targets count; the others lie outside the vocabulary [0, {case.vocab_size})"
@@ -89,84 +90,59 @@ class HeadDiff:
             notes.append(
                 f"argmax of {near_ties} tokens: two logits are within rounding of each other, and either id is right"
             )
-        versions = {name: record.versions for name, record in self.records.items()}
-        versions["oracle"] = {"python": platform.python_version(), "numpy": np.__version__}
-        return Report(
-            title=f"{'tied head' if case.tied else 'head'} of {sizes(case)}, tokens {shape}",
+        versions = {name: record.versions for name, record in self.records.items()} | {"oracle": VERSIONS}
+        report = case_report(case, case.batch_array("targets"), versions, comparisons, missing, seconds)
+        return replace(
+            report,
+            title=f"{'tied head' if case.tied else 'head'} of {sizes(case, 'tokens')}",
             notes=tuple(notes),
-            sides=versions,
-            partition=case.partition,
             arrays=dict.fromkeys(ARRAYS, ""),
-            comparisons=comparisons,
-            facts={
-                "case": case.facts,
-                "ids_outside": int((~counted).sum()),
-                "backends": versions,
-                "missing": list(missing),
-                "unit_roundoff": UNIT_ROUNDOFF,
-                "bounds": BOUNDS,
-                "near_ties": near_ties,
-            },
-            missing=missing,
+            facts={**report.facts, "unit_roundoff": UNIT_ROUNDOFF, "bounds": BOUNDS, "near_ties": near_ties},
             kinds=HEAD_KINDS,
-            seconds=seconds,
         )
 
-    def _array(self, name: str, what: str, rank: int | None) -> np.ndarray:
-        """Rows of one side, float64."""
-        n, expected = self.case.partition.rows_per_rank, self.expected.values[what]
-        split = what == "table gradient"
+    def _array(self, name: str, what: str, rank: int, expected: np.ndarray) -> np.ndarray:
+        """Rows of one side, in float64."""
         if name == "oracle":
-            return expected if rank is None or not split else expected[rank * n : (rank + 1) * n]
-        if rank is None:
-            return np.concatenate([self._array(name, what, each) for each in range(self.case.world_size)])
-        array, shape = self.records[name].array(f"{what}.{rank}"), (n if split else len(expected), expected.shape[1])
-        legal = self._dtype(what)
-        if array.size != math.prod(shape) or (array.dtype != legal if what != "argmax" else array.dtype.kind != "i"):
+            return expected
+        array, legal = self.records[name].array(f"{what}.{rank}"), self._dtype(what)
+        if array.size != expected.size or (array.dtype != legal if what != "argmax" else array.dtype.kind != "i"):
             raise ValueError(
-                f"the {what} of {name} on rank {rank} must be {legal} with {math.prod(shape)} elements, "
+                f"the {what} of {name} on rank {rank} must be {legal} with {expected.size} elements, "
                 f"got {array.dtype} with {array.size}"
             )
-        return array.reshape(shape).astype(np.float64)
+        return array.reshape(expected.shape).astype(np.float64)
 
     def _dtype(self, what: str) -> np.dtype:
         return DTYPES[self.case.dtype] if "gradient" in what else np.dtype(np.float32)
 
-    def _compare(self, pair: tuple[str, str], what: str, rank: int | None) -> Comparison:
-        a, b = (self._array(name, what, rank) for name in pair)
-        first = 0 if rank is None or what != "table gradient" else rank * len(a)
-        bounds = self.expected.bounds[what][first : first + len(a)] * (1 if "oracle" in pair else 2)
+    def _compare(self, pair: tuple[str, str], what: str, rank: int) -> Comparison:
+        n = self.case.partition.rows_per_rank
+        first, stop = (rank * n, (rank + 1) * n) if what == "table gradient" else (0, None)
+        a, b = (self._array(name, what, rank, self.expected.values[what][first:stop]) for name in pair)
+        bounds = self.expected.bounds[what][first:stop] * (1 if "oracle" in pair else 2)
         differing, share = _beyond(a, b, bounds)
         if what == "argmax":
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
-            ulps = np.zeros(len(a))
+            found = Distances(np.zeros(len(a)), np.abs(a - b)[:, 0], {})
         else:
-            ulps = distances(cast(a, self._dtype(what)), cast(b, self._dtype(what)))[0]
-        rows = np.flatnonzero(differing)
-        kinds, notes = np.full(len(rows), "not examined", object), [""] * len(rows)
-        if len(rows):
-            some = rows[:_EXAMINED]
-            kinds[: len(some)], notes[: len(some)] = self._classify(what, rank, a[some], b[some], first + some)
-        examples = (
-            self._example(what, int(first + rows[i]), str(kinds[i]), ulps[rows[i]], notes[i])
-            for i in first_of_each_kind(kinds)
-        )
-        with np.errstate(invalid="ignore"):  # infinity minus itself
-            max_abs = _largest(np.abs(a - b))
-        return Comparison(
-            *pair,
-            what=what,
-            rank=rank,
-            rows=len(a),
-            nonzero=int(a.any(axis=1).sum()),
-            differing=len(rows),
-            max_ulp=_largest(ulps),
-            max_abs=max_abs,
-            kinds=dict(Counter(map(str, kinds)).most_common()),
-            examples=tuple(examples),
-            bound=_largest(bounds),
-            share=share,
-        )
+            left, right = (cast(side, self._dtype(what)) for side in (a, b))
+            found = distances(left, right, ulp_distance(left, right))
+        some = np.flatnonzero(differing)[:_EXAMINED]
+        kinds, notes = np.where(differing, "not examined", "").astype(object), np.full(len(a), "", object)
+        kinds[some], notes[some] = self._classify(what, a[some], b[some], first + some)
+
+        def place(row: int) -> tuple[Iterable[Any], int, str]:
+            if what == "loss":
+                return (), -1, notes[row]
+            if what == "table gradient":
+                return (first + row,), first + row, notes[row]
+            target = self.expected.targets_T[row] if self.expected.counted_T[row] else -1
+            return np.unravel_index(row, self.case.ids_shape), target, notes[row]
+
+        nonzero, bound = int(a.any(axis=1).sum()), float(np.nanmax(bounds, initial=0))
+        equal = Comparison(*pair, what, rank, len(a), nonzero, bound=bound, share=share)
+        return equal.with_differing(self.case.partition, kinds, found, place)
 
     def _near_ties(self, *sides: np.ndarray) -> np.ndarray:
         """Tokens whose ids on both sides have the greatest logit, within rounding."""
@@ -177,9 +153,7 @@ class HeadDiff:
         self.near_ties |= set(map(int, np.flatnonzero(found)))
         return found
 
-    def _classify(
-        self, what: str, rank: int | None, a: np.ndarray, b: np.ndarray, rows: np.ndarray
-    ) -> tuple[np.ndarray, list[str]]:
+    def _classify(self, what: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Kind and note of each differing row: the first fault that fits."""
         expected = self.expected
         right, bounds = expected.values[what][rows], expected.bounds[what][rows]
@@ -187,11 +161,11 @@ class HeadDiff:
         if what == "argmax":
             left_is_wrong &= ~expected.is_best(rows, a[:, 0])
         wrong = np.where(left_is_wrong[:, None], a, b)
-        kinds, notes = np.full(len(rows), "", object), [""] * len(rows)
+        kinds, notes = np.full(len(rows), "", object), np.full(len(rows), "", object)
 
         def settle(kind: str, where: np.ndarray, note: str = "") -> None:
-            for row in np.flatnonzero(where & (kinds == "")):
-                kinds[row], notes[row] = kind, note
+            new = where & (kinds == "")
+            kinds[new], notes[new] = kind, note
 
         settle("NaN", (np.isnan(wrong) & ~np.isnan(right)).any(axis=1))
         if what == "argmax":
@@ -203,44 +177,30 @@ class HeadDiff:
             settle("ignored target counted", ~expected.counted_T[rows])
         # Of several ranks that explain a row, the one that explains most rows is named.
         guesses = []
-        for fault in expected.faults(what, rank):
-            if (kinds != "").all():
-                break
-            with np.errstate(all="ignore"):
-                guess = fault.rows(rows)
-            scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
-            fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
-            guesses.append((fault, fits))
-        for fault, fits in sorted(guesses, key=lambda each: -int(each[1].sum())):
-            settle(fault.kind, fits, fault.note)
+        with np.errstate(all="ignore"):
+            for kind, note, guess in expected.faults(what, rows):
+                if (kinds != "").all():
+                    break
+                scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
+                fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
+                guesses.append((kind, fits, note))
+        for kind, fits, note in sorted(guesses, key=lambda each: -int(each[1].sum())):
+            settle(kind, fits, note)
         settle("imprecise", ~_beyond(wrong, right, bounds * _IMPRECISE)[0] & (what != "argmax"))
         settle("other values", kinds == "")
         return kinds, notes
 
-    def _example(self, what: str, row: int, kind: str, ulp: float, note: str) -> DifferingRow:
-        index: tuple[Any, ...] = ()
-        id_ = -1
-        if what == "table gradient":
-            index, id_ = (row,), row
-        elif what != "loss":
-            index = np.unravel_index(row, self.case.ids_shape)
-            id_ = int(self.expected.targets_T[row]) if self.expected.counted_T[row] else -1
-        owner, max_ulp = int(self.case.partition.owner(id_)), None if np.isnan(ulp) else float(ulp)
-        return DifferingRow(tuple(map(int, index)), id_, owner, kind, max_ulp, note)
-
     def _ranks_agree(self, pair: tuple[str, str], what: str) -> Comparison:
         """Compare the ranks' copies of one array; a row is a rank."""
-        w, differing = self.case.world_size, set[int]()
-        for name in pair:
-            if name != "oracle":
-                copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
-                differing |= {rank for rank in range(w) if copies[rank] != copies[0]}
-        rows = tuple(
-            DifferingRow((rank,), -1, rank, "ranks disagree", None, f"rank {rank} against rank 0")
-            for rank in sorted(differing)
+        w, kinds = self.case.world_size, np.full(self.case.world_size, "", object)
+        for name in set(pair) - {"oracle"}:
+            copies = [self.records[name].array(f"{what}.{rank}").tobytes() for rank in range(w)]
+            kinds[[copy != copies[0] for copy in copies]] = "ranks disagree"
+        found = Distances(np.full(w, np.nan), np.zeros(w), {})
+        equal = Comparison(*pair, what, None, w, w)
+        return equal.with_differing(
+            self.case.partition, kinds, found, lambda rank: ((rank,), -1, f"rank {rank} against rank 0")
         )
-        kinds = {"ranks disagree": len(rows)} if rows else {}
-        return Comparison(*pair, what, None, w, w, len(rows), kinds=kinds, examples=rows[:EXAMPLES])
 
 
 def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, float]:
@@ -250,9 +210,4 @@ def _beyond(a: np.ndarray, b: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarra
         error = np.where(same, 0, np.abs(a - b))
         beyond = ~(same | (error <= bounds))
         share = np.where(same, 0, error / bounds)
-    return beyond.any(axis=1), _largest(share)
-
-
-def _largest(values: np.ndarray) -> float:
-    """Largest of the numbers, NaN left out."""
-    return float(np.nanmax(np.where(np.isnan(values), 0, values), initial=0))
+    return beyond.any(axis=1), float(np.nanmax(share, initial=0))

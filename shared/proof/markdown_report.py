@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from shared.checks import printable
-from shared.proof.comparison import Comparison, number
+from shared.proof.comparison import number
 from shared.proof.report import Report
 
 __all__ = ["as_markdown"]
@@ -12,20 +12,16 @@ __all__ = ["as_markdown"]
 
 def as_markdown(report: Report) -> str:
     """Format verdict, results per rank, and the differing arrays."""
-    lines = [f"**{report.verdict}**", "", _escape(report.title), ""]
-    sides = (f"{name}: {facts}" for name, facts in report.side_lines.items())
-    lines += [f"- {_escape(line)}" for line in (*report.notes, *report.advice, *sides)]
-    lines += ["", *_table(report.overview(counts=False))]
+    notes = [f"- {_escape(line)}" for line in (*report.notes, *report.advice, *report.side_lines)]
+    lines = [f"**{report.verdict}**", "", _escape(report.title), "", *notes, "", *_table(report.overview())]
     if report.different:
-        header = ["sides", "array", "rank", "looks like", "max ULP", "first"]
-        lines += ["", *_table([header, *(_row(report, part) for part in report.different)])]
+        table = [["sides", "array", "rank", "looks like", "max ULP", "first"]]
+        for part in report.different:
+            first = ", ".join(filter(None, part.examples[0].cells(part.what)))
+            place = [f"{part.left} = {part.right}", part.what, report.rank_cells(part.rank)[0]]
+            table.append([*place, part.counts, number(part.max_ulp), first])
+        lines += ["", *_table(table)]
     return "\n".join(lines)
-
-
-def _row(report: Report, part: Comparison) -> list[str]:
-    first = ", ".join(filter(None, part.examples[0].cells(part.what)))
-    rank = report.rank_cells(part.rank)[0]
-    return [f"{part.left} = {part.right}", part.what, rank, part.counts, number(part.max_ulp), first]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

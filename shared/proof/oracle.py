@@ -1,6 +1,4 @@
-"""Oracle of the layer: lookup, sum and gradient in plain NumPy."""
-
-from collections.abc import Iterable
+"""Oracle of the layer: lookup and gradient in plain NumPy."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +6,7 @@ import numpy.typing as npt
 from shared.ids import widen
 from shared.partition import VocabPartition
 
-__all__ = ["accumulation_dtype", "partial_lookup", "sum_partials", "weight_grad"]
+__all__ = ["accumulation_dtype", "partial_lookup", "weight_grad"]
 
 
 def accumulation_dtype(dtype: npt.DTypeLike) -> np.dtype:
@@ -41,20 +39,6 @@ def partial_lookup(weight: np.ndarray, ids: np.ndarray, partition: VocabPartitio
     output = np.zeros((*ids.shape, weight.shape[1]), weight.dtype)
     output[owned] = weight[rows[owned]]
     return output
-
-
-def sum_partials(partials: Iterable[np.ndarray]) -> np.ndarray:
-    """Sum the ranks' incomplete embeddings, in rank order, to the embedding ``E``.
-
-    At most one partial holds each row, so nothing rounds. A -0.0 becomes +0.0.
-    """
-    total: np.ndarray | None = None
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        for partial in partials:
-            total = partial.copy() if total is None else total + partial
-    if total is None:
-        raise ValueError("sum_partials needs the partial embedding of at least one rank, got none")
-    return total
 
 
 def weight_grad(

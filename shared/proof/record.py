@@ -8,17 +8,19 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from shared.bits import DTYPES
+from shared.bits import DTYPES, unsigned_view
 from shared.proof.case import Case, CaseFacts, sha256
-from shared.proof.rows import Rows
 from shared.tables.tensor_file import open_safetensors
 
-__all__ = ["Record", "RecordWriter", "is_record", "replacing", "writable_file"]
+__all__ = ["VERSIONS", "Record", "RecordWriter", "Rows", "is_record", "replacing", "writable_file"]
+
+VERSIONS = {"python": platform.python_version(), "numpy": np.__version__}
+"""Versions of what every backend runs on."""
 
 _FORMAT = "parallel-vocab-embedding record"
 _VERSION = 5
@@ -48,6 +50,44 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows with any nonzero bit, of an array ``[total, e]``.
+
+    Attributes:
+        index: row numbers, ascending, int64 ``[k]``.
+        values: the rows, ``[k, e]``.
+        total: number of all rows.
+    """
+
+    index: np.ndarray
+    values: np.ndarray
+    total: int
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Self:
+        """Nonzero rows of an array ``[..., e]``, its leading dimensions flattened.
+
+        Example:
+            >>> import numpy as np
+            >>> from shared.proof.record import Rows
+            >>> Rows.of(np.array([[0.0, 0.0], [0.0, 5.0], [-0.0, 0.0]])).index
+            array([1, 2])
+        """
+        flat = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
+        index = np.flatnonzero(unsigned_view(flat).any(axis=1))
+        return cls(index, flat[index], len(flat))
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """Rows numbered ``index``, zero rows included."""
+        found = np.zeros((len(index), self.values.shape[1]), self.values.dtype)
+        if len(self.index):
+            slot = np.minimum(np.searchsorted(self.index, index), len(self.index) - 1)
+            present = self.index[slot] == index
+            found[present] = self.values[slot[present]]
+        return found
+
+
 class RecordWriter:
     """Collects a backend's arrays and writes them to a safetensors file.
 
@@ -56,18 +96,10 @@ class RecordWriter:
     case's inputs and of every tensor.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("ids", "row_hashes")
-    """Arrays of the case's batch that the record holds too."""
-
     def __init__(self, case: Case, backend: str, versions: dict[str, str]) -> None:
-        self._case = case
-        self._header: dict[str, Any] = {
-            "backend": backend,
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, **versions},
-            "machine": platform.machine(),
-            **case.facts,
-        }
-        self._tensors = {name: case.batch_array(name) for name in self.inputs}
+        self._case, self._tensors = case, dict[str, np.ndarray]()
+        self._versions = VERSIONS | versions
+        self._header = {"backend": backend, "machine": platform.machine(), **case.facts}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Keep an array: ``forward.R``, ``gradient.R`` (R a rank) or ``sum``."""
@@ -76,19 +108,19 @@ class RecordWriter:
 
     def write(self, path: Path) -> None:
         """Write the file atomically; a symbolic link is followed."""
-        if missing := self.tensors(self._case.world_size) - set(self._tensors):
+        tensors = {**self._tensors, **{name: self._case.batch_array(name) for name in ("ids", "row_hashes")}}
+        if missing := _tensor_names(self._case.world_size) - set(tensors):
             raise ValueError(f"the record lacks {', '.join(sorted(missing))}")
-        sums = {name: sha256(array) for name, array in self._tensors.items()}
-        header = {**self._header, "sha256": sums}
+        sums = {name: sha256(array) for name, array in tensors.items()}
+        header = {**self._header, "versions": self._versions, "sha256": sums}
         metadata = {"format": _FORMAT, "version": str(_VERSION), "header": json.dumps(header)}
         with replacing(path) as temporary:
-            save_file(self._tensors, temporary, metadata)
+            save_file(tensors, temporary, metadata)
 
-    @staticmethod
-    def tensors(world_size: int) -> set[str]:
-        """Names of all tensors but the inputs."""
-        arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
-        return {f"{name}.{part}" for name in arrays for part in ("index", "values")}
+
+def _tensor_names(world_size: int) -> set[str]:
+    arrays = [*(f"{what}.{rank}" for what in ("forward", "gradient") for rank in range(world_size)), "sum"]
+    return {"ids", "row_hashes", *(f"{name}.{part}" for name in arrays for part in ("index", "values"))}
 
 
 @dataclass(frozen=True)
@@ -100,8 +132,6 @@ class Record(CaseFacts):
     versions: dict[str, str]
     machine: str
     sha256: dict[str, str]
-
-    writer: ClassVar[type[RecordWriter]] = RecordWriter
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -124,8 +154,7 @@ class Record(CaseFacts):
 
     def _check_header(self, names: set[str]) -> None:
         texts = [self.backend, self.machine, self.source]
-        for facts in (self.versions, self.checksums, self.sha256):
-            texts += facts.values()
+        texts += [text for facts in (self.versions, self.checksums, self.sha256) for text in facts.values()]
         valid = {
             "dtype": self.dtype in DTYPES,
             "ids_shape": all(type(size) is int and size >= 0 for size in self.ids_shape),
@@ -137,8 +166,10 @@ class Record(CaseFacts):
             if not holds:
                 raise ValueError(f"invalid {name}")
         _ = self.output_shape  # raises ValueError for a sequence that cannot be split
-        if not {*self.writer.tensors(self.world_size), *self.writer.inputs} == names == set(self.sha256):
+        if not _tensor_names(self.world_size) == names == set(self.sha256):
             raise ValueError("tensors and checksums do not match")
+        if self.sha256["ids"] != self.checksums.get("ids"):
+            raise ValueError("ids are not those of the case")
 
     def array(self, name: str) -> np.ndarray:
         """Read a tensor and verify its checksum."""

@@ -1,6 +1,6 @@
 """Results of a comparison, for terminal, JSON, Markdown and HTML."""
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,27 +12,9 @@ from shared.proof.case import CaseFacts
 from shared.proof.classify import KINDS
 from shared.proof.comparison import Comparison
 
-__all__ = ["Pair", "Report", "Versions", "case_report", "sizes"]
+__all__ = ["Report", "Versions", "case_report", "sizes"]
 
 Versions = dict[str, dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Comparisons of two sides by rank; None for all ranks together."""
-
-    left: str
-    right: str
-    ranks: dict[int | None, list[Comparison]]
-
-    def of_array(self, what: str) -> list[Comparison]:
-        """Comparisons of one array."""
-        return [comparison for found in self.ranks.values() for comparison in found if comparison.what == what]
-
-    def result(self, rank: int | None) -> str:
-        """``equal``, or how many rows of each array differ."""
-        different = [f"{part.what} {part.differing}" for part in self.ranks[rank] if part.differing]
-        return f"differ: {', '.join(different)}" if different else "equal"
 
 
 @dataclass(frozen=True)
@@ -51,9 +33,9 @@ class Report:
     arrays: dict[str, str]
     comparisons: Sequence[Comparison]
     facts: dict[str, Any]
-    missing: Sequence[str] = ()
     kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
-    seconds: float | None = field(default=None, compare=False)
+    missing: Sequence[str] = ()
+    seconds: float | None = None
 
     @property
     def different(self) -> list[Comparison]:
@@ -87,21 +69,15 @@ class Report:
         ]
 
     @property
-    def side_lines(self) -> dict[str, str]:
-        """Facts of each side in one line, by its name."""
-        return {
-            side: ", ".join(f"{name} {value}" for name, value in facts.items()) for side, facts in self.sides.items()
-        }
+    def side_lines(self) -> list[str]:
+        """Name and facts of each side, in one line."""
+        sides = self.sides.items()
+        return [f"{side}: {', '.join(f'{name} {value}' for name, value in facts.items())}" for side, facts in sides]
 
-    def pairs(self) -> list[Pair]:
-        """Group the comparisons by pair of sides, then by rank."""
-        pairs = []
-        for (left, right), group in itertools.groupby(self.comparisons, key=lambda c: (c.left, c.right)):
-            ranks: dict[int | None, list[Comparison]] = {}
-            for comparison in group:
-                ranks.setdefault(comparison.rank, []).append(comparison)
-            pairs.append(Pair(left, right, ranks))
-        return pairs
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Pairs of sides that were compared."""
+        return list(dict.fromkeys((part.left, part.right) for part in self.comparisons))
 
     def rank_cells(self, rank: int | None) -> tuple[str, str]:
         """Label and owned ids of a rank; None for all ranks."""
@@ -114,27 +90,29 @@ class Report:
         rank = self.rank_cells(part.rank)[0]
         return f"{part.left} against {part.right}, {part.what}, {rank if part.rank is None else f'rank {rank}'}"
 
-    def overview(self, counts: bool) -> list[list[str]]:
+    def overview(self) -> list[list[str]]:
         """Table of results: a header, then one row per rank."""
-        pairs = self.pairs()
-        counted = {what: heading for what, heading in self.arrays.items() if heading and counts}
-        table = [["rank", "owns ids", *counted.values(), *(f"{pair.left} = {pair.right}" for pair in pairs)]]
-        for rank, parts in pairs[0].ranks.items():
-            nonzero = [f"{part.nonzero} of {part.rows}" for part in parts if part.what in counted]
-            table.append([*self.rank_cells(rank), *nonzero, *(pair.result(rank) for pair in pairs)])
+        counted = [what for what, heading in self.arrays.items() if heading]
+        header = ["rank", "owns ids", *(self.arrays[what] for what in counted)]
+        table = [header + [f"{left} = {right}" for left, right in self.pairs]]
+        for rank in dict.fromkeys(part.rank for part in self.comparisons):
+            parts = [part for part in self.comparisons if part.rank == rank]
+            of_first = [part for part in parts if (part.left, part.right) == self.pairs[0]]
+            nonzero = [f"{part.nonzero} of {part.rows}" for part in of_first if part.what in counted]
+            results = []
+            for pair in self.pairs:
+                different = [part for part in parts if (part.left, part.right) == pair and part.differing]
+                rows = ", ".join(f"{part.what} {part.differing}" for part in different)
+                results.append(f"differ: {rows}" if different else "equal")
+            table.append([*self.rank_cells(rank), *nonzero, *results])
         return table
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values; infinite distances become strings."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in value]
-            return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
-
-        comparisons = [plain(asdict(comparison)) for comparison in self.comparisons]
+        comparisons = [
+            {name: str(value) if value == math.inf else value for name, value in asdict(part).items()}
+            for part in self.comparisons
+        ]
         return {"equal": not self.different, **self.facts, "comparisons": comparisons}
 
 
@@ -148,10 +126,9 @@ def case_report(
 ) -> Report:
     """Report on backends that computed one case, with these ids."""
     outside = int((~case.partition.is_valid(ids)).sum())
-    shape = "x".join(map(str, case.ids_shape)) or "one"
     how = "" if case.reduction == "none" else f", {case.reduction} ({case.exchange})"
     return Report(
-        title=f"{sizes(case)}, ids {shape}{how}",
+        title=f"{sizes(case, 'ids')}{how}",
         notes=(case.source, f"{outside} of {ids.size} ids are outside the vocabulary [0, {case.vocab_size})"),
         sides=versions,
         partition=case.partition,
@@ -163,7 +140,8 @@ def case_report(
     )
 
 
-def sizes(case: CaseFacts) -> str:
-    """Sizes of a case's table and its ranks, in words."""
+def sizes(case: CaseFacts, name: str) -> str:
+    """Sizes of a case's table, ranks and ids, in words."""
     padded = f" (padded to {case.padded_vocab_size})" if case.partition.padding_rows else ""
-    return f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks{padded}"
+    shape = "x".join(map(str, case.ids_shape)) or "one"
+    return f"{case.vocab_size} x {case.emb_size} {case.dtype} over {case.world_size} ranks{padded}, {name} {shape}"

@@ -1,5 +1,6 @@
 """Comparison of two tables in files, in bounded memory per row."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -9,8 +10,8 @@ from shared.bits import STORED_DTYPES, canonical_nan, row_hashes, unsigned_view
 from shared.checks import check_size
 from shared.partition import VocabPartition
 from shared.proof.case import Progress
-from shared.proof.classify import Side, classify
-from shared.proof.comparison import Comparison, Differences
+from shared.proof.classify import Differing, Reference
+from shared.proof.comparison import Comparison, combined, describe
 from shared.proof.report import Report
 from shared.tables.table_file import TableFile
 
@@ -42,8 +43,7 @@ def compare_tables(
         ValueError: the columns differ in number, a table has fewer rows than ``vocab_size``, or a file is damaged.
     """
     pair = _Pair(left, right, vocab_size, world_size)
-    found = pair.differences(pair.fingerprint(progress), progress)
-    return pair.report(found)
+    return pair.report(pair.compare(progress))
 
 
 class _Pair:
@@ -51,27 +51,23 @@ class _Pair:
 
     def __init__(self, left: TableFile, right: TableFile, vocab_size: int | None, world_size: int | None) -> None:
         self.tables, self.names = (left, right), _names(left, right)
-        widths = [table.emb_size for table in self.tables]
-        if widths[0] != widths[1]:
-            sizes = (f"{name} has {width} columns" for name, width in zip(self.names, widths, strict=True))
-            raise ValueError(f"tables must have the same number of columns to be compared: {', '.join(sizes)}")
+        named = dict(zip(self.names, self.tables, strict=True))
+        if left.emb_size != right.emb_size:
+            sizes = ", ".join(f"{name} has {table.emb_size} columns" for name, table in named.items())
+            raise ValueError(f"tables must have the same number of columns to be compared: {sizes}")
         heights = [table.vocab_size for table in self.tables]
-        if vocab_size is not None:
-            vocab_size = check_size("vocab_size", vocab_size)
-        for name, height in zip(self.names, heights, strict=True):
-            if vocab_size is not None and vocab_size > height:
-                raise ValueError(f"vocab_size must be at most the {height} rows that {name} has, got {vocab_size}")
         self.shorter = min(heights)
-        least = self.shorter if vocab_size is None else vocab_size
+        least = self.shorter if vocab_size is None else check_size("vocab_size", vocab_size)
+        for name, table in named.items():
+            if least > table.vocab_size:
+                raise ValueError(f"vocab_size must be at most the {table.vocab_size} rows that {name} has, got {least}")
         self.padding = [_padding(table, least) for table in self.tables]
-        irregular = vocab_size is None and "other values" in self.padding
-        self.vocab_size = max(heights) if irregular else least
-        if irregular:
-            self.padding = ["none", "none"]
+        self.vocab_size = least
+        if vocab_size is None and "other values" in self.padding:
+            self.padding, self.vocab_size = ["none", "none"], max(heights)
         self.dtypes = [STORED_DTYPES[table.dtype] for table in self.tables]
         self.dtype = min(self.dtypes, key=lambda dtype: (dtype.itemsize, int(ml_dtypes.finfo(dtype).nmant)))
         self.partition = self._partition(world_size)
-        self.step = max(1, _BATCH // left.emb_size)
 
     def _partition(self, world_size: int | None) -> VocabPartition:
         stored = next((table.partition for table in self.tables if table.partition is not None), None)
@@ -79,70 +75,71 @@ class _Pair:
             return VocabPartition(self.vocab_size, stored.world_size, stored.padded_vocab_size)
         return VocabPartition(self.vocab_size, 1 if world_size is None else world_size, "even")
 
-    def rows(self, side: int, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of one table; zeros beyond its end."""
-        table = self.tables[side]
-        rows = np.zeros((stop - start, table.emb_size), self.dtype)
-        if start < table.vocab_size:
-            table.read_rows(start, rows[: table.vocab_size - start])
-        return rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows)
+    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        step = max(1, _BATCH // self.tables[0].emb_size)
+        return ((start, min(start + step, last)) for start in range(first, last, step))
 
-    def fingerprint(self, progress: Progress) -> np.ndarray:
-        """Hash rows of both tables; mark differing rows and nonzero left ones."""
-        facts = np.zeros(self.vocab_size, [("hash", np.uint64, 2), ("differs", bool), ("nonzero", bool)])
-        for start in range(0, self.vocab_size, self.step):
-            stop = min(start + self.step, self.vocab_size)
-            progress("reading", start, self.vocab_size)
-            values = [self.rows(side, start, stop) for side in (0, 1)]
-            bits = [unsigned_view(rows) for rows in values]
-            facts["hash"][start:stop] = np.stack([row_hashes(rows) for rows in values], axis=1)
-            facts["differs"][start:stop] = (bits[0] != bits[1]).any(axis=1)
-            facts["nonzero"][start:stop] = bits[0].any(axis=1)
-        facts["differs"][self.shorter :] = True
-        return facts
+    def _rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows ``[start, stop)`` of both tables; zeros beyond the end of one."""
+        found = []
+        for table in self.tables:
+            rows = np.zeros((stop - start, table.emb_size), self.dtype)
+            if start < table.vocab_size:
+                table.read_rows(start, rows[: table.vocab_size - start])
+            found.append(rows if self.dtypes[0] == self.dtypes[1] else canonical_nan(rows))
+        return found[0], found[1]
 
-    def differences(self, facts: np.ndarray, progress: Progress) -> list[Comparison]:
+    def compare(self, progress: Progress) -> list[Comparison]:
         """Compare the rows of each rank, then all rows."""
-        ranks = range(self.partition.world_size)
-        references = [np.ascontiguousarray(facts["hash"][:, side]) for side in (1, 0)]
-        total, results = Differences(self.names, self.partition), []
-        for rank in ranks:
-            found, (first, last) = Differences(self.names, self.partition), self.partition.owned_range(rank)
-            for start in range(first, last, self.step):
-                stop = min(start + self.step, last)
-                ids = start + np.flatnonzero(facts["differs"][start:stop])
-                if not len(ids):
-                    continue
-                progress("describing", start, self.vocab_size)
-                values = [self.rows(side, start, stop)[ids - start] for side in (0, 1)]
-                sides = (Side(values[0], references[0]), Side(values[1], references[1]))
-                kinds = classify(ids, sides, self.partition, None, np.ones(len(ids), bool))
-                kinds[ids >= self.shorter] = "row missing"
-                found.add(ids, ids[:, None], sides, kinds)
-            total.merge(found)
-            nonzero = int(facts["nonzero"][first:last].sum())
-            results.append(found.comparison("table", rank, last - first, nonzero))
-        whole = total.comparison("table", None, self.vocab_size, int(facts["nonzero"].sum()))
-        return [*results, whole] if len(ranks) > 1 else [whole]
+        hashes, differs = np.zeros((2, self.vocab_size), np.uint64), np.ones(self.vocab_size, bool)
+        for start, stop in self._batches(0, self.vocab_size):
+            progress("reading", start, self.vocab_size)
+            left, right = self._rows(start, stop)
+            hashes[:, start:stop] = row_hashes(left), row_hashes(right)
+            differs[start:stop] = (unsigned_view(left) != unsigned_view(right)).any(axis=1)
+        differs[self.shorter :] = True
+        references = Reference(hashes[1]), Reference(hashes[0])
+        results = []
+        for rank in range(self.partition.world_size):
+            parts = []
+            for start, stop in self._batches(*self.partition.owned_range(rank)):
+                nonzero = int((hashes[0, start:stop] != 0).sum())
+                part = Comparison(*self.names, "table", rank, stop - start, nonzero)
+                ids = start + np.flatnonzero(differs[start:stop])
+                if len(ids):
+                    progress("describing", start, self.vocab_size)
+                    left, right = (rows[ids - start] for rows in self._rows(start, stop))
+                    kinds = np.where(ids >= self.shorter, "row missing", "").astype(object)
+                    rows = Differing(ids, ids[:, None], (left, right), references, np.ones(len(ids), bool), kinds)
+                    part = describe(part, rows, self.partition)
+                parts.append(part)
+            results.append(combined(self.names, "table", rank, parts))
+        whole = combined(self.names, "table", None, results)
+        return [*results, whole] if len(results) > 1 else [whole]
 
     def report(self, comparisons: list[Comparison]) -> Report:
+        """Report on the tables, given the result of ``compare``."""
         tables: list[dict[str, Any]] = []
         notes = []
         for name, table, padding in zip(self.names, self.tables, self.padding, strict=True):
-            rows, of_padding = table.vocab_size, max(0, table.vocab_size - self.vocab_size)
-            tables.append({"name": name, "path": str(table.path), "tensor": table.tensor, "dtype": table.dtype})
-            tables[-1] |= {"rows": rows, "padding_rows": of_padding, "padding": padding}
+            more = table.vocab_size - self.vocab_size
+            facts = {"name": name, "path": str(table.path), "tensor": table.tensor, "dtype": table.dtype}
+            tables.append({**facts, "rows": table.vocab_size, "padding_rows": max(0, more), "padding": padding})
             if table.dtype != self.dtype.name:
                 notes.append(f"{name}: {table.dtype} rounded to {self.dtype.name} to be compared")
-            if of_padding:
-                notes.append(f"{name}: {of_padding} rows of padding ({padding}), not compared")
-            if rows < self.vocab_size:
-                missing = self.vocab_size - rows
-                notes.append(f"{name}: lacks the last {missing} rows, which are not padding in the other table")
+            if more > 0:
+                notes.append(f"{name}: {more} rows of padding ({padding}), not compared")
+            if more < 0:
+                notes.append(f"{name}: lacks the last {-more} rows, which are not padding in the other table")
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "emb_size": self.tables[0].emb_size,
+            "world_size": self.partition.world_size,
+            "compared_as": self.dtype.name,
+        }
         ranks = f" over {self.partition.world_size} ranks" if self.partition.world_size > 1 else ""
-        emb_size = self.tables[0].emb_size
         return Report(
-            title=f"{self.vocab_size} x {emb_size} {self.dtype.name}{ranks}",
+            title=f"{self.vocab_size} x {self.tables[0].emb_size} {self.dtype.name}{ranks}",
             notes=tuple(notes),
             sides={
                 facts["name"]: {fact: str(facts[fact]) for fact in ("path", "tensor", "dtype", "rows")}
@@ -151,13 +148,7 @@ class _Pair:
             partition=self.partition,
             arrays={"table": "not zero"},
             comparisons=comparisons,
-            facts={
-                "tables": tables,
-                "vocab_size": self.vocab_size,
-                "emb_size": emb_size,
-                "world_size": self.partition.world_size,
-                "compared_as": self.dtype.name,
-            },
+            facts={"tables": tables, **sizes},
         )
 
 

@@ -9,10 +9,9 @@ from marks import slower
 from table_files import save
 
 from shared.proof.case import CaseOptions
-from shared.proof.head_case import build_head_case
+from shared.proof.head_case import ARRAYS, build_head_case
 from shared.proof.head_diff import HEAD_KINDS
 from shared.proof.head_expected import Expected
-from shared.proof.head_record import ARRAYS
 from shared.proof.launch import HEAD_BACKENDS
 
 RUNNERS = Path(__file__).parents[1] / "runners"

@@ -2,7 +2,7 @@
 
 import torch
 
-from shared.proof.harness import serve
+from shared.proof.launch import serve
 from torch_impl import runner
 from torch_impl.functional import partial_lookup
 

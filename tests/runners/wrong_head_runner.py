@@ -6,9 +6,8 @@ import ml_dtypes
 import numpy as np
 
 from shared.bits import DTYPES
-from shared.proof.harness import serve
-from shared.proof.head_case import HeadCase
-from shared.proof.head_record import HeadWriter
+from shared.proof.head_case import HeadCase, HeadWriter
+from shared.proof.launch import serve
 
 FAULT = os.environ["HEAD_FAULT"]
 

@@ -3,10 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shared.bits import DTYPES, canonical_nan, dtype_named, ordered_integers, row_hashes, ulp_distance, unsigned_view
+from shared.bits import DTYPES, canonical_nan, dtype_named, row_hashes, ulp_distance, unsigned_view
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -22,12 +20,6 @@ def test_neighbours_are_one_apart_and_extremes_do_not_overflow(name):
     assert ulp_distance(infinity, -infinity) == 2.0 * int(unsigned_view(infinity)[0])
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=20))
-def test_ordered_integers_keep_the_order(numbers):
-    values = np.sort(np.array(numbers, np.float32))
-    assert (np.diff(ordered_integers(values)) >= 0).all()
-
-
 def test_canonical_nan_changes_only_nan():
     values = np.array([0x7FC00001, 0xFFC00000, 0x3F800000, 0x80000000], np.uint32).view(np.float32)
     canonical = unsigned_view(canonical_nan(values))
@@ -35,7 +27,7 @@ def test_canonical_nan_changes_only_nan():
     np.testing.assert_array_equal(canonical[2:], unsigned_view(values)[2:])
 
 
-@pytest.mark.parametrize("emb_size", [1, 3, 8, 13])
+@pytest.mark.parametrize("emb_size", [1, 4, 13])
 def test_rows_are_told_apart_by_any_bit(rng, emb_size):
     rows = rng.standard_normal((50, emb_size)).astype(np.float16)
     changed = rows.copy()

@@ -17,7 +17,7 @@ def test_documentation(check_documentation):
             "shared.proof.oracle.partial_lookup",
             "shared.proof.oracle.weight_grad",
             "shared.ids.widen",
-            "shared.proof.rows.Rows.of",
+            "shared.proof.record.Rows.of",
         },
     )
 

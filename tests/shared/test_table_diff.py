@@ -109,6 +109,7 @@ def test_differences_are_named_with_their_rank(stored, table, monkeypatch, kind)
         report = compare_tables(*sides)
         assert kinds(report) == {rank: {kind: rows} for rank, rows in {**where, None: sum(where.values())}.items()}
     for comparison in report.comparisons:
+        assert len(comparison.examples) == min(comparison.differing, 5)
         for row in comparison.examples:
             assert (row.id, row.owner) == (row.index[0], row.id // 8)
 
@@ -117,12 +118,15 @@ def test_distances_are_counted_by_element(stored, table):
     changed = table.copy()
     changed[0, 0] = np.nan
     table[0, 1], changed[0, 1] = 0.0, -0.0
+    table[1, 5] = changed[1, 5] = np.nan
     unsigned_view(changed)[1, :3] += np.array([1, 3, 4], np.uint32)
     whole = compare_tables(stored("left", table), stored("right", changed)).comparisons[-1]
     assert whole.ulps == {"0": 1, "1": 1, "2": 1, "4": 1, "NaN": 1}
+    assert whole.kinds == {"NaN": 1, "rounding only": 1}
 
 
 def test_rows_that_one_table_lacks(stored, table):
+    table[28] = 0
     left, right = stored("left", table), stored("right", table[:28])
     report = compare_tables(left, right, world_size=4)
     assert kinds(report) == {3: {"row missing": 2}, None: {"row missing": 2}}
