@@ -194,9 +194,7 @@ def linear_cross_entropy(
         >>> round(float(mean), 4), int(count)
         (0.3133, 1)
     """
-    options = LossOptions(
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, returns
-    )
+    options = LossOptions(ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, returns)
     known = _known_targets(targets, options, partition, axis_name)
     statistics = linear_statistics(hidden, weight, known, partition, axis_name, options)
     return loss_of(statistics, known, options, partition)

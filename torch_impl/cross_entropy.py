@@ -171,9 +171,7 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, table, targets, VocabPartition(2, 1), None, returns=("count",))
         (tensor(0.3133), tensor(1))
     """
-    options = LossOptions(
-        ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, returns
-    )
+    options = LossOptions(ignore_index, label_smoothing, z_loss, reduction, invalid_targets, softcap, seq_dim, returns)
     rank, group_name = resolve_partition(partition, process_group)
     return linear_loss(hidden, weight, targets, partition, options, rank, group_name)
 

@@ -112,6 +112,11 @@ def test_ids_split_over_further_axes(mesh_of, rng, shape, spec, mode, dtype, out
     assert found.sharding.is_equivalent_to(NamedSharding(mesh, output), found.ndim)
 
 
+def test_own_ids_too_few_for_a_further_axis(mesh_of):
+    """Inside jit no axis is guessed to split them that does not divide what a rank has."""
+    assert_is_right(layer_on(mesh_of((2, 4), ("dp", "tp")), table_of(), *OWN), np.arange(12).reshape(4, 3))
+
+
 def summed_lookup(weight, ids, partition, padding_idx):
     return jax.lax.psum(partial_lookup(weight, ids, partition, padding_idx=padding_idx), "tp")
 
