@@ -146,6 +146,11 @@ class _Routes(NamedTuple):
 
 
 def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: bool = False) -> _Routes:
+    """Compute routes from the ids alone, which all ranks have.
+
+    Each chunk's ids are sorted, so that equal ids are adjacent: its first token stands for a distinct row. A rank's buffer
+    has ``capacity`` slots per owner. The k-th distinct row that its chunk needs of an owner takes the k-th of these.
+    """
     partition, w, rank = config.partition, config.world_size, jax.lax.axis_index(axis_name)
     n, none = partition.rows_per_rank, partition.padded_vocab_size
     shape, dim = chunk_shape(ids.shape, config.seq_dim, w), resolve_seq_dim(ids.ndim, config.seq_dim)
@@ -159,7 +164,7 @@ def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradie
     capacity = -(-ids_WC.shape[1] // 2)
     sorted_WC, order_WC = jax.lax.sort_key_val(ids_WC, jax.lax.broadcasted_iota(jnp.int32, ids_WC.shape, 1))
     first_WC = jnp.pad(sorted_WC[:, 1:] != sorted_WC[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    place_WC = jnp.cumsum(first_WC.astype(jnp.int32), axis=1) - 1
+    place_WC = jnp.cumsum(first_WC.astype(jnp.int32), axis=1) - 1  # among the chunk's distinct ids
     # Number of each chunk's distinct ids below each rank's rows.
     cuts = (jnp.arange(w + 1) * n).astype(jnp.int32)
     below = jnp.sum(first_WC[:, None, :] & (sorted_WC[:, None, :] < cuts[:, None]), axis=2, dtype=jnp.int32)
