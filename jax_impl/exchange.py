@@ -148,8 +148,8 @@ class _Routes(NamedTuple):
 def _plan_routes(ids: jax.Array, config: EmbeddingConfig, axis_name: str, gradient: bool = False) -> _Routes:
     """Compute routes from the ids alone, which all ranks have.
 
-    Each chunk's ids are sorted, so that equal ids are adjacent: its first token stands for a distinct row. A rank's buffer
-    has ``capacity`` slots per owner. The k-th distinct row that its chunk needs of an owner takes the k-th of these.
+    Each chunk's ids are sorted, so that equal ids are adjacent; the first of them stands for the row. A rank receives into
+    ``capacity`` slots per owner: the k-th distinct row that its chunk needs of an owner arrives in the k-th of these.
     """
     partition, w, rank = config.partition, config.world_size, jax.lax.axis_index(axis_name)
     n, none = partition.rows_per_rank, partition.padded_vocab_size
