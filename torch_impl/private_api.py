@@ -3,7 +3,7 @@
 ``dist.reduce_scatter_single`` and ``dist.all_gather_single`` are torch 2.13's names for ``reduce_scatter_tensor`` and
 ``all_gather_into_tensor``.
 
-Each has its reason below, and what would remove the need. A test uses each one and fails when a release moves it.
+Each has its reason below, and what would remove the need. Tests of what needs it fail when a release moves it.
 
 - ``_resolve_process_group``: compiled graphs, copies and pickles hold a group by name. Not needed once operators take a
   ProcessGroup (pytorch/pytorch#129942, open; tried in #172795).
