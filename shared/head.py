@@ -166,8 +166,8 @@ class LossOptions:
         z_loss = as_number("z_loss", self.z_loss)
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
-        if isinstance(self.returns, str):
-            raise TypeError(f"returns must be a sequence of names, got {self.returns!r}; pass ({self.returns!r},)")
+        if not isinstance(self.returns, Sequence) or isinstance(self.returns, (str, bytes)):
+            raise TypeError(f"returns must be a sequence of names, such as ('lse',), got {self.returns!r}")
         valid = {
             "ignore_index": ignore_index,
             "label_smoothing": smoothing,

@@ -43,8 +43,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pve {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (compare, plan, record, diff, convert, env, completion):
-        name, text = module.__name__.rpartition(".")[2], str(module.__doc__)
-        command = commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=form)
+        name, text = module.__name__.rpartition(".")[2], module.__doc__ or ""  # python -OO has none
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=form)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

@@ -23,7 +23,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     table = parser.add_argument_group("table (default: a made-up one of 131072 x 1024, bfloat16)")
     table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file, checkpoint or folder of parts")
     table.add_argument("--tensor", metavar="NAME", help="tensor in it (default: the one named like an input embedding)")
-    table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table")
+    table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table; of parts, without padding")
     table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
     table.add_argument(
         "--dtype", type=dtype_name, choices=[*DTYPES], help="of a made-up table; with --weights, dtype to cast to"
@@ -36,7 +36,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
     layer = parser.add_argument_group("layer")
     layer.add_argument(
-        "--world-size", type=int, default=8, metavar="W", help="ranks (default 8); divide V after padding"
+        "--world-size", type=int, default=8, metavar="W", help="ranks (default 8); must divide V after padding"
     )
     layer.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
     layer.add_argument("--padding-idx", type=int, metavar="ID", help="id whose row gets no gradient")
@@ -55,7 +55,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "(routed), or as the layer chooses (auto, the default); values are equal",
     )
     layer.add_argument(
-        "--seq-dim", type=int, metavar="D", help="dimension of the ids that a reduction splits (default -1)"
+        "--seq-dim", type=int, metavar="D", help="dimension of the ids that reduce_scatter or all_to_all splits"
     )
     layer.add_argument("--seed", type=int, default=0, metavar="S", help="seed of all that is made up (default 0)")
 

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, metavar="V", help="rows, padding excluded, of Megatron-style parts")
     parser.add_argument("--world-size", type=int, metavar="W", help="write W parts instead of one file")
     parser.add_argument("--padded-vocab-size", metavar="RULE", help=RULE_HELP)
-    parser.add_argument("--dtype", type=dtype_name, choices=[*STORED_DTYPES], help="cast to it (default: as stored)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, choices=[*STORED_DTYPES], help="cast, rounding once (default: as stored)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 

@@ -20,7 +20,7 @@ from shared.proof.generate import exact_gradient, table_chunks, zipf_ids
 from shared.sequence import chunk_shape, resolve_seq_dim
 from shared.tables.find_table import open_table
 from shared.tables.table_file import TableFile
-from shared.tables.tensor_file import open_safetensors
+from shared.tables.tensor_file import check_file, open_safetensors
 
 __all__ = ["Case", "CaseFacts", "CaseOptions", "Progress", "build_case", "find_inputs", "sha256"]
 
@@ -278,6 +278,8 @@ def _tokenise(tokenizer: Path, text: Path) -> np.ndarray:
         raise ValueError(
             "--tokenizer needs the tokenizers package: pip install 'parallel-vocab-embedding[text]'"
         ) from None
+    for path in (tokenizer, text):
+        check_file(path)
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

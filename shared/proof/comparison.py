@@ -85,9 +85,9 @@ class Comparison:
         found: "Distances",
         place: Callable[[int], tuple[Iterable[Any], int, str]],
     ) -> Self:
-        """Add rows, all or only those that differ.
+        """Add what k rows show, some of which may be equal.
 
-        ``kinds`` ``[k]`` is empty text where they do not, and ``place`` gives position, id and note of a row.
+        ``kinds`` ``[k]`` are empty text for equal rows. ``place`` gives position, id and note of a row.
         """
         counts = Counter(kinds[kinds != ""].tolist())
         examples = []

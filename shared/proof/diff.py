@@ -16,6 +16,7 @@ __all__ = ["compare_records"]
 _CHUNK = 1024
 
 
+@np.errstate(invalid="ignore")  # signalling NaN
 def compare_records(left: Record, right: Record, progress: Progress = lambda *_: None) -> list[Comparison]:
     """Compare each rank's forward and gradient, the sum and the whole gradient.
 
@@ -73,7 +74,8 @@ class _Pair:
         if what == "forward":
             positions = self._positions(rank)[rows]
             ids, references, padding_idx = self.ids[positions], (self.table, self.table), None
-            index = np.array(np.unravel_index(positions, self.facts.ids_shape)).T.reshape(len(ids), -1)
+            shape = self.facts.ids_shape
+            index = np.array(np.unravel_index(positions, shape or (1,))).T[:, : len(shape)]
             whole = rank is None or self.facts.reduction != "none"
             expected = self.partition.is_valid(ids) if whole else self.partition.owns(ids, rank)
         else:

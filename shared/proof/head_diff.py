@@ -38,7 +38,7 @@ HEAD_KINDS = {
     "imprecise": "within 4096 times the bound: sums or products in a narrower type",
     "NaN": "NaN on one side only",
     "other values": "none of these",
-    "not examined": "beyond the first 256 rows that differ",
+    "not examined": "beyond the first 256 rows that differ on a rank",
 }
 """Kinds of difference of a head and their meaning."""
 
@@ -124,10 +124,13 @@ class HeadDiff:
         differing, share = _beyond(a, b, bounds)
         if what == "argmax":
             differing &= ~self._near_ties(a[:, 0], b[:, 0])
-            found = Distances(np.zeros(len(a)), np.abs(a - b)[:, 0], {})
+            found = Distances(np.zeros(len(a)), np.zeros(len(a)), {})
         else:
             left, right = (cast(side, self._dtype(what)) for side in (a, b))
             found = distances(left, right, ulp_distance(left, right))
+        with np.errstate(invalid="ignore"):  # infinity minus itself
+            error = np.nan_to_num(np.abs(a - b), nan=0, posinf=np.inf)  # from the oracle in float64, as bounds are
+        found = found._replace(absolute=error.max(axis=1, initial=0))
         some = np.flatnonzero(differing)[:_EXAMINED]
         kinds, notes = np.where(differing, "not examined", "").astype(object), np.full(len(a), "", object)
         kinds[some], notes[some] = self._classify(what, a[some], b[some], first + some)
@@ -181,9 +184,11 @@ class HeadDiff:
             for kind, note, guess in expected.faults(what, rows):
                 if (kinds != "").all():
                     break
-                scale = 1 + np.abs(guess).max(initial=0) / max(np.abs(right).max(initial=0), 1e-300)
+                finite = np.isfinite(guess)  # an infinite guess would fit everything
+                largest = np.abs(guess).max(initial=0, where=finite)
+                scale = 1 + largest / max(np.abs(right).max(initial=0), 1e-300)
                 fits = ~_beyond(wrong, guess, bounds * scale)[0] & _beyond(guess, right, bounds)[0]
-                guesses.append((kind, fits, note))
+                guesses.append((kind, fits & finite.all(axis=1), note))
         for kind, fits, note in sorted(guesses, key=lambda each: -int(each[1].sum())):
             settle(kind, fits, note)
         settle("imprecise", ~_beyond(wrong, right, bounds * _IMPRECISE)[0] & (what != "argmax"))

@@ -153,17 +153,17 @@ class Expected:
     def faults(self, what: str, rows_K: np.ndarray) -> Iterator[Fault]:
         """Yield what each fault would make of some rows of an array."""
         w, tokens, values = self.case.world_size, len(self.targets_T), self.values[what][rows_K]
-        ranks = np.arange(w)
+        ranks = self._ranks()
         if what == "argmax":
-            for r in ranks[: w if w > 1 else 0]:
-                yield "rank missing", f"without rank {r}", self._best(np.delete(ranks, r))[rows_K]
-                yield "one rank only", f"rank {r}'s own", self._best(ranks[r : r + 1])[rows_K]
+            for r in ranks:
+                yield "rank missing", f"without rank {r}", self._best(ranks[ranks != r])[rows_K]
+                yield "one rank only", f"rank {r}'s own", self._best(np.array([r]))[rows_K]
             starts = self.partition.start(self.partition.owner(values.astype(np.int64)))
             yield "local id", "row of its rank, not of the table", values - starts
             for step in (1, -1):
                 yield "id off by one", f"{step:+d}", values + step
             return
-        if what == "hidden gradient" and w > 1:
+        if what == "hidden gradient":
             for r in ranks:
                 yield "rank missing", f"without rank {r}", values - self._part_of_rank(r, rows_K)
             for r in ranks:
@@ -182,15 +182,22 @@ class Expected:
             ignored = f"divided by {tokens}, not {self.count}"
             yield "ignored in the mean", ignored, values * self.count / max(tokens, 1)
 
+    def _ranks(self) -> np.ndarray:
+        """Ranks that can be missing or alone: those with rows, if several."""
+        starts, stops = np.array([self.partition.owned_range(r) for r in range(self.case.world_size)]).T
+        ranks = np.flatnonzero(starts < stops)
+        return ranks if len(ranks) > 1 else ranks[:0]
+
     def _wrong_statistics(self) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
         """Kind, note, logsumexp and targets of faults in sums and ids."""
         w, v, padding = self.case.world_size, self.case.vocab_size, self.partition.padding_rows
+        ranks = self._ranks()
+        for r in ranks:
+            without = head_oracle.logsumexp(np.delete(self.lse_TW, r, axis=1))
+            yield "rank missing", f"without rank {r}", without, self.targets_T
+        for r in ranks:
+            yield "one rank only", f"rank {r}'s sum", self.lse_TW[:, r], self.targets_T
         if w > 1:
-            for r in range(w):
-                without = head_oracle.logsumexp(np.delete(self.lse_TW, r, axis=1))
-                yield "rank missing", f"without rank {r}", without, self.targets_T
-            for r in range(w):
-                yield "one rank only", f"rank {r}'s sum", self.lse_TW[:, r], self.targets_T
             yield "counted w times", f"the sum times {w}", self.lse_T + math.log(w), self.targets_T
         if padding:
             yield "padding counted", f"{padding} columns", np.logaddexp(self.lse_T, math.log(padding)), self.targets_T
@@ -217,10 +224,11 @@ class Expected:
 
     def _part_of_rank(self, rank: int, tokens_K: np.ndarray) -> np.ndarray:
         """Hidden gradient of some tokens, from one rank's columns."""
-        columns = np.arange(*self.partition.owned_range(rank))
-        p = np.exp(self.hidden_TE[tokens_K] @ self.table_VE[columns].T - self.lse_T[tokens_K, None])
-        p -= self.targets_T[tokens_K, None] == columns
-        return np.where(self.counted_T[tokens_K, None], p @ self.table_VE[columns] / self.count, 0)
+        columns = self.partition.owned_range(rank)
+        rows_NE = self.table_VE[slice(*columns)]
+        p = np.exp(self.hidden_TE[tokens_K] @ rows_NE.T - self.lse_T[tokens_K, None])
+        p -= self.targets_T[tokens_K, None] == np.arange(*columns)
+        return np.where(self.counted_T[tokens_K, None], p @ rows_NE / self.count, 0)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -111,5 +111,6 @@ def _bars(counts: dict[str, int]) -> list[str]:
     for least, count in counts.items():
         width = 100 * math.log1p(count) / math.log1p(max(counts.values()))
         bar = f'<td><div class="bar" style="width: {width:.1f}%"></div></td>'
-        rows.append([_cell(number(float(least))), _cell(str(count)), bar])
+        label = {"0": "0 (sign of zero)", "NaN": "NaN"}.get(least) or number(float(least))
+        rows.append([_cell(label), _cell(str(count)), bar])
     return _table(["ULP from", "elements", "logarithm"], rows, "bars") if rows else []

@@ -21,6 +21,7 @@ _BATCH = 1 << 21
 """Elements of each table in memory at a time; classifying them takes about eight int64 per element."""
 
 
+@np.errstate(invalid="ignore")  # signalling NaN
 def compare_tables(
     left: TableFile,
     right: TableFile,

@@ -58,7 +58,8 @@ class Segment:
 class TableFile(TableSpec):
     """A table in files, read on demand; made by ``open_table``.
 
-    ``segments`` are its rows in order, ``partition`` the split into Megatron-style parts; None for one file.
+    ``path`` is what was opened. ``segments`` are the rows in order, some of them empty. ``partition`` is the split into
+    Megatron-style parts; None for one file.
     """
 
     path: Path

@@ -130,7 +130,7 @@ def _write_parts(
     """Write one file per rank into a temporary folder, and rename that."""
     _check_parent(folder)
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ValueError(f"{folder}: exists; parts are written to a new folder: choose another name or remove it first")
+        raise ValueError(_not_new(folder))
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     names = [f"mp_rank_{rank:02d}" for rank in range(partition.world_size)]
     try:
@@ -142,7 +142,10 @@ def _write_parts(
             _fill(path, spec, partition.start(rank), [partition.owned_range(rank)], rows, progress)
             _sync_folder(path.parent)
         _sync_folder(temporary)
-        os.rename(temporary, folder)  # refuses a folder that is not empty
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:  # another process has made a file or filled the folder meanwhile
+            raise ValueError(_not_new(folder)) from error
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -157,21 +160,21 @@ def _create(path: Path, spec: TableSpec) -> None:
 
 
 def _fill(
-    path: Path, spec: TableSpec, held: int, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
+    path: Path, spec: TableSpec, first_row: int, ranges: Iterable[tuple[int, int]], rows: Rows, progress: Progress
 ) -> None:
     """Write ranges of rows, read them back and sync them.
 
-    ``held`` is the first row that the file has.
+    ``first_row`` is the first one that the file has.
     """
     written = open_table(path, spec.tensor)
     pieces = (piece for start, stop in ranges for piece in spec.pieces(start, stop, _PIECE_BYTES))
     with open(path, "rb+") as file:
         for start, stop in pieces:
             data = np.ascontiguousarray(rows(start, stop)).view(np.uint8)
-            file.seek(written.segments[0].offset + (start - held) * spec.row_bytes)
+            file.seek(written.segments[0].offset + (start - first_row) * spec.row_bytes)
             file.write(data.data)
             file.flush()
-            if not np.array_equal(data, written.rows(start - held, stop - held).view(np.uint8)):
+            if not np.array_equal(data, written.rows(start - first_row, stop - first_row).view(np.uint8)):
                 raise ValueError(f"{path}: rows {start} to {stop - 1} of the table are not there as written")
             progress(stop - start)
         os.fsync(file.fileno())
@@ -196,6 +199,10 @@ def _check_target(path: Path, target: Path, force: bool) -> None:
 
 def _exists(path: Path) -> str:
     return f"{path}: exists; pass --force (force=True) to replace it"
+
+
+def _not_new(folder: Path) -> str:
+    return f"{folder}: exists; parts are written to a new folder: choose another name or remove it first"
 
 
 def _rename(temporary: Path, target: Path, path: Path, force: bool) -> None:

@@ -100,14 +100,17 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     Raises:
         ValueError: the file is missing, truncated or damaged.
     """
-    with open_safetensors(path), open(path, "rb") as raw:  # the library checks names, types, sizes and offsets
+    with open_safetensors(path), open(path, "rb") as raw:  # the library checks sizes and offsets
         length = int.from_bytes(raw.read(8), "little")
         header = parse_object(raw.read(length), f"{path}: header")
     header.pop("__metadata__", None)
-    return {
-        name: TensorPlace(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    try:
+        return {
+            name: TensorPlace(str(entry["dtype"]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except (KeyError, TypeError) as error:  # the library also takes a list of the three, and a dtype in an object
+        raise ValueError(f"{path}: a damaged header ({error})") from error
 
 
 def header_bytes(tensor: str, dtype: str, shape: tuple[int, int], metadata: dict[str, str]) -> bytes:

@@ -83,6 +83,15 @@ def test_faults_are_named(pve, wrong, fault, option, kinds, note):
     assert len(notes) <= 4  # of "one rank only", one a rank
 
 
+def test_rank_without_rows_explains_no_fault(pve, wrong):
+    wrong("times w")
+    sizes = ["--vocab-size", "7", "--world-size", "5", "--padded-vocab-size", "even", "--emb-size", "16"]
+    result = pve.json("compare", *sizes, "--head", "--dtype", "float32", "--backends", "torch", status=1)
+    different = [c for c in result["comparisons"] if c["differing"]]
+    assert {c["what"] for c in different} == {"hidden gradient"}
+    assert {kind for c in different for kind in c["kinds"]} == {"times w", "not examined"}
+
+
 @pytest.mark.slow
 def test_fault_is_attributed_to_its_backend(pve, wrong):
     wrong("times w")

@@ -194,7 +194,12 @@ def test_invalid_targets_are_named(head, name, bad):
         ("parallel_logits", {"hidden": (4, 4, 7)}, ValueError, "emb_size=8 as weight has"),
         ("linear_cross_entropy", {"targets": (4,)}, ValueError, "targets must be one a token, of shape"),
         ("linear_cross_entropy", {"seq_dim": -3}, ValueError, "seq_dim must name"),
-        ("linear_cross_entropy", {"returns": "lse"}, TypeError, "returns must be a sequence of names, got 'lse'"),
+        (
+            "linear_cross_entropy",
+            {"returns": "lse"},
+            TypeError,
+            "returns must be a sequence of names, such as .*, got 'lse'",
+        ),
         ("parallel_sample", {"uniform": (4,)}, ValueError, "uniform must be one a token"),
         ("parallel_top_k", {"k": 22}, ValueError, r"k must be in \[1, vocab_size\] = \[1, 21\], got 22"),
         ("parallel_top_k", {"k": 1.0}, TypeError, "k must be an integer"),

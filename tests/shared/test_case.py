@@ -1,5 +1,7 @@
 """Reading tables and ids, and refusing what is not one."""
 
+import os
+
 import numpy as np
 import pytest
 from table_files import save
@@ -79,7 +81,10 @@ def test_text_becomes_ids(built, refused, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = tmp_path / "text"
     both = {"tokenizer": tmp_path / "tokenizer.json", "text": text}
-    refused("text: not a readable file of UTF-8 text", **both)
+    refused("text: no such file", **both)
+    os.mkfifo(text)
+    refused("text: not a file", **both)
+    text.unlink()
     text.write_bytes(b"\xff\xfe\x00")
     refused("text: not a readable file of UTF-8 text", **both)
     text.write_text("a b b x")

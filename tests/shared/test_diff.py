@@ -152,7 +152,7 @@ def set_bits(place, bits, *names):
     [
         ((0, 0, 1), (0, 0x8000), ["forward.0"], ("forward", 0), "sign of zero", 0),
         # Which NaN it is matters in a lookup and not in a sum.
-        ((0, 0), (0x7FC0, 0xFFC1), ["forward.0", "sum"], ("forward", 0), "NaN", None),
+        ((0, 0), (0x7FC0, 0x7F81), ["forward.0", "sum"], ("forward", 0), "NaN", None),
         ((0, 0, 3), (1, 0), ["sum"], ("forward", None), "subnormal flushed", 1),
     ],
 )
@@ -161,6 +161,15 @@ def test_numbers_that_compare_equal_are_told_apart(make_record, place, bits, nam
     left, right = (make_record(side, set_bits(place, b, *names)) for side, b in sides)
     ((found_where, comparison),) = found(left, right).items()
     assert (found_where, comparison.kinds, comparison.examples[0].max_ulp) == (where, {kind: 1}, max_ulp)
+
+
+def test_one_id_without_dimensions(make_case, make_record, tmp_path):
+    np.save(tmp_path / "one.npy", np.array(12))
+    case = make_case("one", ids=tmp_path / "one.npy")
+    clear = set_to(0, ("forward.1",))
+    differing = found(make_record("left", of=case), make_record("right", lambda arrays: clear(arrays, case), case))
+    (row,) = differing["forward", 1].examples
+    assert (row.index, row.id, row.kind) == ((), 12, "zeroed")
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"world_size": 2}, {"dtype": "float16"}])

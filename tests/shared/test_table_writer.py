@@ -82,6 +82,19 @@ def test_target_created_by_another_process_meanwhile_stays(tmp_path, table, form
     assert not list(tmp_path.glob(".*"))
 
 
+def test_folder_filled_meanwhile_stays(tmp_path, table):
+    folder = tmp_path / "parts"
+
+    def fill(_rows):
+        folder.mkdir(exist_ok=True)
+        (folder / "mine").touch()
+
+    with pytest.raises(ValueError, match="parts: exists; parts are written to a new folder"):
+        convert_table(table, folder, VocabPartition(table.vocab_size, 1), progress=fill)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "parts"}
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
