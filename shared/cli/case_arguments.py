@@ -20,16 +20,18 @@ def dtype_name(text: str) -> str:
 
 def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of table, ids and layer to a command."""
-    table = parser.add_argument_group("table (default: a made-up one of 131072 x 1024, bfloat16)")
+    table = parser.add_argument_group("table (default: a generated one of 131072 x 1024, bfloat16)")
     table.add_argument("--weights", type=Path, metavar="FILE", help="safetensors file, checkpoint or folder of parts")
     table.add_argument("--tensor", metavar="NAME", help="tensor in it (default: the one named like an input embedding)")
-    table.add_argument("--vocab-size", type=int, metavar="V", help="rows of a made-up table; of parts, without padding")
-    table.add_argument("--emb-size", type=int, metavar="E", help="columns of a made-up table")
     table.add_argument(
-        "--dtype", type=dtype_name, choices=[*DTYPES], help="of a made-up table; with --weights, dtype to cast to"
+        "--vocab-size", type=int, metavar="V", help="rows of a generated table; of parts, without padding"
+    )
+    table.add_argument("--emb-size", type=int, metavar="E", help="columns of a generated table")
+    table.add_argument(
+        "--dtype", type=dtype_name, choices=[*DTYPES], help="of a generated table; with --weights, dtype to cast to"
     )
 
-    ids = parser.add_argument_group("ids (default: made-up Zipf-distributed ones, 4 x 2048)")
+    ids = parser.add_argument_group("ids (default: generated Zipf-distributed ones, 4 x 2048)")
     ids.add_argument("--ids", type=Path, metavar="FILE.npy", help="array of integers, of any shape")
     ids.add_argument("--tokenizer", type=Path, metavar="tokenizer.json", help="tokenizer for --text")
     ids.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to tokenise, with --tokenizer")
@@ -57,7 +59,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument(
         "--seq-dim", type=int, metavar="D", help="dimension of the ids that reduce_scatter or all_to_all splits"
     )
-    layer.add_argument("--seed", type=int, default=0, metavar="S", help="seed of all that is made up (default 0)")
+    layer.add_argument("--seed", type=int, default=0, metavar="S", help="seed of all that is generated (default 0)")
 
 
 def case_options(options: argparse.Namespace) -> CaseOptions:

@@ -14,7 +14,7 @@ have must have the same bits on all of them. --tied gets the hidden states by lo
 target of a token is the next id, and the table's gradient is the sum of both uses.
 
 examples:
-  pve compare                                        a made-up table of 131072 x 1024 in bfloat16, over 8 ranks
+  pve compare                                        a generated table of 131072 x 1024 in bfloat16, over 8 ranks
   pve compare --world-size 3 --vocab-size 96 --emb-size 16 --dtype float32
   pve compare --weights model.safetensors --tensor model.embed_tokens.weight --world-size 4
   pve compare --reduction reduce_scatter --exchange routed --world-size 4
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_case_arguments(parser)
     other = parser.add_argument_group("comparison")
     other.add_argument("--backends", metavar="A,B", help="torch, jax or both (default: all that are installed)")
-    made_up = "made up: a table of 32768 x 256, targets 4 x 128"
-    other.add_argument("--head", action="store_true", help=f"compare the output head, not the embedding ({made_up})")
+    generated = "generated: a table of 32768 x 256, targets 4 x 128"
+    other.add_argument("--head", action="store_true", help=f"compare the output head, not the embedding ({generated})")
     other.add_argument("--tied", action="store_true", help="the embedding has the head's table; implies --head")
     add_result_arguments(parser)
 

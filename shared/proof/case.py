@@ -217,7 +217,7 @@ def find_inputs(
             raise ValueError("--tensor needs --weights, the file that holds the tensor: add --weights FILE")
         vocab_size = check_size("vocab_size", sizes[0] if options.vocab_size is None else options.vocab_size)
         emb_size = check_size("emb_size", sizes[1] if options.emb_size is None else options.emb_size)
-        dtype, source = dtype_named(options.dtype or "bfloat16"), f"made-up table, seed {options.seed}"
+        dtype, source = dtype_named(options.dtype or "bfloat16"), f"generated table, seed {options.seed}"
         rows = chunks(vocab_size, emb_size, dtype, options.seed)
     else:
         table = open_table(options.weights, options.tensor, options.vocab_size)

@@ -72,7 +72,7 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     if tied:
         targets = np.append(ids.reshape(-1)[1:], IGNORE_INDEX)[: ids.size].reshape(ids.shape)
         batch = {"ids": ids, "targets": targets}
-    else:  # rows of the same seed behind those of a made-up table
+    else:  # rows of the same seed behind those of a generated table
         first, dtype = table.vocab_size, DTYPES[table.dtype]
         hidden = normal_rows(first, first + math.prod(ids.shape), table.emb_size, dtype, options.seed)
         batch = {"targets": ids, "hidden": hidden.reshape(*ids.shape, table.emb_size)}

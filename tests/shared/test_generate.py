@@ -1,4 +1,4 @@
-"""What is made up for a comparison, pinned: two machines must make up the same."""
+"""What is generated for a comparison, pinned: two machines must generate the same."""
 
 import hashlib
 
