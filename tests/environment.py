@@ -12,7 +12,7 @@ if WITHOUT - {"torch", "jax"}:
 
 # The tests that import a framework as they are collected, beside this file.
 NEEDED_BY = {
-    "torch": ["torch_impl", "consistency", "contract/test_dynamic_shapes.py"],
+    "torch": ["torch_impl", "consistency"],
     "jax": ["jax_impl", "consistency"],
 }
 

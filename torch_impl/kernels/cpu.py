@@ -77,7 +77,9 @@ def gather(table_NE: Tensor, rows: Tensor) -> Tensor:
 
 
 def sum_rows(grad_TE: Tensor, keys_T: Tensor, num_rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Sum the gradients of each occurring row, in the order of tokens.
+    """Sum the gradients of each occurring row.
+
+    On CPUs the order of sums is that of the tokens; on GPUs it is not fixed.
 
     Args:
         grad_TE: gradients of the tokens, ``[T, E]``.
