@@ -6,7 +6,7 @@ PYTHON313 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3) p
 # Where torch is absent: the tests of both backends and of PyTorch are left out.
 TEST_JAX = PVE_TEST_WITHOUT=torch JAX_PLATFORMS=cpu $(1)/bin/python -m pytest -n 2
 TEST_TORCH = PVE_TEST_WITHOUT=jax $(1)/bin/python -m pytest -n 2 tests/torch_impl tests/contract tests/shared
-TEST_TOOLS = pytest pytest-xdist hypothesis scipy
+TEST_TOOLS = pytest pytest-xdist hypothesis scipy tokenizers
 QUICK_JAX = tests/contract tests/jax_impl/test_private_api.py tests/jax_impl/test_documentation.py \
   tests/jax_impl/test_checkpoint.py tests/jax_impl/test_vocab_emb.py tests/jax_impl/test_meshes.py \
   tests/jax_impl/test_nnx.py tests/jax_impl/test_linen.py tests/jax_impl/test_equinox.py
