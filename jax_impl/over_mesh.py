@@ -23,12 +23,7 @@ class Static(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def lookup_over_mesh(
-    static: Static,
-    split: PartitionSpec,
-    weight: jax.Array,
-    ids: jax.Array,
-) -> jax.Array:
+def lookup_over_mesh(static: Static, split: PartitionSpec, weight: jax.Array, ids: jax.Array) -> jax.Array:
     """Look ids up; ``split`` is their known split over the mesh."""
     if static.config.reduction in ("reduce_scatter", "all_to_all"):
         split = likely_split(ids, split, static.mesh, static.axis_name, static.config)
@@ -49,13 +44,7 @@ def _(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _on_each_rank(
-    static: Static,
-    split: PartitionSpec,
-    linear: bool,
-    weight: jax.Array,
-    ids: jax.Array,
-) -> jax.Array:
+def _on_each_rank(static: Static, split: PartitionSpec, linear: bool, weight: jax.Array, ids: jax.Array) -> jax.Array:
     """Run the ranks' lookups under one shard_map; ``linear``: the map to transpose."""
     config, mesh, axis_name = static
     free = free_axes(mesh, axis_name)
@@ -86,11 +75,7 @@ def _on_each_rank(
 
 
 def _hidden_from_checkify(
-    static: Static,
-    split: PartitionSpec,
-    linear: bool,
-    weight: jax.Array,
-    ids: jax.Array,
+    static: Static, split: PartitionSpec, linear: bool, weight: jax.Array, ids: jax.Array
 ) -> jax.Array:
     """Run ``_on_each_rank``; where checkify may be applied, hide it in a linear_call.
 

@@ -135,8 +135,19 @@ class Case(CaseFacts):
     batch: str
 
     @classmethod
-    def write(cls, folder: Path, table: TableFile, batch: dict[str, np.ndarray], **facts: Any) -> Self:
-        """Write a case to its folder; ``facts`` are its other fields."""
+    def write(
+        cls,
+        folder: Path,
+        table: TableFile,
+        batch: dict[str, np.ndarray],
+        *,
+        config: EmbeddingConfig,
+        ids_shape: tuple[int, ...],
+        source: str,
+        seed: int,
+        **more: Any,
+    ) -> Self:
+        """Write a case to its folder; ``more`` are further fields."""
         weights_sum, row_hashes = table.fingerprint()
         path = folder / "batch.safetensors"
         save_file({**batch, "row_hashes": row_hashes}, path)
@@ -146,6 +157,7 @@ class Case(CaseFacts):
             "batch": str(path.absolute()),
         }
         checksums = {"weights": weights_sum, **{name: sha256(array) for name, array in batch.items()}}
+        facts = {"config": config, "ids_shape": ids_shape, "source": source, "seed": seed, **more}
         case = cls(**files, dtype=table.dtype, checksums=checksums, **facts)
         (folder / "case.json").write_text(json.dumps(case.facts | files))
         return case
@@ -185,12 +197,13 @@ def build_case(options: CaseOptions, folder: Path, progress: Progress = lambda *
         raise ValueError(
             f"--exchange {options.exchange} needs a reduction, got none: add --reduction all_reduce or reduce_scatter"
         )
-    table, ids, facts = find_inputs(options, folder, (131072, 1024), table_chunks, (4, 2048), progress)
+    table, ids, config, source = find_inputs(options, folder, (131072, 1024), table_chunks, (4, 2048), progress)
     if options.reduction in ("reduce_scatter", "all_to_all"):
         chunk_shape(ids.shape, options.seq_dim, options.world_size)
     progress("gradient and checksums", 0, 1)
     grad_output = exact_gradient(ids, table.emb_size, DTYPES[table.dtype], options.seed)
-    return Case.write(folder, table, {"ids": ids, "grad_output": grad_output}, **facts)
+    batch = {"ids": ids, "grad_output": grad_output}
+    return Case.write(folder, table, batch, config=config, ids_shape=ids.shape, source=source, seed=options.seed)
 
 
 def find_inputs(
@@ -200,13 +213,13 @@ def find_inputs(
     chunks: Callable[[int, int, np.dtype, int], Iterator[np.ndarray]],
     ids_shape: tuple[int, ...],
     progress: Progress,
-) -> tuple[TableFile, np.ndarray, dict[str, Any]]:
+) -> tuple[TableFile, np.ndarray, EmbeddingConfig, str]:
     """Read the given table and ids; generate what is not given.
 
     ``chunks`` generates a table of these sizes in chunks of rows.
 
     Returns:
-        Table, ids, and the other fields of the case.
+        Table, ids, options, and the origin of table and ids.
 
     Raises:
         ValueError, TypeError, IndexError: as in ``build_case``.
@@ -238,8 +251,7 @@ def find_inputs(
     if ids is None:
         ids_source = f"Zipf-distributed ids, seed {options.seed}"
         ids = zipf_ids(ids_shape, config.partition, options.seed)
-    source = f"{source}; {ids_source}"
-    return table, ids, {"config": config, "ids_shape": ids.shape, "source": source, "seed": options.seed}
+    return table, ids, config, f"{source}; {ids_source}"
 
 
 def _write_table(folder: Path, table: np.ndarray, chunks: Iterator[np.ndarray], progress: Progress) -> TableFile:

@@ -85,7 +85,7 @@ class Comparison:
         found: "Distances",
         place: Callable[[int], tuple[Iterable[Any], int, str]],
     ) -> Self:
-        """Add what k rows show, some of which may be equal.
+        """Add counts, distances and examples of k rows, some of them equal.
 
         ``kinds`` ``[k]`` are empty text for equal rows. ``place`` gives position, id and note of a row.
         """

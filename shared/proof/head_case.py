@@ -63,7 +63,7 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
     """
     if tied:
         options = replace(options, reduction="all_reduce")
-    table, ids, facts = find_inputs(options, folder, (32768, 256), normal_chunks, (4, 128), progress)
+    table, ids, config, source = find_inputs(options, folder, (32768, 256), normal_chunks, (4, 128), progress)
     if table.dtype == "float64":
         raise ValueError(
             "--dtype must be given for a head over a table of float64, to cast it: its argmax takes no float64"
@@ -76,7 +76,9 @@ def build_head_case(options: CaseOptions, tied: bool, folder: Path, progress: Pr
         first, dtype = table.vocab_size, DTYPES[table.dtype]
         hidden = normal_rows(first, first + math.prod(ids.shape), table.emb_size, dtype, options.seed)
         batch = {"targets": ids, "hidden": hidden.reshape(*ids.shape, table.emb_size)}
-    return HeadCase.write(folder, table, batch, **facts, tied=tied)
+    return HeadCase.write(
+        folder, table, batch, config=config, ids_shape=ids.shape, source=source, seed=options.seed, tied=tied
+    )
 
 
 class HeadWriter(RecordWriter):

@@ -25,7 +25,6 @@ HEAD_BACKENDS = {"torch": "torch_impl.head_runner", "jax": "jax_impl.head_runner
 FRAMEWORKS = ("torch", "jax")
 """Backends that need a package of the same name."""
 
-
 _PROGRESS_PREFIX = "pve-progress "
 
 

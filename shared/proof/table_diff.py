@@ -76,10 +76,6 @@ class _Pair:
             return VocabPartition(self.vocab_size, stored.world_size, stored.padded_vocab_size)
         return VocabPartition(self.vocab_size, 1 if world_size is None else world_size, "even")
 
-    def _batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        step = max(1, _BATCH // self.tables[0].emb_size)
-        return ((start, min(start + step, last)) for start in range(first, last, step))
-
     def _rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows ``[start, stop)`` of both tables; zeros beyond the end of one."""
         found = []
@@ -93,7 +89,7 @@ class _Pair:
     def compare(self, progress: Progress) -> list[Comparison]:
         """Compare the rows of each rank, then all rows."""
         hashes, differs = np.zeros((2, self.vocab_size), np.uint64), np.ones(self.vocab_size, bool)
-        for start, stop in self._batches(0, self.vocab_size):
+        for start, stop in _batches(self.tables[0], 0, self.vocab_size):
             progress("reading", start, self.vocab_size)
             left, right = self._rows(start, stop)
             hashes[:, start:stop] = row_hashes(left), row_hashes(right)
@@ -103,7 +99,7 @@ class _Pair:
         results = []
         for rank in range(self.partition.world_size):
             parts = []
-            for start, stop in self._batches(*self.partition.owned_range(rank)):
+            for start, stop in _batches(self.tables[0], *self.partition.owned_range(rank)):
                 nonzero = int((hashes[0, start:stop] != 0).sum())
                 part = Comparison(*self.names, "table", rank, stop - start, nonzero)
                 ids = start + np.flatnonzero(differs[start:stop])
@@ -153,6 +149,10 @@ class _Pair:
         )
 
 
+def _batches(table: TableFile, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    return table.pieces(start, stop, _BATCH * STORED_DTYPES[table.dtype].itemsize)
+
+
 def _names(left: TableFile, right: TableFile) -> tuple[str, str]:
     """Names for two tables: differing parts of their paths, else the tensors."""
     parts = [list(table.path.parts) for table in (left, right)]
@@ -169,10 +169,8 @@ def _padding(table: TableFile, start: int) -> str:
     if start >= table.vocab_size:
         return "none"
     first = unsigned_view(table.rows(start, start + 1))
-    step = max(1, _BATCH // table.emb_size)
-    for begin in range(start, table.vocab_size, step):
-        if (unsigned_view(table.rows(begin, min(begin + step, table.vocab_size))) != first).any():
-            return "other values"
+    if any((unsigned_view(table.rows(*batch)) != first).any() for batch in _batches(table, start, table.vocab_size)):
+        return "other values"
     if not first.any():
         return "zeros"
     return "one row repeated" if table.vocab_size - start > 1 else "other values"  # one row may be a token's
